@@ -1,0 +1,74 @@
+"""Dynamic Spectral Backpropagation (DSBP) for Optax.
+
+The top eigenbasis of each layer's activations, kept in the optimizer's state, and
+optimizers that work in it. Start with `dsbp_adamw` or `dsbp_sgd`, and collect the
+activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
+
+    tx = dsbp_optax.dsbp_adamw(1e-3)
+    value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn)
+    loss, grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
+    updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
+"""
+
+import importlib
+from types import ModuleType
+
+from dsbp_optax import diagnostics
+from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._eigenbasis import Spectrum
+from dsbp_optax._layout import Axes
+from dsbp_optax._project import scale_by_spectral_projection
+from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
+from dsbp_optax._residual import drop_residual, normalize_residual, scale_residual
+from dsbp_optax._sharpness import add_spectral_sharpness
+from dsbp_optax._spectral import (
+    SpectralProjectionState,
+    SpectralSharpnessState,
+    put_statistics,
+)
+from dsbp_optax._statistics import (
+    Activations,
+    Covariance,
+    Sketch,
+    add_statistics,
+    sum_statistics,
+)
+from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "Axes",
+    "Covariance",
+    "Eigenpairs",
+    "Operator",
+    "Sketch",
+    "Solver",
+    "SpectralProjectionState",
+    "SpectralSharpnessState",
+    "Spectrum",
+    "Statistic",
+    "add_spectral_sharpness",
+    "add_statistics",
+    "diagnostics",
+    "drop_residual",
+    "dsbp",
+    "dsbp_adamw",
+    "dsbp_sgd",
+    "eigh",
+    "normalize_residual",
+    "power_iteration",
+    "put_statistics",
+    "randomized_svd",
+    "scale_by_spectral_projection",
+    "scale_residual",
+    "sum_statistics",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`dsbp_optax.linen` and `dsbp_optax.nnx` on first use: Flax stays optional."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"dsbp_optax.{name}")
+    raise AttributeError(f"module 'dsbp_optax' has no attribute '{name}'")

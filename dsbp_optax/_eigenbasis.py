@@ -1,0 +1,287 @@
+"""The eigenbasis of each layer as a pytree, and how a step refreshes it.
+
+Knows paths, statistics and time; knows no optimizer. Both transformations of this
+package (`scale_by_spectral_projection`, `add_spectral_sharpness`) are built on it.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsbp_optax import _basis, _layout, _plan, _subspace
+from dsbp_optax._layout import MatrixView
+from dsbp_optax._statistics import Activations, Covariance, Sketch, blend, center
+from dsbp_optax._types import Array, Eigenpairs, Operator, Scalar, Solver
+
+#: The share of lambda_1 under which lambda_k counts as zero, in units of eps.
+_RANK_TOLERANCE = 32.0
+
+
+class Spectrum(NamedTuple):
+    """What is known of one layer's eigenbasis; kernel form, one value a matrix.
+
+    Attributes:
+      eigenvalues: descending, per sample; trailing axis of length rank. With
+        sketches, the Ritz values of the basis they were taken with.
+      trace: trace of the second moment, per sample.
+      weight: bias correction of the exponential decay; 0 before any observation.
+      residual: ``|C V - V Lambda| / lambda_1`` at the last refresh.
+      energy: share of the gradient's energy inside the basis at the last refresh.
+      iterations: int32, power iterations done so far; 0 means never refreshed.
+      failures: int32, refreshes that were refused (rank-deficient, zero or
+        non-finite statistics); the last good basis was kept.
+      activations: bool, whether the last refresh used activations, not gradients.
+    """
+
+    eigenvalues: Array
+    trace: Array
+    weight: Array
+    residual: Array
+    energy: Array
+    iterations: Array
+    failures: Array
+    activations: Array
+
+
+class Refresh(NamedTuple):
+    """How and when a basis is refreshed.
+
+    Attributes:
+      every: p, steps between refreshes; may be traced.
+      iterations: q, power iterations of a refresh; may be traced. A sketch gives
+        one a step, over q consecutive steps.
+      solver: the eigensolver.
+      centered: whether the covariance proper is used, not the second moment.
+      decay: gamma in [0, 1), share of the past in the statistic; may be traced.
+    """
+
+    every: Scalar
+    iterations: Scalar
+    solver: Solver
+    centered: bool
+    decay: Scalar
+
+
+class Layer(NamedTuple):
+    """One layer's arrays: kernel form in the state, matrices inside a refresh."""
+
+    basis: Array
+    spectrum: Spectrum
+
+
+def check_refresh(refresh: Refresh) -> Refresh:
+    """Early errors for what Python knows."""
+    _plan.check_integer("update_every", refresh.every, 1)
+    _plan.check_integer("power_iterations", refresh.iterations, 1)
+    _plan.check_number("decay", refresh.decay, 0.0, 1.0)
+    if not callable(refresh.solver):
+        raise TypeError(
+            f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
+            "iterations) -> Eigenpairs, such as dsbp_optax.power_iteration."
+        )
+    return refresh
+
+
+def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
+    """A cold layer: an orthonormal basis that follows from the path alone."""
+    key = jax.random.key(zlib.crc32(path.encode()))
+    noise = jax.random.normal(key, (*view.batch_shape, view.size, rank), dtype)
+    basis = _layout.to_kernel_form(_basis.orthonormalize(noise), view)
+
+    def filled(value: Any, kind: Any, width: int = 1) -> Array:
+        return jnp.full(_layout.kernel_form_shape(view, False, width), value, kind)
+
+    spectrum = Spectrum(
+        eigenvalues=filled(0, dtype, rank),
+        trace=filled(0, dtype),
+        weight=filled(0, dtype),
+        residual=filled(0, dtype),
+        energy=filled(0, dtype),
+        iterations=filled(0, jnp.int32),
+        failures=filled(0, jnp.int32),
+        activations=filled(False, jnp.bool_),
+    )
+    return Layer(basis, spectrum)
+
+
+def collects(step: Array, refresh: Refresh) -> Array:
+    """Whether the statistics of this step enter a basis: the first q of every p."""
+    return step % to_int(refresh.every) < to_int(refresh.iterations)
+
+
+def is_instant(statistic: Any) -> bool:
+    """Whether one observation allows all q iterations at once."""
+    return isinstance(statistic, Activations | Covariance)
+
+
+def refresh_layer(
+    layer: Layer, statistic: Any, gradient: Array, view: MatrixView, refresh: Refresh
+) -> tuple[Layer, Array]:
+    """One refresh of one layer.
+
+    Args:
+      layer: in kernel form.
+      statistic: a statistic of the layer, or None to use the gradient's own basis.
+      gradient: ``(*batch, d, m)``.
+      view: of the kernel.
+      refresh: settings.
+
+    Returns:
+      The layer in kernel form, and the rotation ``V_new^T V_old (*batch, k, k)``.
+    """
+    matrices = jax.tree.map(lambda x: _layout.from_kernel_form(x, view), layer)
+    if statistic is None:
+        statistic = Activations(jnp.swapaxes(gradient, -1, -2))
+        settings, observed = refresh._replace(iterations=1), False
+    else:
+        statistic, observed = _as_matrices(statistic, view), True
+        settings = refresh
+
+    def one(layer: Layer, statistic: Any, gradient: Array) -> tuple[Layer, Array]:
+        return _refresh_matrix(layer, statistic, gradient, settings, observed)
+
+    for _ in view.batch:
+        one = jax.vmap(one)
+    new, rotation = one(matrices, statistic, gradient)
+    return jax.tree.map(lambda x: _layout.to_kernel_form(x, view), new), rotation
+
+
+def _refresh_matrix(
+    layer: Layer, statistic: Any, gradient: Array, refresh: Refresh, observed: bool
+) -> tuple[Layer, Array]:
+    """The same for one matrix: basis ``(d, k)``, gradient ``(d, m)``."""
+    basis, past = layer.basis, layer.spectrum
+    operator = statistic.operator(basis)
+    operator = center(operator) if refresh.centered else operator
+    weight = refresh.decay * past.weight[0, 0]
+    total = weight + (1 - jnp.asarray(refresh.decay, basis.dtype))
+    share = weight / total
+    if not _is_zero(refresh.decay):
+        operator = blend(operator, basis, past.eigenvalues[0], past.trace[0, 0], share)
+    pairs = refresh.solver(operator, basis, to_int(refresh.iterations))
+    done = to_int(refresh.iterations) if operator.exact else 1
+    energy = _subspace.captured_energy(_subspace.project(pairs.basis, gradient), gradient)
+    fresh = Spectrum(
+        eigenvalues=pairs.eigenvalues[None],
+        trace=jnp.reshape(operator.trace, (1, 1)),
+        weight=jnp.reshape(total, (1, 1)),
+        residual=jnp.reshape(pairs.residual, (1, 1)),
+        energy=energy,
+        iterations=past.iterations + done,
+        failures=past.failures,
+        activations=jnp.full_like(past.activations, observed),
+    )
+    good = usable(operator, pairs)
+    kept = past._replace(failures=past.failures + 1)
+    nothing = operator.count == 0
+    kept = _where(nothing, past, kept)
+    new = _where(good, Layer(pairs.basis, fresh), Layer(basis, kept))
+    return new, _subspace.rotation(new.basis, basis)
+
+
+def usable(operator: Operator, pairs: Eigenpairs) -> Array:
+    """Whether a refresh may replace the last good basis.
+
+    Refused: nothing observed, non-finite numbers, a second moment whose rank is
+    below that of the basis, and a basis that is not orthonormal.
+    """
+    eps = jnp.finfo(pairs.basis.dtype).eps
+    rank = pairs.basis.shape[1]
+    gram = _subspace.rotation(pairs.basis, pairs.basis)
+    orthonormal = jnp.max(jnp.abs(gram - jnp.eye(rank))) < jnp.sqrt(eps)
+    leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
+    full_rank = (leading > 0) & (last > _RANK_TOLERANCE * eps * leading)
+    finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
+    finite &= jnp.isfinite(operator.mean).all() & jnp.isfinite(pairs.residual)
+    return (operator.count > 0) & finite & full_rank & orthonormal
+
+
+def check_statistics(
+    statistics: Any, views: Mapping[str, MatrixView], known: list[str], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """The statistics of the projected parameters, or an error that says where."""
+    if not isinstance(statistics, Mapping):
+        raise TypeError(
+            f"statistics: got {type(statistics).__name__}, expected a flat mapping "
+            "from parameter path to Sketch, Activations or Covariance, such as "
+            "{'Dense_0/kernel': dsbp_optax.Activations(x)}."
+        )
+    for path in statistics:
+        if path not in known:
+            raise ValueError(
+                f"statistics: unknown path '{path}'; the parameters are "
+                f"{_plan.some(known)}.{_plan.did_you_mean(str(path), known)}"
+            )
+    return {
+        path: _check_statistic(path, statistics[path], view, ranks[path])
+        for path, view in views.items()
+        if statistics.get(path) is not None
+    }
+
+
+def _check_statistic(path: str, given: Any, view: MatrixView, rank: int) -> Any:
+    statistic = given
+    if not isinstance(given, Sketch | Activations | Covariance):
+        if not hasattr(given, "shape") or not hasattr(given, "dtype"):
+            raise TypeError(
+                f"statistics['{path}']: got {type(given).__name__}, expected Sketch, "
+                "Activations, Covariance, or an activation matrix (n, d)."
+            )
+        statistic = Activations(given)
+    expected: dict[str, tuple[Any, ...]]
+    match statistic:
+        case Sketch():
+            expected = {"product": _layout.kernel_form_shape(view, True, rank)}
+        case Activations():
+            expected = {"values": (*view.batch_shape, None, view.size)}
+        case Covariance():
+            expected = {"matrix": (*view.batch_shape, view.size, view.size)}
+    for field, shape in expected.items():
+        array = getattr(statistic, field)
+        if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
+            raise TypeError(
+                f"statistics['{path}'].{field}: got dtype {jnp.result_type(array)}, "
+                "expected a real one."
+            )
+        got = jnp.shape(array)
+        free = [a is None or a == b for a, b in zip(shape, got, strict=False)]
+        if len(got) != len(shape) or not all(free):
+            wanted = str(shape).replace("None", "n")
+            raise ValueError(
+                f"statistics['{path}'].{field}: got shape {got}, expected {wanted}. "
+                "Remedy: pass the activations of the side that is projected, with the "
+                "kernel's axes of that side flattened; if the kernel's axes were "
+                "misread, pass axes={...: dsbp_optax.Axes(...)} to the optimizer."
+            )
+    return statistic
+
+
+def _as_matrices(statistic: Any, view: MatrixView) -> Any:
+    """Canonical ``(*batch, ...)`` arrays: sketches come in kernel form."""
+    if isinstance(statistic, Sketch):
+        product, count, trace, total = (
+            _layout.from_kernel_form(x, view)
+            for x in (statistic.product, statistic.count, statistic.trace, statistic.total)
+        )
+        return Sketch(product, count[..., 0, 0], trace[..., 0, 0], total[..., 0])
+    if isinstance(statistic, Covariance):
+        shape = view.batch_shape
+        count = jnp.broadcast_to(jnp.asarray(statistic.count), shape)
+        return Covariance(statistic.matrix, count, statistic.total)
+    return statistic
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _is_zero(value: Scalar) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def to_int(value: Scalar) -> Any:
+    """Traced hyperparameters may arrive as floats."""
+    return value if isinstance(value, int) else jnp.asarray(value).astype(jnp.int32)

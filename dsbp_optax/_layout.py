@@ -1,0 +1,230 @@
+"""Where a parameter is in the tree, and how its axes form matrices.
+
+The only place that reshapes parameters. A kernel of any number of axes is read as
+``(*batch, d, m)`` matrices: `rows` are the axes of the side that carries the basis,
+`columns` those of the other side, `batch` those along which kernels are stacked.
+
+Arrays kept in the optimizer state have the *kernel form*: the kernel's axes in the
+kernel's order plus one trailing axis, and length 1 along every axis that the array
+does not depend on. A Dense kernel ``(784, 512)`` has an input basis
+``(784, 1, k)``; a scanned one ``(L, 784, 512)`` has ``(L, 784, 1, k)``. The shape
+alone tells side and stacking, and the array is sharded, scanned and stacked along
+whatever axes it shares with its kernel.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from dsbp_optax._types import Array, PyTree, Side
+
+T = TypeVar("T")
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Axes(NamedTuple):
+    """Which axes of a kernel face the layer's input and which its output.
+
+    Attributes:
+      inputs: axes summed over in ``y = x W``.
+      outputs: axes that appear in the layer's output.
+      batch: axes along which independent kernels are stacked (scanned layers,
+        experts); absent for an ordinary kernel.
+
+    Example:
+      >>> from dsbp_optax import Axes
+      >>> Axes(inputs=(0,), outputs=(1, 2))   # attention query (embed, heads, depth)
+      Axes(inputs=(0,), outputs=(1, 2), batch=())
+    """
+
+    inputs: Shape
+    outputs: Shape
+    batch: Shape = ()
+
+
+#: Per-path choice: one value, a mapping from glob pattern to value, or a callable.
+PerPath: TypeAlias = T | Mapping[str, T] | Callable[[str, Shape], T]
+AxesRule: TypeAlias = Mapping[str, Axes] | Callable[[str, Shape], Axes | None]
+
+
+class MatrixView(NamedTuple):
+    """One kernel read as ``(*batch, d, m)`` matrices."""
+
+    shape: Shape
+    batch: Shape
+    rows: Shape
+    columns: Shape
+
+    @property
+    def batch_shape(self) -> Shape:
+        return _lengths(self.shape, self.batch)
+
+    @property
+    def size(self) -> int:
+        """``d``"""
+        return math.prod(_lengths(self.shape, self.rows))
+
+    @property
+    def other(self) -> int:
+        """``m``"""
+        return math.prod(_lengths(self.shape, self.columns))
+
+
+def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
+    """The view of a kernel of `shape` whose rows are the given side."""
+    if side == "input":
+        return MatrixView(shape, axes.batch, axes.inputs, axes.outputs)
+    return MatrixView(shape, axes.batch, axes.outputs, axes.inputs)
+
+
+def to_matrices(kernel: Array, view: MatrixView) -> Array:
+    """``kernel -> (*batch, d, m)``."""
+    order = view.batch + view.rows + view.columns
+    return kernel.transpose(order).reshape(*view.batch_shape, view.size, view.other)
+
+
+def from_matrices(matrices: Array, view: MatrixView) -> Array:
+    """``(*batch, d, m) -> kernel``, the inverse of `to_matrices`."""
+    order = view.batch + view.rows + view.columns
+    return matrices.reshape(_lengths(view.shape, order)).transpose(_inverse(order))
+
+
+def to_kernel_form(array: Array, view: MatrixView) -> Array:
+    """``(*batch, d or 1, c) -> kernel form``, see the module's docstring."""
+    rows = _lengths(view.shape, view.rows)
+    if array.shape[-2] != view.size:
+        rows = (1,) * len(rows)
+    ones = (1,) * len(view.columns)
+    order = view.batch + view.rows + view.columns
+    split = array.reshape(*view.batch_shape, *rows, *ones, array.shape[-1])
+    return split.transpose(*_inverse(order), len(order))
+
+
+def from_kernel_form(array: Array, view: MatrixView) -> Array:
+    """``kernel form -> (*batch, d or 1, c)``, the inverse of `to_kernel_form`."""
+    order = view.batch + view.rows + view.columns
+    ordered = array.transpose(*order, len(order))
+    return ordered.reshape(*view.batch_shape, -1, array.shape[-1])
+
+
+def flatten_with_paths(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """A flat dict path -> leaf, in tree order, and the tree's structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {path_string(keys): leaf for keys, leaf in leaves}, treedef
+
+
+def path_string(keys: Sequence[Any]) -> str:
+    """``"Dense_0/kernel"``; the box around a Linen or NNX value leaves no trace."""
+    if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return "/".join(_key_string(key) for key in keys)
+
+
+def resolve(choice: PerPath[T], path: str, shape: Shape, default: T) -> T:
+    """What a per-path choice says of one parameter: the first pattern that matches."""
+    if callable(choice):
+        return choice(path, shape)
+    if isinstance(choice, Mapping):
+        return next((v for k, v in choice.items() if matches(path, k)), default)
+    return choice
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a glob `pattern` ("*/query/kernel") covers `path`."""
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def infer_axes(path: str, shape: Shape, bias: Shape | None) -> Axes:
+    """Read the axes off a kernel's shape, its bias and its name.
+
+    In this order: two axes are (input, output); the projections of attention go by
+    name (``query, key, value`` one input axis, ``out`` one output axis); a bias has
+    the stacking axes in front and the output axes behind, which is unique for most
+    kernels; convolutions go by name or by having four axes or more; whatever is
+    left is a stack of matrices. A user's `AxesRule` comes before all of this.
+
+    Args:
+      path: the parameter's path.
+      shape: its shape, of two axes or more.
+      bias: the shape of the bias beside it, or None.
+    """
+    ndim, name = len(shape), _owner(path)
+    if ndim == 2:
+        return Axes((0,), (1,))
+    if name in {"query", "key", "value"}:
+        return _axes(ndim, ndim - 3, 2)
+    if name == "out":
+        return _axes(ndim, ndim - 3, 1)
+    convolution = "conv" in name or (ndim >= 4 and "dense" not in name)
+    if bias is not None:
+        fits = [(b, o) for b, o in _splits(ndim) if shape[:b] + shape[-o:] == bias]
+        plain = (0, 1) if convolution else (ndim - 2, 1)
+        if fits:
+            return _axes(ndim, *(plain if plain in fits else fits[0]))
+    return _axes(ndim, 0 if convolution else ndim - 2, 1)
+
+
+def check_axes(path: str, shape: Shape, axes: Axes) -> Axes:
+    """`axes` with non-negative entries, each axis named once, or an error."""
+    ndim = len(shape)
+    groups = [tuple(a + ndim if a < 0 else a for a in group) for group in axes]
+    named = sorted(a for group in groups for a in group)
+    if named != list(range(ndim)) or not groups[0] or not groups[1]:
+        raise ValueError(
+            f"axes of '{path}': got {axes} for shape {shape}, expected every axis "
+            f"0..{ndim - 1} exactly once, with at least one input and one output. "
+            "Remedy: dsbp_optax.Axes(inputs=..., outputs=..., batch=...)."
+        )
+    inputs, outputs, batch = (tuple(sorted(group)) for group in groups)
+    return Axes(inputs, outputs, batch)
+
+
+def _axes(ndim: int, batch: int, outputs: int) -> Axes:
+    every = tuple(range(ndim))
+    return Axes(every[batch : ndim - outputs], every[ndim - outputs :], every[:batch])
+
+
+def _splits(ndim: int) -> list[tuple[int, int]]:
+    """(stacking axes, output axes) that leave at least one input axis."""
+    return [(b, o) for b in range(ndim - 1) for o in range(1, ndim - b)]
+
+
+def _owner(path: str) -> str:
+    parts = path.split("/")
+    return parts[-2].lower() if len(parts) > 1 else parts[-1].lower()
+
+
+def _key_string(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+    return str(key)
+
+
+def _lengths(shape: Shape, axes: Sequence[int]) -> Shape:
+    return tuple(shape[a] for a in axes)
+
+
+def _inverse(order: Sequence[int]) -> Shape:
+    return tuple(sorted(range(len(order)), key=lambda i: order[i]))
+
+
+def kernel_form_shape(view: MatrixView, rows: bool, width: int) -> Shape:
+    """The shape that `to_kernel_form` gives, without an array."""
+    kept = view.batch + (view.rows if rows else ())
+    lengths = tuple(n if a in kept else 1 for a, n in enumerate(view.shape))
+    return (*lengths, width)
+
+
+def astype(array: Any, dtype: Any) -> Array:
+    """`array` as a jax array of `dtype`."""
+    return jnp.asarray(array).astype(dtype)

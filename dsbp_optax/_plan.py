@@ -1,0 +1,289 @@
+"""Which parameters are projected, on which side, at which rank, and why.
+
+Decided once, at ``init``, from paths, shapes and the inner optimizer's appetite for
+memory. `explain` shows the same decisions to people.
+"""
+
+import contextvars
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _layout
+from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
+from dsbp_optax._types import PyTree, Side
+
+SIDES = ("input", "output")
+#: Names whose arrays are tables, scales or offsets, not linear maps.
+_NOT_KERNELS = re.compile(r"embed|bias|scale|norm|(^|/)(pos|cls|token)[^/]*$")
+When: TypeAlias = Literal["auto", "always"]
+
+
+#: Where `dsbp_optax.diagnostics.explain` listens to the plans made inside ``init``.
+OBSERVER: contextvars.ContextVar[list[dict[str, Any]] | None] = contextvars.ContextVar(
+    "dsbp_optax plans", default=None
+)
+
+
+class Choices(NamedTuple):
+    """What the user asked for; resolved per parameter by `plan`.
+
+    Attributes:
+      rank: rank, per path if wished.
+      side: "input" or "output", per path if wished.
+      axes: rule for kernels whose axes the heuristics misread; per path.
+      when: "auto" projects where that saves memory; "always" wherever rank < d.
+    """
+
+    rank: PerPath[Any]
+    side: PerPath[Any]
+    axes: AxesRule | None
+    when: When
+
+
+class Decision(NamedTuple):
+    """What is done with one parameter, and why.
+
+    Attributes:
+      projected: whether a basis is kept for it.
+      reason: in words.
+      side: the side that carries the basis, or None.
+      rank: number of basis vectors, or 0.
+      view: how its axes form matrices, or None.
+    """
+
+    projected: bool
+    reason: str
+    side: Side | None = None
+    rank: int = 0
+    view: MatrixView | None = None
+
+
+def plan(
+    params: PyTree, choices: Choices, inner: optax.GradientTransformation
+) -> dict[str, Decision]:
+    """A decision for each leaf of `params`, by path."""
+    leaves, _ = _layout.flatten_with_paths(params)
+    check_patterns(known_paths(params), choices)
+    decisions = {
+        path: _decide(path, leaf, leaves, choices, inner)
+        for path, leaf in leaves.items()
+    }
+    if (observer := OBSERVER.get()) is not None:
+        observer.append(decisions)
+    return decisions
+
+
+def views(params: PyTree, choices: Choices, bases: Mapping[str, Any]) -> dict[str, Any]:
+    """Views of the parameters that have a basis, for ``update``: shapes only.
+
+    Args:
+      params: parameters or updates; leaves absent from `bases` are passed over.
+      choices: as at ``init``; the rank is not consulted and may be traced.
+      bases: path -> basis in kernel form.
+    """
+    leaves, _ = _layout.flatten_with_paths(params)
+    found = {}
+    for path in bases:
+        if path not in leaves:
+            raise ValueError(
+                f"the state holds a basis for '{path}', which is not among the "
+                f"updates ({some(leaves)}). Remedy: call update with the tree that "
+                "init saw, or init again."
+            )
+        shape = jnp.shape(leaves[path])
+        found[path] = _view(path, shape, leaves, choices)[0]
+    return found
+
+
+def _decide(
+    path: str,
+    leaf: Any,
+    leaves: Mapping[str, Any],
+    choices: Choices,
+    inner: optax.GradientTransformation,
+) -> Decision:
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if len(shape) < 2:
+        return Decision(False, "fewer than two axes")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return Decision(False, f"dtype {dtype} is not real floating point")
+    if _NOT_KERNELS.search(path.lower()) and not _asked_for(path, shape, choices):
+        return Decision(False, "by name an embedding, scale or bias")
+    view, side = _view(path, shape, leaves, choices)
+    rank = check_rank(_layout.resolve(choices.rank, path, shape, None), path)
+    if rank is None:
+        return Decision(False, "no rank is given for this path")
+    return _worthwhile(path, dtype, view, side, min(rank, view.size), choices, inner)
+
+
+def _worthwhile(
+    path: str,
+    dtype: Any,
+    view: MatrixView,
+    side: Side,
+    rank: int,
+    choices: Choices,
+    inner: optax.GradientTransformation,
+) -> Decision:
+    size, other = view.size, view.other
+    if choices.when == "auto":
+        if size < 2 or other < 2:
+            return Decision(False, f"a {size} x {other} matrix has nothing to project")
+        if rank == size:
+            return Decision(False, f"rank reaches d = {size}: the identity")
+        stack = math.prod(view.batch_shape)
+        full = stack * inner_bytes(inner, (size, other), dtype)
+        basis = stack * size * rank * compute_dtype(dtype).itemsize
+        small = basis + stack * inner_bytes(inner, (rank, other), compute_dtype(dtype))
+        if full and small >= full:
+            return Decision(False, f"saves no memory: {small} >= {full} bytes")
+    text = f"{side} side, rank {rank} of {size}"
+    return Decision(True, text, side, rank, view)
+
+
+def inner_bytes(
+    inner: optax.GradientTransformation, shape: Shape, dtype: Any
+) -> int:
+    """Bytes that `inner` keeps for one matrix, counters apart."""
+    like = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+    state = jax.eval_shape(inner.init, like)
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    return sum(sizes)
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype of all linear algebra on parameters of `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _view(
+    path: str, shape: Shape, leaves: Mapping[str, Any], choices: Choices
+) -> tuple[MatrixView, Side]:
+    side = check_side(_layout.resolve(choices.side, path, shape, "input"), path)
+    axes = _axes_by_rule(path, shape, choices.axes)
+    if axes is None:
+        sibling = leaves.get("/".join((*path.split("/")[:-1], "bias")))
+        bias = None if sibling is None else jnp.shape(sibling)
+        axes = _layout.infer_axes(path, shape, bias)
+    return _layout.matrix_view(shape, axes, side), side
+
+
+def _axes_by_rule(path: str, shape: Shape, rule: AxesRule | None) -> Axes | None:
+    if rule is None:
+        return None
+    axes = _layout.resolve(rule, path, shape, None)
+    return None if axes is None else _layout.check_axes(path, shape, Axes(*axes))
+
+
+def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
+    """Whether a mapping names this very path, or an axes rule covers it."""
+    named = isinstance(choices.rank, Mapping) and path in choices.rank
+    return named or _axes_by_rule(path, shape, choices.axes) is not None
+
+
+def check_rank(rank: Any, path: str = "*") -> int | None:
+    """A positive Python integer, or None, or an error that says where."""
+    if rank is None:
+        return None
+    if isinstance(rank, jax.core.Tracer):
+        raise TypeError(
+            f"rank of '{path}': got a traced value, expected a Python integer, since "
+            "it sets array shapes. Remedy: optax.inject_hyperparams(f, "
+            "static_args=('rank',))."
+        )
+    value = check_integer("rank", rank, 1, f" of '{path}'")
+    return int(value)
+
+
+def check_side(side: Any, path: str = "*") -> Side:
+    if side not in SIDES:
+        raise ValueError(
+            f"side of '{path}': got {side!r}, expected 'input' (the side of the "
+            "activations that enter the layer) or 'output' (the paper's)."
+        )
+    return side  # type: ignore[no-any-return]
+
+
+def check_integer(name: str, value: Any, least: int, where: str = "") -> Any:
+    """`value` as an int of at least `least`; traced values pass unseen."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}{where}: got {value!r} of type {type(value).__name__}, expected "
+            f"an integer of at least {least}."
+        ) from None
+    if number < least:
+        raise ValueError(f"{name}{where}: got {number}, expected at least {least}.")
+    return number
+
+
+def check_number(
+    name: str, value: Any, least: float, below: float | None = None
+) -> Any:
+    """`value`, if a real number in range; schedules and traced values pass unseen."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return value
+    bound = f"at least {least}" + ("" if below is None else f" and below {below}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, expected a number {bound}.") from None
+    if not (number >= least and (below is None or number < below)):
+        raise ValueError(f"{name}: got {value!r}, expected a number {bound}.")
+    return value
+
+
+def check_choices(choices: Choices) -> Choices:
+    """Early errors for what is one value for all paths."""
+    if not callable(choices.rank) and not isinstance(choices.rank, Mapping):
+        if not isinstance(choices.rank, jax.core.Tracer):
+            check_rank(choices.rank)
+    if not callable(choices.side) and not isinstance(choices.side, Mapping):
+        check_side(choices.side)
+    if choices.when not in ("auto", "always"):
+        raise ValueError(f"project: got {choices.when!r}, expected 'auto' or 'always'.")
+    return choices
+
+
+def known_paths(tree: PyTree) -> list[str]:
+    """Paths of all leaves, those included that a mask hides from this transformation."""
+    flat, _ = _layout.flatten_with_paths(
+        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+    return list(flat)
+
+
+def check_patterns(paths: list[str], choices: Choices) -> None:
+    """A pattern that matches no parameter is a misspelling."""
+    asked = {"rank": choices.rank, "side": choices.side, "axes": choices.axes}
+    for name, choice in asked.items():
+        for pattern in choice if isinstance(choice, Mapping) and paths else ():
+            if not any(_layout.matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{name}: pattern '{pattern}' matches no parameter; there are "
+                    f"{some(paths)}.{did_you_mean(pattern, paths)}"
+                )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def some(paths: Any) -> str:
+    listed = list(paths)
+    shown = ", ".join(f"'{p}'" for p in listed[:6])
+    return shown + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")

@@ -1,0 +1,322 @@
+"""State and step that the two spectral transformations share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _eigenbasis, _layout, _plan, _subspace
+from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
+from dsbp_optax._layout import MatrixView
+from dsbp_optax._statistics import Sketch
+from dsbp_optax._types import Array, PyTree
+
+#: Keywords near these are taken for misspellings of ours.
+_OURS = ("statistics",)
+_ALIASES = frozenset({"stats", "stat", "activations", "covariance", "covariances"})
+
+
+class SpectralProjectionState(NamedTuple):
+    """State of `scale_by_spectral_projection`.
+
+    Every array of `basis` and `spectrum` has the *kernel form*: the kernel's axes
+    in the kernel's order plus one trailing axis, of length 1 along each axis that
+    it does not depend on. A Dense kernel ``(784, 512)`` has an input basis
+    ``(784, 1, k)`` and an output basis ``(1, 512, k)``.
+
+    Attributes:
+      step: int32, updates seen.
+      skipped: int32, updates whose gradients were not finite; they changed nothing.
+      collect: bool, whether the next step's statistics will be used.
+      basis: parameter path -> orthonormal basis, a flat dict.
+      spectrum: parameter path -> `Spectrum`.
+      statistics: place for `put_statistics`; empty unless reserved.
+      inner: state of the inner optimizer on a flat dict by path, with ``(*batch, k,
+        m)`` coordinates for projected kernels and full arrays for the rest.
+    """
+
+    step: Array
+    skipped: Array
+    collect: Array
+    basis: Any
+    spectrum: Any
+    statistics: Any
+    inner: Any
+
+
+class SpectralSharpnessState(NamedTuple):
+    """State of `add_spectral_sharpness`; fields as in `SpectralProjectionState`."""
+
+    step: Array
+    skipped: Array
+    collect: Array
+    basis: Any
+    spectrum: Any
+    statistics: Any
+
+
+#: State type -> what its statistics' paths end in. The projection's end in nothing.
+STATES = {SpectralProjectionState: "", SpectralSharpnessState: "#sharpness"}
+SpectralState = SpectralProjectionState | SpectralSharpnessState
+
+
+def find_states(opt_state: PyTree) -> list[SpectralState]:
+    """The spectral states inside any nest of optax wrappers."""
+    kinds = tuple(STATES)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
+    """Hand statistics over inside the state, through wrappers that drop keywords.
+
+    For ``optax.lookahead``, ``MultiSteps`` in a chain and the like. The optimizer
+    must have been built with ``statistics_in_state=True``.
+
+    Args:
+      opt_state: any nest of optax states.
+      statistics: sketches by path, as an adapter returns them.
+
+    Returns:
+      `opt_state` with the statistics in their place; the next update consumes them.
+
+    Raises:
+      ValueError: when no place was reserved.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2, statistics_in_state=True)
+      >>> state = tx.init({"kernel": jnp.ones((8, 8))})
+      >>> sketches = optax.tree.get(state, "statistics")
+      >>> state = dsbp_optax.put_statistics(state, sketches)
+    """
+    states = find_states(opt_state)
+    if not states or any(not s.statistics and s.basis for s in states):
+        raise ValueError(
+            "put_statistics: the optimizer state has no place for statistics. "
+            "Remedy: build the optimizer with statistics_in_state=True."
+        )
+
+    def put(node: Any) -> Any:
+        if not isinstance(node, tuple(STATES)):
+            return node
+        suffix = STATES[type(node)]
+        filled = {
+            path: statistics.get(path + suffix, statistics.get(path, empty))
+            for path, empty in node.statistics.items()
+        }
+        return node._replace(statistics=filled)
+
+    return jax.tree.map(put, opt_state, is_leaf=lambda x: isinstance(x, tuple(STATES)))
+
+
+def empty_statistics(layers: Mapping[str, Layer]) -> dict[str, Sketch]:
+    """Sketches of nothing, in kernel form."""
+    return {path: empty_sketch(layer.basis, layer.spectrum) for path, layer in layers.items()}
+
+
+def empty_sketch(basis: Array, spectrum: Spectrum) -> Sketch:
+    """A sketch of no samples, of the shapes that `basis` asks for."""
+    none = jnp.zeros_like(spectrum.trace)
+    return Sketch(jnp.zeros_like(basis), none, none, jnp.zeros_like(basis[..., :1]))
+
+
+def gather_statistics(
+    given: Any,
+    state: SpectralState,
+    views: Mapping[str, MatrixView],
+    known: list[str],
+) -> dict[str, Any]:
+    """Statistics by path: those of the call, else those put into the state.
+
+    A path may end in the suffix of this transformation; plain paths serve both.
+    """
+    if given is None:
+        return dict(state.statistics) if state.statistics else {}
+    ranks = {path: basis.shape[-1] for path, basis in state.basis.items()}
+    if isinstance(given, Mapping):
+        mine = STATES[type(state)]
+        others = {s for s in STATES.values() if s} - {mine}
+        given = {k: v for k, v in given.items() if not any(k.endswith(o) for o in others)}
+        if mine:
+            plain = {k: v for k, v in given.items() if not isinstance(v, Sketch)}
+            own = {k.removesuffix(mine): v for k, v in given.items() if k.endswith(mine)}
+            given = {k: v for k, v in plain.items() if not k.endswith(mine)} | own
+    return _eigenbasis.check_statistics(given, views, known, ranks)
+
+
+def refresh_all(
+    layers: dict[str, Layer],
+    carried: PyTree,
+    statistics: Mapping[str, Any],
+    gradients: Mapping[str, Array],
+    views: Mapping[str, MatrixView],
+    refresh: Refresh,
+    step: Array,
+    allowed: Array,
+    transport: Callable[[PyTree, Mapping[str, Array]], PyTree],
+) -> tuple[dict[str, Layer], PyTree]:
+    """Every layer whose turn it is, one `lax.cond` for each group of layers.
+
+    Layers with sketches (or with nothing, which use their gradient) take one power
+    iteration on each of the first q steps of a period; layers with a whole matrix
+    take all of them on the first.
+
+    Args:
+      layers: path -> layer, kernel form.
+      carried: what moves with the bases, the inner optimizer's state.
+      statistics: path -> statistic.
+      gradients: path -> ``(*batch, d, m)``.
+      views: path -> view.
+      refresh: settings.
+      step: int32.
+      allowed: bool, false on a step that must change nothing.
+      transport: ``(carried, rotations) -> carried``.
+    """
+    instant = [p for p in layers if _eigenbasis.is_instant(statistics.get(p))]
+    spread = [p for p in layers if p not in instant]
+    first = step % _eigenbasis.to_int(refresh.every) == 0
+
+    def refresh_branch(
+        group: dict[str, Layer], carried: PyTree, seen: Any, gradients: Any
+    ) -> tuple[dict[str, Layer], PyTree]:
+        done = {
+            path: _eigenbasis.refresh_layer(
+                layer, seen.get(path), gradients[path], views[path], refresh
+            )
+            for path, layer in group.items()
+        }
+        rotations = {path: rotation for path, (_, rotation) in done.items()}
+        new = {path: layer for path, (layer, _) in done.items()}
+        return new, transport(carried, rotations)
+
+    def keep_branch(
+        group: dict[str, Layer], carried: PyTree, seen: Any, gradients: Any
+    ) -> tuple[dict[str, Layer], PyTree]:
+        del seen, gradients
+        return group, carried
+
+    layers = dict(layers)
+    for paths, turn in ((instant, first), (spread, _eigenbasis.collects(step, refresh))):
+        if paths:
+            group, carried = jax.lax.cond(
+                turn & allowed,
+                refresh_branch,
+                keep_branch,
+                {p: layers[p] for p in paths},
+                carried,
+                {p: statistics[p] for p in paths if p in statistics},
+                {p: gradients[p] for p in paths},
+            )
+            layers.update(group)
+    return layers, carried
+
+
+def sharpness_terms(
+    sharpness: optax.ScalarOrSchedule,
+    layers: Mapping[str, Layer],
+    bases: Mapping[str, Array],
+    views: Mapping[str, MatrixView],
+    params: PyTree | None,
+    count: Array,
+) -> dict[str, Array]:
+    """``beta lambda_1 / tr(C) e_1 e_1^T W`` of each layer, shaped as its kernel.
+
+    Zero for a layer whose basis has not come from activations: the term is theirs.
+
+    Raises:
+      ValueError: when the parameters were not passed to ``update``.
+    """
+    if params is None:
+        raise ValueError(
+            "the spectral sharpness term needs the parameters. Remedy: call "
+            "tx.update(updates, state, params)."
+        )
+    beta = sharpness(count) if callable(sharpness) else sharpness
+    leaves, _ = _layout.flatten_with_paths(params)
+    kernels = matrices(leaves, views)
+    terms = {}
+    for path, view in views.items():
+        spectrum = layers[path].spectrum
+        safe = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
+        share = jnp.where(spectrum.activations, spectrum.eigenvalues[..., :1] / safe, 0)
+        weight = jnp.asarray(beta, bases[path].dtype) * _layout.from_kernel_form(share, view)
+        term = _subspace.leading_decay(bases[path], weight, kernels[path])
+        terms[path] = _layout.from_matrices(term, view)
+    return terms
+
+
+def cleared(statistics: Any) -> Any:
+    """Statistics that have been used: the same structure, nothing in it."""
+    return jax.tree.map(jnp.zeros_like, statistics)
+
+
+def check_extra_args(extra: Mapping[str, Any]) -> None:
+    """Refuse misspelt keywords of ours; others belong to somebody else."""
+    for name in extra:
+        if name in _ALIASES or (_plan.did_you_mean(name, _OURS) and name not in _OURS):
+            raise TypeError(
+                f"update: got an unexpected keyword '{name}'. Did you mean "
+                "'statistics'?"
+            )
+
+
+def all_finite(leaves: Mapping[str, Array]) -> Array:
+    """Whether every number of every leaf is finite."""
+    checks = [
+        jnp.isfinite(x).all()
+        for x in leaves.values()
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    ]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the condition holds, else `old`, dtypes kept."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old)
+
+
+def init_layers(
+    params: PyTree, decisions: Mapping[str, _plan.Decision]
+) -> dict[str, Layer]:
+    """Cold layers for the projected parameters."""
+    leaves, _ = _layout.flatten_with_paths(params)
+    return {
+        path: _eigenbasis.init_layer(
+            path, choice.view, choice.rank, _plan.compute_dtype(jnp.result_type(leaves[path]))
+        )
+        for path, choice in decisions.items()
+        if choice.view is not None and choice.projected
+    }
+
+
+def counters(refresh: Refresh) -> tuple[Array, Array, Array]:
+    """step, skipped, collect of a fresh state."""
+    zero = jnp.zeros([], jnp.int32)
+    return zero, zero, _eigenbasis.collects(zero, refresh)
+
+
+def advance(state: SpectralState, finite: Array, refresh: Refresh) -> dict[str, Array]:
+    """step, skipped, collect after one more update."""
+    step = optax.safe_increment(state.step)
+    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
+    collect = jnp.asarray(_eigenbasis.collects(step, refresh))
+    return {"step": step, "skipped": skipped, "collect": collect}
+
+
+def matrices(
+    gradients: Mapping[str, Array], views: Mapping[str, MatrixView]
+) -> dict[str, Array]:
+    """The projected parameters as ``(*batch, d, m)`` in their compute dtype."""
+    return {
+        path: _layout.to_matrices(_layout.astype(gradients[path], dtype), view)
+        for path, view in views.items()
+        for dtype in [_plan.compute_dtype(jnp.result_type(gradients[path]))]
+    }
+
+
+def split_layers(state: SpectralState) -> dict[str, Layer]:
+    """The layers of a state, by path."""
+    return {path: Layer(basis, state.spectrum[path]) for path, basis in state.basis.items()}

@@ -1,0 +1,191 @@
+"""What a layer's activations leave behind, in three forms behind one protocol.
+
+Every form yields the per-sample second moment ``C = A^T A / n`` as an `Operator`.
+Their fields are sums over samples, so they add up over micro-batches, devices and
+calls of a shared layer; only ratios by `count` are ever used.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsbp_optax._types import Array, Operator, Scalar
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """The sketch ``Y = A^T (A V)``: ``O(d k)`` memory, what the adapters collect.
+
+    Attributes:
+      product: ``(d, k)``, ``Y``, taken with the basis ``V`` of the optimizer state.
+      count: ``()``, number of samples; 0 where nothing was collected.
+      trace: ``()``, ``|A|_F^2``.
+      total: ``(d,)``, the sum of the samples.
+
+    Inside the ``statistics`` mapping each field has the *kernel form* of the basis
+    (see `dsbp_optax.SpectralProjectionState`).
+    """
+
+    product: Array
+    count: Array
+    trace: Array
+    total: Array
+
+    def operator(self, basis: Array) -> Operator:
+        """The second moment, right on span `basis` ``(d, k)`` only."""
+        product, count, trace, total = _as(
+            basis.dtype, self.product, self.count, self.trace, self.total
+        )
+        n = jnp.maximum(count, 1)
+
+        def matmul(v: Array) -> Array:
+            inside = jnp.matmul(basis.T, v, precision=_HIGHEST)
+            return jnp.matmul(product, inside, precision=_HIGHEST) / n
+
+        return Operator(matmul, trace / n, total / n, count, exact=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """An activation matrix ``A``.
+
+    Attributes:
+      values: ``(*batch, n, d)``, one sample a row. For a convolution, ``d`` runs
+        over the patch in the kernel's own order (height, width, channel).
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> statistics = {"dense/kernel": dsbp_optax.Activations(jnp.ones((32, 8)))}
+    """
+
+    values: Array
+
+    def operator(self, basis: Array) -> Operator:
+        """The second moment ``A^T A / n``; costs two products with ``A`` a use."""
+        (a,) = _as(basis.dtype, self.values)
+        n = jnp.asarray(a.shape[0], basis.dtype)
+
+        def matmul(v: Array) -> Array:
+            inside = jnp.matmul(a, v, precision=_HIGHEST)
+            return jnp.matmul(a.T, inside, precision=_HIGHEST) / n
+
+        return Operator(matmul, jnp.sum(a * a) / n, jnp.mean(a, axis=0), n, exact=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Covariance:
+    """A second-moment matrix: the only form in which ``d x d`` numbers exist.
+
+    Attributes:
+      matrix: ``(*batch, d, d)``, ``A^T A`` summed over ``count`` samples.
+      count: ``(*batch,)`` or a number; the default 1 takes `matrix` as a mean.
+      total: ``(*batch, d)``, the sum of the samples; needed only where the
+        optimizer is told ``centered=True``.
+    """
+
+    matrix: Array
+    count: Scalar = 1.0
+    total: Array | None = None
+
+    def operator(self, basis: Array) -> Operator:
+        """The second moment ``matrix / count``."""
+        matrix, count = _as(basis.dtype, self.matrix, self.count)
+        total = jnp.zeros(matrix.shape[0]) if self.total is None else self.total
+        (total,) = _as(basis.dtype, total)
+        n = jnp.maximum(count, jnp.finfo(basis.dtype).tiny)
+
+        def matmul(v: Array) -> Array:
+            return jnp.matmul(matrix, v, precision=_HIGHEST) / n
+
+        return Operator(matmul, jnp.trace(matrix) / n, total / n, count, exact=True)
+
+
+def center(operator: Operator) -> Operator:
+    """The covariance proper: ``C - mean mean^T``."""
+    mean = operator.mean
+
+    def matmul(v: Array) -> Array:
+        inside = jnp.matmul(mean, v, precision=_HIGHEST)
+        return operator.matmul(v) - jnp.outer(mean, inside)
+
+    trace = jnp.maximum(operator.trace - jnp.sum(mean * mean), 0)
+    return operator._replace(matmul=matmul, trace=trace)
+
+
+def blend(
+    operator: Operator,
+    basis: Array,
+    eigenvalues: Array,
+    trace: Array,
+    weight: Scalar,
+) -> Operator:
+    """Exponential decay on the rank-k model of the past.
+
+        C <- w V Lambda V^T + (1 - w) C
+
+    Args:
+      operator: the new observation.
+      basis: ``(d, k)``, the basis of the past.
+      eigenvalues: ``(k,)``, its eigenvalues.
+      trace: ``()``, the trace of the past.
+      weight: ``w`` in [0, 1), the share of the past; 0 on the first observation,
+        so the first step is exact.
+    """
+
+    def matmul(v: Array) -> Array:
+        inside = jnp.matmul(basis.T, v, precision=_HIGHEST)
+        past = jnp.matmul(basis, eigenvalues[:, None] * inside, precision=_HIGHEST)
+        return weight * past + (1 - weight) * operator.matmul(v)
+
+    mixed = weight * trace + (1 - weight) * operator.trace
+    return operator._replace(matmul=matmul, trace=mixed)
+
+
+def add_statistics(left: Any, right: Any) -> Any:
+    """Statistics of two micro-batches as one.
+
+    Args:
+      left: a mapping path -> `Sketch` (or `Covariance`), as an adapter returns it.
+      right: another, of the same structure.
+
+    Returns:
+      Their sum. Sketches must have been taken with the same optimizer state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dsbp_optax import Covariance, add_statistics
+      >>> one = {"kernel": Covariance(jnp.eye(2), jnp.array(3.0))}
+      >>> float(add_statistics(one, one)["kernel"].count)
+      6.0
+    """
+    return jax.tree.map(jnp.add, left, right)
+
+
+def sum_statistics(stacked: Any) -> Any:
+    """Statistics stacked along a leading axis (a `jax.lax.scan` over micro-batches).
+
+    Args:
+      stacked: a mapping path -> `Sketch` with one more leading axis.
+
+    Returns:
+      The sum over that axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dsbp_optax import Covariance, sum_statistics
+      >>> stacked = {"kernel": Covariance(jnp.ones((4, 2, 2)), jnp.ones(4))}
+      >>> float(sum_statistics(stacked)["kernel"].count)
+      4.0
+    """
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+
+
+def _as(dtype: Any, *arrays: Any) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(x).astype(dtype) for x in arrays)

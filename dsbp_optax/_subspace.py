@@ -1,0 +1,78 @@
+"""Projection onto a basis and what follows from it, on plain ``(*batch, ...)`` arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from dsbp_optax._types import Array
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def project(basis: Array, matrix: Array) -> Array:
+    """Coordinates ``V^T G``: ``(*batch, d, k), (*batch, d, m) -> (*batch, k, m)``."""
+    return jnp.einsum("...dk,...dm->...km", basis, matrix)
+
+
+def lift(basis: Array, coordinates: Array) -> Array:
+    """``V u``: ``(*batch, d, k), (*batch, k, m) -> (*batch, d, m)``."""
+    return jnp.einsum("...dk,...km->...dm", basis, coordinates)
+
+
+def squared_norm(matrix: Array) -> Array:
+    """``|M|_F^2`` of each matrix: ``(*batch, d, m) -> (*batch, 1, 1)``."""
+    return jnp.sum(matrix * matrix, axis=(-2, -1), keepdims=True)
+
+
+def captured_energy(coordinates: Array, matrix: Array) -> Array:
+    """Share ``|V^T G|^2 / |G|^2`` of a gradient inside the subspace, in [0, 1].
+
+    ``(*batch, k, m), (*batch, d, m) -> (*batch, 1, 1)``; 0 for a zero gradient.
+    """
+    whole = squared_norm(matrix)
+    safe = jnp.where(whole > 0, whole, 1)
+    return jnp.minimum(jnp.where(whole > 0, squared_norm(coordinates) / safe, 0), 1)
+
+
+def rotation(new_basis: Array, old_basis: Array) -> Array:
+    """``R = V_new^T V_old (*batch, k, k)``, which carries coordinates over."""
+    return jnp.einsum("...dk,...dj->...kj", new_basis, old_basis, precision=_HIGHEST)
+
+
+def principal_angles(left: Array, right: Array) -> Array:
+    """Principal angles in radians between two subspaces, ascending.
+
+    Args:
+      left: ``(*batch, d, k)`` orthonormal columns.
+      right: ``(*batch, d, k)`` orthonormal columns.
+
+    Returns:
+      ``(*batch, k)``, from the singular values of the projection and, where the
+      cosine loses its digits, of the complement.
+    """
+    cross = rotation(left, right)
+    cosine = jnp.linalg.svd(cross, compute_uv=False)
+    sine = jnp.linalg.svd(right - lift(left, cross), compute_uv=False)[..., ::-1]
+    return jnp.arctan2(jnp.clip(sine, 0, 1), jnp.clip(cosine, 0, 1))
+
+
+def rotate_first_moment(rotation: Array, moment: Array) -> Array:
+    """``m <- R m``: ``(*batch, k, k), (*batch, k, m) -> (*batch, k, m)``."""
+    carried = jnp.einsum("...kj,...jm->...km", rotation, moment, precision=_HIGHEST)
+    return carried.astype(moment.dtype)
+
+
+def rotate_second_moment(rotation: Array, moment: Array) -> Array:
+    """``v <- (R * R) v``: stays non-negative, exact for uncorrelated coordinates."""
+    return rotate_first_moment(rotation * rotation, moment)
+
+
+def leading_decay(basis: Array, share: Array, matrix: Array) -> Array:
+    """``share e_1 e_1^T W``, the gradient of ``share/2 |e_1^T W|^2``.
+
+    Args:
+      basis: ``(*batch, d, k)``, leading direction first.
+      share: ``(*batch, 1, 1)``.
+      matrix: ``(*batch, d, m)``.
+    """
+    leading = basis[..., :, :1]
+    return share * lift(leading, project(leading, matrix))

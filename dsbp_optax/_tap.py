@@ -1,0 +1,334 @@
+"""Collecting sketches inside a differentiated function; knows no framework.
+
+A layer is linear in its kernel, ``y = L_x(K)``. With the basis ``V`` in place of the
+kernel, ``Y = A^T (A V) = L_x^T(L_x(V))``: one pass of the layer's own map and its
+transpose, for dense and convolutional layers alike, without unfolding patches.
+
+A *rider* (the basis and three zeros) is differentiated beside the parameters. An
+identity on the layer's input, with a derivative of its own, returns ``Y``, the count,
+the trace and the total as the rider's cotangents. They are sums over samples, so the
+statistics are reduced over devices and micro-batches like any gradient.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsbp_optax import _eigenbasis, _spectral
+from dsbp_optax._eigenbasis import Layer, Refresh
+from dsbp_optax._layout import MatrixView
+from dsbp_optax._basis import power_iteration
+from dsbp_optax._statistics import Sketch
+from dsbp_optax._types import Array, PyTree
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class LinearMap(NamedTuple):
+    """How a layer acts through its kernel.
+
+    Attributes:
+      apply: ``(x, kernel (*batch, *inputs, w)) -> (*batch, *samples, w)``, without
+        bias, for any number ``w`` of outputs.
+      inputs: number of input axes of the kernel.
+      batch: number of leading axes along which kernels are stacked in this layer.
+      parameter: name of the kernel among the layer's parameters.
+    """
+
+    apply: Callable[[Array, Array], Array]
+    inputs: int
+    batch: int = 0
+    parameter: str = "kernel"
+
+
+class Rider(NamedTuple):
+    """What is differentiated beside a kernel, in kernel form.
+
+    The value of `count` says whether this step collects; its cotangent counts the
+    samples. The cotangents of the others are ``Y``, ``|A|^2`` and the sum of samples.
+    """
+
+    basis: Array
+    count: Array
+    trace: Array
+    total: Array
+
+
+def make_riders(opt_state: PyTree) -> dict[str, Rider]:
+    """A rider for each projected kernel of each spectral state in `opt_state`.
+
+    Keys are parameter paths, with the suffix of the transformation they serve.
+    """
+    riders = {}
+    for state in _spectral.find_states(opt_state):
+        for path, basis in state.basis.items():
+            key = path + _spectral.STATES[type(state)]
+            if key in riders:
+                raise ValueError(
+                    f"two spectral transformations of one kind hold a basis for "
+                    f"'{path}'. Remedy: give each its own parameters with "
+                    "optax.masked or optax.partition."
+                )
+            empty = _spectral.empty_sketch(basis, state.spectrum[path])
+            count = jnp.broadcast_to(state.collect, empty.count.shape)
+            riders[key] = Rider(
+                basis, count.astype(basis.dtype), empty.trace, empty.total
+            )
+    return riders
+
+
+def to_sketches(
+    cotangents: Mapping[str, Rider], tapped: set[str]
+) -> dict[str, Sketch]:
+    """Statistics by path out of the riders' cotangents, of those that were tapped."""
+    return {
+        key: Sketch(c.basis, c.count, c.trace, c.total)
+        for key, c in cotangents.items()
+        if key in tapped
+    }
+
+
+def observe_input(linear: LinearMap, x: Array, rider: Rider) -> Array:
+    """`x` itself; its sketch becomes the cotangent of `rider`."""
+    return _tap(linear.apply, linear.batch, x, x, _core_form(rider, linear, "input"))
+
+
+def observe_output(linear: LinearMap, y: Array, rider: Rider) -> Array:
+    """`y` itself, for riders on the output side; `y` includes the bias."""
+    core = _core_form(rider, linear, "output")
+    outputs = core.basis.shape[linear.batch : -1]
+
+    def apply(y: Array, v: Array) -> Array:
+        rows = y.reshape(*y.shape[: y.ndim - len(outputs)], -1)
+        columns = v.reshape(*v.shape[: linear.batch], -1, v.shape[-1])
+        spread = rows.ndim - linear.batch - 2
+        for _ in range(spread):
+            columns = columns[..., None, :, :]
+        return jnp.matmul(rows, columns, precision=_HIGHEST)
+
+    return _tap(apply, linear.batch, y, y, core)
+
+
+def rider_side(path: str, rider: Rider, linear: LinearMap, kernel: Any) -> str:
+    """Which side of the layer the rider belongs to, or an error if it fits neither."""
+    shape = tuple(kernel)
+    inner, front = linear.batch + linear.inputs, shape[: linear.batch]
+    rank, ones = rider.basis.shape[-1], (1,)
+    ins = (*shape[:inner], *ones * (len(shape) - inner), rank)
+    outs = (*front, *ones * linear.inputs, *shape[inner:], rank)
+    if rider.basis.shape == ins:
+        return "input"
+    if rider.basis.shape == outs:
+        return "output"
+    raise ValueError(
+        f"'{path}': its basis has shape {rider.basis.shape}, expected {ins} (input "
+        f"side) or {outs} (output side) for the layer's kernel {shape}: the "
+        "optimizer misread the kernel's axes. Remedy: pass axes={'"
+        f"{path}': dsbp_optax.Axes(inputs=..., outputs=..., batch=...)}} to it."
+    )
+
+
+def observe(
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    linear: LinearMap,
+    kernel: tuple[int, ...],
+    riders: Mapping[str, Rider],
+) -> Any:
+    """The layer's own result, its input or output observed on the way.
+
+    Args:
+      call: the layer's call.
+      args: its arguments; the first one is the input.
+      kwargs: its keywords; the first one is the input where `args` is empty.
+      linear: how the layer acts.
+      kernel: the shape of its kernel.
+      riders: the riders on this kernel, by key.
+    """
+    outputs = []
+    for key, rider in riders.items():
+        if rider_side(key, rider, linear, kernel) == "output":
+            outputs.append(rider)
+        elif args:
+            args = (observe_input(linear, args[0], rider), *args[1:])
+        else:
+            name, x = next(iter(kwargs.items()))
+            kwargs = {**kwargs, name: observe_input(linear, x, rider)}
+    y = call(*args, **kwargs)
+    for rider in outputs:
+        y = observe_output(linear, y, rider)
+    return y
+
+
+def find_rule(rules: Mapping[type, Any], kind: type) -> Callable[[Any], LinearMap | None]:
+    """The rule of a layer type: its own, or that of a class whose call it inherits."""
+    for parent in kind.__mro__:
+        same_call = getattr(kind, "__call__", None) is getattr(parent, "__call__", None)
+        if parent in rules and (parent is kind or same_call):
+            rule: Callable[[Any], LinearMap | None] = rules[parent]
+            return rule
+    return lambda layer: None
+
+
+def parameter_path(key: str) -> str:
+    """The parameter that a rider belongs to."""
+    return key.split("#")[0]
+
+
+def no_rule(key: str) -> str:
+    """Says that a kernel falls back to the basis of its gradient."""
+    return (
+        f"'{key}': no rule says how its layer acts through this kernel; its basis comes "
+        "from the gradient. Remedy: pass rules={LayerType: rule} to value_and_grad, "
+        "rule(layer) -> LinearMap."
+    )
+
+
+def _core_form(rider: Rider, linear: LinearMap, side: str) -> Rider:
+    """The rider without the axes that are 1 for being on the other side."""
+    split = linear.batch + linear.inputs
+
+    def core(x: Array) -> Array:
+        front, inputs = x.shape[: linear.batch], x.shape[linear.batch : split]
+        kept = inputs if side == "input" else x.shape[split:-1]
+        return x.reshape(*front, *kept, x.shape[-1])
+
+    return Rider(*(core(x) for x in rider))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tap(
+    apply: Callable[[Array, Array], Array],
+    batch: int,
+    passed: Array,
+    observed: Array,
+    rider: Rider,
+) -> Array:
+    del apply, batch, observed, rider
+    return passed
+
+
+def _tap_fwd(apply: Any, batch: int, passed: Array, observed: Array, rider: Rider) -> Any:
+    del apply, batch
+    return passed, (observed, rider)
+
+
+def _tap_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
+    observed, rider = saved
+
+    def sketch(observed: Array, rider: Rider) -> Rider:
+        return sketch_layer(apply, batch, observed, rider)
+
+    def nothing(observed: Array, rider: Rider) -> Rider:
+        del observed
+        return jax.tree.map(jnp.zeros_like, rider)
+
+    collect = rider.count.reshape(-1)[0] > 0
+    return cotangent, None, jax.lax.cond(collect, sketch, nothing, observed, rider)
+
+
+_tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+def sketch_layer(
+    apply: Callable[[Array, Array], Array], batch: int, x: Array, rider: Rider
+) -> Rider:
+    """``Y = L_x^T(L_x(V))``, the number of samples, ``|A|^2`` and the sum of samples.
+
+    Args:
+      apply: the layer's linear map.
+      batch: leading stacked axes of kernel and output.
+      x: the layer's input, of any dtype.
+      rider: basis ``(*batch, *inputs, k)`` and three arrays of width 1.
+
+    Returns:
+      The cotangents in the place of what they are the cotangents of.
+    """
+    basis = rider.basis
+    x = jax.lax.stop_gradient(x).astype(basis.dtype)
+    z = apply(x, basis)
+    one = jnp.ones((*z.shape[:-1], 1), basis.dtype)
+    wide = jnp.concatenate([basis, basis[..., :1]], axis=-1)
+    transpose = jax.linear_transpose(lambda kernel: apply(x, kernel), wide)
+    (both,) = transpose(jnp.concatenate([z, one], axis=-1))
+    squares = apply(x * x, jnp.ones_like(basis[..., :1]))
+    trace = jnp.sum(squares, axis=tuple(range(batch, squares.ndim)))
+    samples = z.size // (z.shape[-1] * max(1, trace.size))
+    return Rider(
+        basis=both[..., :-1],
+        count=jnp.full_like(rider.count, samples),
+        trace=trace.reshape(rider.trace.shape),
+        total=both[..., -1:],
+    )
+
+
+def check_tapped(riders: Mapping[str, Any], tapped: set[str], seen: set[str]) -> list[str]:
+    """Riders whose layer ran but cannot be tapped; raises for layers that never ran.
+
+    Args:
+      riders: all riders of this step, by key.
+      tapped: keys of the riders that were used.
+      seen: paths of all parameters whose layer was called.
+    """
+    missing = sorted(set(riders) - tapped)
+    lost = [key for key in missing if parameter_path(key) not in seen]
+    if lost:
+        raise ValueError(
+            "no activations were seen for "
+            + ", ".join(f"'{key}'" for key in lost)
+            + ": the layer was not called inside the loss, or it was called through a "
+            "function that was jit-compiled before, or the outermost module is itself "
+            "a lifted class (nn.vmap(MLP), nn.scan(Block)). Remedy: call the model's "
+            "own apply (not a jitted one) in the loss, put a lifted class inside a "
+            "module of your own, or pass strict=False to let such kernels use the "
+            "basis of their gradient."
+        )
+    return missing
+
+
+def warm_start(
+    collect: Callable[[PyTree], Mapping[str, Sketch]], opt_state: PyTree, iterations: int
+) -> PyTree:
+    """`iterations` power steps of every basis on one batch, before training.
+
+    Args:
+      collect: ``opt_state -> sketches`` on the batch.
+      opt_state: a fresh optimizer state.
+      iterations: number of steps.
+    """
+    for _ in range(iterations):
+        sketches = collect(opt_state)
+        opt_state = jax.tree.map(
+            lambda node: _absorb(node, sketches),
+            opt_state,
+            is_leaf=lambda x: isinstance(x, tuple(_spectral.STATES)),
+        )
+    return opt_state
+
+
+def _absorb(state: Any, sketches: Mapping[str, Sketch]) -> Any:
+    if not isinstance(state, tuple(_spectral.STATES)):
+        return state
+    refresh = Refresh(1, 1, power_iteration, False, 0.0)
+    basis, spectrum = dict(state.basis), dict(state.spectrum)
+    for path, layer in _spectral.split_layers(state).items():
+        sketch = sketches.get(path + _spectral.STATES[type(state)])
+        if sketch is not None:
+            view = _view_of(layer)
+            gradient = jnp.zeros((*view.batch_shape, view.size, 1), layer.basis.dtype)
+            new, _ = _eigenbasis.refresh_layer(layer, sketch, gradient, view, refresh)
+            basis[path], spectrum[path] = new.basis, new.spectrum
+    return state._replace(basis=basis, spectrum=spectrum)
+
+
+def _view_of(layer: Layer) -> MatrixView:
+    """The view that a state's own shapes tell, columns collapsed."""
+    shape, stacked = layer.basis.shape[:-1], layer.spectrum.trace.shape[:-1]
+    batch = tuple(a for a, n in enumerate(stacked) if n > 1)
+    rows = tuple(a for a, n in enumerate(shape) if n > 1 and a not in batch)
+    columns = tuple(a for a in range(len(shape)) if a not in batch + rows)
+    return MatrixView(shape, batch, rows, columns)

@@ -1,0 +1,117 @@
+"""Read-only figures: what an optimizer does with each parameter, and how it fares."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _layout, _plan, _spectral
+from dsbp_optax._plan import Decision
+from dsbp_optax._types import Array, PyTree
+
+__all__ = ["Decision", "explain", "metrics", "state_bytes"]
+
+
+class Explanation(dict[str, list[Decision]]):
+    """Path -> decisions, one for each spectral transformation; prints as a table."""
+
+    def __str__(self) -> str:
+        width = max((len(path) for path in self), default=4)
+        lines = [f"{'path':{width}}  what is done, and why"]
+        for path, decisions in self.items():
+            for choice in decisions:
+                verb = "projected" if choice.projected else "full space"
+                lines.append(f"{path:{width}}  {verb}: {choice.reason}")
+        return "\n".join(lines)
+
+
+def explain(tx: optax.GradientTransformation, params: PyTree) -> Explanation:
+    """What `tx` will do with each parameter, and why; allocates nothing.
+
+    Sees through chains, masks, partitions and other wrappers: it listens while
+    ``tx.init`` is evaluated on shapes.
+
+    Args:
+      tx: any optimizer that contains transformations of this package.
+      params: parameters, or a tree of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      Path -> list of `Decision`; ``print`` it for a table.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+      >>> print(dsbp_optax.diagnostics.explain(dsbp_optax.dsbp_sgd(0.1), params))
+      path    what is done, and why
+      bias    full space: fewer than two axes
+      kernel  projected: input side, rank 16 of 64
+    """
+    plans: list[dict[str, Decision]] = []
+    token = _plan.OBSERVER.set(plans)
+    try:
+        jax.eval_shape(tx.init, params)
+    finally:
+        _plan.OBSERVER.reset(token)
+    found = Explanation()
+    for path in _layout.flatten_with_paths(params)[0]:
+        found[path] = [plan[path] for plan in plans if path in plan]
+    return found
+
+
+def metrics(opt_state: PyTree) -> dict[str, Array]:
+    """Scalars for a logger: a flat dict ``"dsbp/<figure>/<path>" -> ()``.
+
+    For each projected parameter: ``energy`` (share of the gradient inside the basis
+    at the last refresh), ``leading_share`` (``lambda_1 / tr C``), ``explained``
+    (``sum lambda / tr C``), ``effective_rank`` (``(sum lambda)^2 / sum lambda^2``),
+    ``residual`` (of the eigenpairs), ``failures`` and ``iterations``; of the whole:
+    ``step`` and ``skipped``. Stacked kernels are averaged. Can be jit-compiled.
+
+    Args:
+      opt_state: any nest of optax states.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
+      >>> state = tx.init({"kernel": jnp.ones((8, 8))})
+      >>> int(dsbp_optax.diagnostics.metrics(state)["dsbp/step"])
+      0
+    """
+    figures: dict[str, Array] = {}
+    for state in _spectral.find_states(opt_state):
+        suffix = _spectral.STATES[type(state)]
+        for path, spectrum in state.spectrum.items():
+            for name, value in _layer_metrics(spectrum).items():
+                figures[f"dsbp/{name}/{path}{suffix}"] = jnp.mean(value)
+        figures[f"dsbp/step{suffix}"] = state.step
+        figures[f"dsbp/skipped{suffix}"] = state.skipped
+    return figures
+
+
+def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
+    values, trace = spectrum.eigenvalues, spectrum.trace[..., 0]
+    total, tiny = jnp.sum(values, -1), jnp.finfo(values.dtype).tiny
+    return {
+        "energy": spectrum.energy,
+        "leading_share": values[..., 0] / jnp.maximum(trace, tiny),
+        "explained": total / jnp.maximum(trace, tiny),
+        "effective_rank": total**2 / jnp.maximum(jnp.sum(values**2, -1), tiny),
+        "residual": spectrum.residual,
+        "failures": spectrum.failures,
+        "iterations": spectrum.iterations,
+    }
+
+
+def state_bytes(opt_state: PyTree) -> int:
+    """Bytes of all arrays in an optimizer state (or in its shapes).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, dsbp_optax
+      >>> dsbp_optax.diagnostics.state_bytes(optax.adam(1e-3).init(jnp.ones((4, 4))))
+      132
+    """
+    leaves = jax.tree.leaves(opt_state)
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)

@@ -1,0 +1,286 @@
+"""Activation statistics out of unedited Flax NNX models.
+
+    value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
+    (loss, aux), grads, statistics = value_and_grad(model, batch, opt_state=optimizer)
+    optimizer.update(model, grads, statistics=statistics)
+"""
+
+import contextvars
+import functools
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from flax import nnx
+
+from dsbp_optax import _layout, _tap
+from dsbp_optax._tap import LinearMap, Rider
+from dsbp_optax._types import Array, PyTree
+
+__all__ = ["LayerRule", "LinearMap", "Probe", "value_and_grad", "warm_start"]
+
+#: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
+LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
+
+
+class Probe(nnx.Variable[Any]):
+    """Carries a basis into a layer and its sketch out; only inside `value_and_grad`.
+
+    A model that scans over stacked layers with `nnx.StateAxes` must give it the axis
+    of the parameters: ``nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})``.
+    """
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = nnx.Param,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
+) -> Callable[..., Any]:
+    """`flax.nnx.value_and_grad` that also returns the layers' activation statistics.
+
+    Args:
+      loss_fn: ``(model, *args, **kwargs) -> loss`` or ``(loss, aux)``.
+      has_aux: as in `flax.nnx.value_and_grad`.
+      wrt: filter of the variables to differentiate, as in `flax.nnx.Optimizer`.
+      rules: layer type -> rule, for layers of your own; wins over the shipped ones.
+      strict: whether a projected kernel whose layer is never called is an error.
+
+    Returns:
+      ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, where
+      ``opt_state`` may also be the `flax.nnx.Optimizer`. Value, gradients and changes
+      to the model (batch statistics, rng counts) are those of
+      `flax.nnx.value_and_grad`. ``statistics`` maps parameter paths to `Sketch`; on
+      steps that refresh nothing it is zero and costs nothing.
+
+    Raises:
+      ValueError: at trace time, when a layer was not called, or its kernel's axes
+        were misread.
+
+    Cost: on q of every p steps, ``4 n d k`` FLOPs a layer.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 16))
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> step = dsbp_optax.nnx.value_and_grad(lambda model, x: (model(x) ** 2).mean())
+      >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
+      >>> _ = optimizer.update(model, grads, statistics=statistics)
+    """
+    every_rule = {**_RULES, **(rules or {})}
+
+    def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+        state = opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
+        riders = _tap.make_riders(_pure(state))
+        recorder = _Recorder(every_rule)
+        copy = nnx.clone(model)
+        for key, rider in riders.items():
+            _attach(copy, key, rider, recorder)
+        differentiate = nnx.value_and_grad(
+            loss_fn, argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)), has_aux=has_aux
+        )
+        token = _RECORDER.set(recorder)
+        try:
+            value, both = differentiate(copy, *args, **kwargs)
+        finally:
+            _RECORDER.reset(token)
+        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
+        recorder.finish(riders, strict)
+        probes, grads = nnx.split_state(both, Probe, ...)
+        return value, grads, _tap.to_sketches(_cotangents(probes), recorder.tapped)
+
+    return wrapped
+
+
+def warm_start(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    opt_state: PyTree,
+    power_iterations: int = 5,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
+) -> PyTree:
+    """All power iterations but the last on the first batch, as the paper does.
+
+    The first training step on the same batch makes the last one, before its
+    projection. Optional: without it the first steps do one iteration each.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      model: the model; it is not changed.
+      *args: the first batch.
+      opt_state: an optimizer state, or a `flax.nnx.Optimizer`, which is updated.
+      power_iterations: q of the optimizer.
+      has_aux: as for `value_and_grad`.
+      wrt: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
+    Returns:
+      The optimizer state with warm bases.
+    """
+    step = value_and_grad(loss_fn, has_aux, wrt=wrt)
+    graphdef, values = nnx.split(model)
+
+    @jax.jit
+    def collect(opt_state: PyTree) -> Any:
+        return step(nnx.merge(graphdef, values), *args, opt_state=opt_state, **kwargs)[-1]
+
+    owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
+    state = _pure(opt_state if owner is None else owner.opt_state)
+    warm = _tap.warm_start(collect, state, power_iterations - 1)
+    if owner is not None:
+        nnx.update(owner.opt_state, nnx.state(warm))
+    return warm
+
+
+class _Recorder:
+    """The rules of one call and what it tapped."""
+
+    def __init__(self, rules: Mapping[type, LayerRule]) -> None:
+        self.rules = rules
+        self.tapped: set[str] = set()
+        self.untappable: set[str] = set()
+
+    def finish(self, riders: Mapping[str, Rider], strict: bool) -> None:
+        if not strict:
+            return
+        for key in _tap.check_tapped(riders, self.tapped, self.untappable):
+            warnings.warn(_tap.no_rule(key), stacklevel=3)
+
+
+_RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
+    "dsbp_optax.nnx recorder", default=None
+)
+
+
+def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
+    """Hang a probe on the layer that owns a kernel, and let its call be observed.
+
+    The model is a copy of the user's, and only this instance changes its class.
+    """
+    path = _tap.parameter_path(key)
+    layer = _find(model, path)
+    kind = type(layer)
+    rule = _tap.find_rule(recorder.rules, getattr(kind, "__wrapped_type__", kind))
+    linear = None if layer is None else rule(layer)
+    if linear is None or linear.parameter != path.rpartition("/")[2]:
+        recorder.untappable.add(path)
+        return
+    if not hasattr(kind, "__wrapped_type__"):
+        object.__setattr__(layer, "__class__", _observed_class(kind))
+    name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
+    setattr(layer, name, Probe(rider, key=key))
+
+
+def _find(model: Any, path: str) -> Any:
+    """The module that owns the parameter at `path`, or None."""
+    node = model
+    for part in path.split("/")[:-1]:
+        if hasattr(node, part):
+            node = getattr(node, part)
+        elif hasattr(node, "__getitem__"):
+            node = node[int(part) if part.isdigit() else part]
+        else:
+            return None
+    return node
+
+
+@functools.cache
+def _observed_class(kind: type) -> type:
+    """A subclass whose call observes its input and output; one for each layer type."""
+
+    class Observed(kind):  # type: ignore[misc,valid-type]
+        __wrapped_type__ = kind
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return _observe(self, super().__call__, args, kwargs)
+
+    Observed.__name__, Observed.__qualname__ = kind.__name__, kind.__qualname__
+    return Observed
+
+
+def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    recorder = _RECORDER.get()
+    if recorder is None:
+        return call(*args, **kwargs)
+    linear = _tap.find_rule(recorder.rules, type(layer).__wrapped_type__)(layer)
+    probes = [v for v in vars(layer).values() if isinstance(v, Probe)]
+    riders = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
+    recorder.tapped.update(riders)
+    kernel = _value(getattr(layer, linear.parameter)).shape
+    stacked = {k: r for k, r in riders.items() if r.basis.ndim > len(kernel) + 1}
+    if stacked:
+        raise ValueError(
+            f"{sorted(stacked)}: a transformation slices the kernel to {kernel} but not "
+            "its probe. Remedy: give it the axis of the parameters, e.g. nnx.StateAxes("
+            "{(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
+        )
+    return _tap.observe(call, args, kwargs, linear, kernel, riders)
+
+
+def _cotangents(probes: Any) -> dict[str, Rider]:
+    leaves = jax.tree.leaves(probes, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return {leaf.get_metadata()["key"]: _value(leaf) for leaf in leaves}
+
+
+def _value(variable: Any) -> Any:
+    """The value of a Variable; flax before 0.12 has no `get_value`."""
+    getter = getattr(variable, "get_value", None)
+    return variable.value if getter is None else getter()
+
+
+def _pure(tree: PyTree) -> PyTree:
+    """`tree` with the arrays in the place of their Variables."""
+    return jax.tree.map(
+        lambda x: _value(x) if isinstance(x, nnx.Variable) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def _by_shadow(layer: Any, inputs: int, batch: int = 0) -> LinearMap:
+    """The layer's own call on a stand-in whose kernel has any number of features."""
+    call = getattr(type(layer), "__wrapped_type__", type(layer)).__call__
+
+    def apply(x: Array, kernel: Array) -> Array:
+        changes = {
+            "kernel": nnx.Param(kernel),
+            "bias": None,
+            "use_bias": False,
+            "dtype": kernel.dtype,
+            "preferred_element_type": None,
+        }
+        return call(types.SimpleNamespace(**{**vars(layer), **changes}), x)
+
+    return LinearMap(apply, inputs, batch)
+
+
+def _linear(layer: Any) -> LinearMap:
+    return _by_shadow(layer, 1)
+
+
+def _linear_general(layer: Any) -> LinearMap:
+    return _by_shadow(layer, len(layer.axis), len(layer.batch_axis))
+
+
+def _conv(layer: Any) -> LinearMap | None:
+    grouped = getattr(layer, "feature_group_count", 1) != 1
+    if layer.mask is not None or grouped or getattr(layer, "transpose_kernel", False):
+        return None
+    return _by_shadow(layer, len(layer.kernel_size) + 1)
+
+
+_RULES: Mapping[type, LayerRule] = {
+    nnx.Linear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv,
+}

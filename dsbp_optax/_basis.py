@@ -1,7 +1,7 @@
 """Eigensolvers on plain arrays: one outline each, exchangeable by passing a function.
 
-    V <- orthonormalize(C V)                     (subspace iteration)
-    V^T C V = Q Theta Q^T,   V <- V Q            (Rayleigh-Ritz)
+V <- orthonormalize(C V)                     (subspace iteration)
+V^T C V = Q Theta Q^T,   V <- V Q            (Rayleigh-Ritz)
 """
 
 import jax
@@ -44,9 +44,7 @@ def ritz(basis: Array, product: Array) -> tuple[Array, Array, Array]:
 def rayleigh_ritz(operator: Operator, basis: Array) -> Eigenpairs:
     """Eigenpairs of `operator` restricted to span `basis` ``(d, k)``."""
     values, rotation, residual = ritz(basis, operator.matmul(basis))
-    return Eigenpairs(
-        jnp.matmul(basis, rotation, precision=_HIGHEST), values, residual
-    )
+    return Eigenpairs(jnp.matmul(basis, rotation, precision=_HIGHEST), values, residual)
 
 
 def power_step(operator: Operator, basis: Array) -> Eigenpairs:
@@ -62,9 +60,7 @@ def power_step(operator: Operator, basis: Array) -> Eigenpairs:
     return Eigenpairs(orthonormalize(ordered), values, residual)
 
 
-def power_iteration(
-    operator: Operator, basis: Array, iterations: Scalar
-) -> Eigenpairs:
+def power_iteration(operator: Operator, basis: Array, iterations: Scalar) -> Eigenpairs:
     """Block power iteration with QR, warm-started: the default solver.
 
     ``iterations`` times ``V <- orthonormalize(C V)``, then Rayleigh-Ritz. With an
@@ -120,7 +116,7 @@ def eigh(operator: Operator, basis: Array, iterations: Scalar) -> Eigenpairs:
     _require_exact(operator, "eigh")
     size, rank = basis.shape
     dense = operator.matmul(jnp.eye(size, dtype=basis.dtype))
-    values, vectors = jnp.linalg.eigh((dense + dense.T) / 2)
+    _, vectors = jnp.linalg.eigh((dense + dense.T) / 2)
     return rayleigh_ritz(operator, vectors[:, ::-1][:, :rank])
 
 

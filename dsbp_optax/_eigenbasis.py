@@ -109,7 +109,7 @@ def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
 
 def collects(step: Array, refresh: Refresh) -> Array:
     """Whether the statistics of this step enter a basis: the first q of every p."""
-    return step % to_int(refresh.every) < to_int(refresh.iterations)
+    return jnp.less(step % to_int(refresh.every), to_int(refresh.iterations))
 
 
 def is_instant(statistic: Any) -> bool:
@@ -163,7 +163,9 @@ def _refresh_matrix(
         operator = blend(operator, basis, past.eigenvalues[0], past.trace[0, 0], share)
     pairs = refresh.solver(operator, basis, to_int(refresh.iterations))
     done = to_int(refresh.iterations) if operator.exact else 1
-    energy = _subspace.captured_energy(_subspace.project(pairs.basis, gradient), gradient)
+    energy = _subspace.captured_energy(
+        _subspace.project(pairs.basis, gradient), gradient
+    )
     fresh = Spectrum(
         eigenvalues=pairs.eigenvalues[None],
         trace=jnp.reshape(operator.trace, (1, 1)),
@@ -200,7 +202,10 @@ def usable(operator: Operator, pairs: Eigenpairs) -> Array:
 
 
 def check_statistics(
-    statistics: Any, views: Mapping[str, MatrixView], known: list[str], ranks: Mapping[str, int]
+    statistics: Any,
+    views: Mapping[str, MatrixView],
+    known: list[str],
+    ranks: Mapping[str, int],
 ) -> dict[str, Any]:
     """The statistics of the projected parameters, or an error that says where."""
     if not isinstance(statistics, Mapping):
@@ -264,7 +269,12 @@ def _as_matrices(statistic: Any, view: MatrixView) -> Any:
     if isinstance(statistic, Sketch):
         product, count, trace, total = (
             _layout.from_kernel_form(x, view)
-            for x in (statistic.product, statistic.count, statistic.trace, statistic.total)
+            for x in (
+                statistic.product,
+                statistic.count,
+                statistic.trace,
+                statistic.total,
+            )
         )
         return Sketch(product, count[..., 0, 0], trace[..., 0, 0], total[..., 0])
     if isinstance(statistic, Covariance):

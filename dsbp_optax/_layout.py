@@ -66,12 +66,12 @@ class MatrixView(NamedTuple):
 
     @property
     def size(self) -> int:
-        """``d``"""
+        """``d``, the length of the side that carries the basis."""
         return math.prod(_lengths(self.shape, self.rows))
 
     @property
     def other(self) -> int:
-        """``m``"""
+        """``m``, the length of the other side."""
         return math.prod(_lengths(self.shape, self.columns))
 
 

@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,21 +86,40 @@ def views(params: PyTree, choices: Choices, bases: Mapping[str, Any]) -> dict[st
 
     Args:
       params: parameters or updates; leaves absent from `bases` are passed over.
-      choices: as at ``init``; the rank is not consulted and may be traced.
-      bases: path -> basis in kernel form.
+      choices: as at ``init``.
+      bases: path -> basis in kernel form, checked against the rest.
     """
     leaves, _ = _layout.flatten_with_paths(params)
     found = {}
-    for path in bases:
+    for path, basis in bases.items():
         if path not in leaves:
             raise ValueError(
                 f"the state holds a basis for '{path}', which is not among the "
                 f"updates ({some(leaves)}). Remedy: call update with the tree that "
                 "init saw, or init again."
             )
-        shape = jnp.shape(leaves[path])
-        found[path] = _view(path, shape, leaves, choices)[0]
+        view, side = _view(path, jnp.shape(leaves[path]), leaves, choices)
+        _check_basis(path, basis, view, side, choices)
+        found[path] = view
     return found
+
+
+def _check_basis(
+    path: str, basis: Any, view: MatrixView, side: Side, choices: Choices
+) -> None:
+    """A restored state must be of this optimizer and these parameters."""
+    rank = _layout.resolve(choices.rank, path, view.shape, None)
+    if isinstance(rank, jax.core.Tracer):
+        rank = basis.shape[-1]
+    asked = min(check_rank(rank, path) or 0, view.size)
+    expected = _layout.kernel_form_shape(view, True, asked)
+    if basis.shape != expected:
+        raise ValueError(
+            f"the state's basis of '{path}': got shape {basis.shape}, expected "
+            f"{expected} ({side} side, rank {asked}). Remedy: restore a state of the "
+            "same rank, side and axes, build the optimizer with those of the state "
+            f"(rank {basis.shape[-1]}), or init again."
+        )
 
 
 def _decide(
@@ -149,13 +168,13 @@ def _worthwhile(
     return Decision(True, text, side, rank, view)
 
 
-def inner_bytes(
-    inner: optax.GradientTransformation, shape: Shape, dtype: Any
-) -> int:
+def inner_bytes(inner: optax.GradientTransformation, shape: Shape, dtype: Any) -> int:
     """Bytes that `inner` keeps for one matrix, counters apart."""
     like = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
     state = jax.eval_shape(inner.init, like)
-    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    sizes = (
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim
+    )
     return sum(sizes)
 
 
@@ -179,7 +198,7 @@ def _view(
 def _axes_by_rule(path: str, shape: Shape, rule: AxesRule | None) -> Axes | None:
     if rule is None:
         return None
-    axes = _layout.resolve(rule, path, shape, None)
+    axes: Axes | None = _layout.resolve(cast(Any, rule), path, shape, None)
     return None if axes is None else _layout.check_axes(path, shape, Axes(*axes))
 
 
@@ -248,18 +267,21 @@ def check_number(
 
 def check_choices(choices: Choices) -> Choices:
     """Early errors for what is one value for all paths."""
-    if not callable(choices.rank) and not isinstance(choices.rank, Mapping):
-        if not isinstance(choices.rank, jax.core.Tracer):
-            check_rank(choices.rank)
-    if not callable(choices.side) and not isinstance(choices.side, Mapping):
+    if not _per_path(choices.rank) and not isinstance(choices.rank, jax.core.Tracer):
+        check_rank(choices.rank)
+    if not _per_path(choices.side):
         check_side(choices.side)
     if choices.when not in ("auto", "always"):
         raise ValueError(f"project: got {choices.when!r}, expected 'auto' or 'always'.")
     return choices
 
 
+def _per_path(choice: Any) -> bool:
+    return callable(choice) or isinstance(choice, Mapping)
+
+
 def known_paths(tree: PyTree) -> list[str]:
-    """Paths of all leaves, those included that a mask hides from this transformation."""
+    """Paths of all leaves, those included that a mask hides from here."""
     flat, _ = _layout.flatten_with_paths(
         tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )

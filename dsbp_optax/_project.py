@@ -1,9 +1,9 @@
 """The projection of gradients onto each layer's eigenbasis, as one transformation.
 
-    P = V^T G                                coordinates, (k, m)
-    u = inner(P)                             any scale_by_*, its state in (k, m)
-    update = V u + s (G - V P)               s from the residual rule
-             + beta lambda_1 / tr(C) e_1 e_1^T W
+P = V^T G                                coordinates, (k, m)
+u = inner(P)                             any scale_by_*, its state in (k, m)
+update = V u + s (G - V P)               s from the residual rule
+         + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _basis, _eigenbasis, _layout, _plan, _residual, _spectral
-from dsbp_optax import _subspace, _transport
+from dsbp_optax import (
+    _basis,
+    _eigenbasis,
+    _layout,
+    _plan,
+    _residual,
+    _spectral,
+    _subspace,
+    _transport,
+)
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import AxesRule, MatrixView, PerPath
 from dsbp_optax._plan import Choices, When
@@ -117,7 +125,11 @@ def scale_by_spectral_projection(
     """
     choices = _plan.check_choices(Choices(rank, side, axes, project))
     refresh = Refresh(
-        update_every, power_iterations, solver or _basis.power_iteration, centered, decay
+        update_every,
+        power_iterations,
+        solver or _basis.power_iteration,
+        centered,
+        decay,
     )
     rule = Rule(
         inner=optax.with_extra_args_support(inner or optax.identity()),
@@ -162,7 +174,9 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         collect=collect,
         basis={path: layer.basis for path, layer in layers.items()},
         spectrum={path: layer.spectrum for path, layer in layers.items()},
-        statistics=_spectral.empty_statistics(layers) if rule.statistics_in_state else {},
+        statistics=_spectral.empty_statistics(layers)
+        if rule.statistics_in_state
+        else {},
         inner=inner,
     )
 
@@ -199,10 +213,18 @@ def _update(
     )
     bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
     coordinates = {p: _subspace.project(bases[p], matrices[p]) for p in views}
-    steps, inner = rule.inner.update({**gradients, **coordinates}, carried, None, **extra)
+    steps, inner = rule.inner.update(
+        {**gradients, **coordinates}, carried, None, **extra
+    )
     lifted = {
         path: _combine(
-            rule, bases[path], layers[path], view, steps[path], coordinates[path], matrices[path]
+            rule,
+            bases[path],
+            layers[path],
+            view,
+            steps[path],
+            coordinates[path],
+            matrices[path],
         )
         for path, view in views.items()
     }
@@ -256,7 +278,9 @@ def _add_sharpness(
     """``beta lambda_1 / tr(C) e_1 e_1^T W`` where activations were observed."""
     if isinstance(rule.sharpness, int | float) and rule.sharpness == 0:
         return steps
-    terms = _spectral.sharpness_terms(rule.sharpness, layers, bases, views, params, count)
+    terms = _spectral.sharpness_terms(
+        rule.sharpness, layers, bases, views, params, count
+    )
     return steps | {path: steps[path] + term for path, term in terms.items()}
 
 

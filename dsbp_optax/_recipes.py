@@ -7,7 +7,7 @@ import optax
 from dsbp_optax import _plan, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
-from dsbp_optax._types import PyTree, Scalar, Side, Solver
+from dsbp_optax._types import Scalar, Side, Solver
 
 Mask: TypeAlias = Any
 

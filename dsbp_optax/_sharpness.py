@@ -73,7 +73,11 @@ def add_spectral_sharpness(
     choices = _plan.check_choices(Choices(rank, side, axes, "always"))
     refresh = _eigenbasis.check_refresh(
         Refresh(
-            update_every, power_iterations, solver or _basis.power_iteration, centered, decay
+            update_every,
+            power_iterations,
+            solver or _basis.power_iteration,
+            centered,
+            decay,
         )
     )
 
@@ -91,7 +95,9 @@ def add_spectral_sharpness(
             collect=collect,
             basis={path: layer.basis for path, layer in layers.items()},
             spectrum={path: layer.spectrum for path, layer in layers.items()},
-            statistics=_spectral.empty_statistics(layers) if statistics_in_state else {},
+            statistics=_spectral.empty_statistics(layers)
+            if statistics_in_state
+            else {},
         )
 
     def update(
@@ -121,7 +127,9 @@ def add_spectral_sharpness(
             finite,
             lambda carried, _: carried,
         )
-        bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
+        bases = {
+            p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()
+        }
         terms = _spectral.sharpness_terms(
             sharpness, layers, bases, views, params, state.step
         )

@@ -1,7 +1,7 @@
 """State and step that the two spectral transformations share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +58,38 @@ class SpectralSharpnessState(NamedTuple):
 
 
 #: State type -> what its statistics' paths end in. The projection's end in nothing.
-STATES = {SpectralProjectionState: "", SpectralSharpnessState: "#sharpness"}
-SpectralState = SpectralProjectionState | SpectralSharpnessState
+STATES: Mapping[type, str] = {
+    SpectralProjectionState: "",
+    SpectralSharpnessState: "#sharpness",
+}
+SpectralState: TypeAlias = SpectralProjectionState | SpectralSharpnessState
 
 
 def find_states(opt_state: PyTree) -> list[SpectralState]:
     """The spectral states inside any nest of optax wrappers."""
-    kinds = tuple(STATES)
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+    found: list[SpectralState] = []
+
+    def note(state: SpectralState) -> SpectralState:
+        found.append(state)
+        return state
+
+    map_states(note, opt_state)
+    return found
+
+
+def map_states(
+    function: Callable[[SpectralState], SpectralState], opt_state: PyTree
+) -> PyTree:
+    """`function` at every spectral state inside any nest of optax wrappers."""
+
+    def visit(node: Any) -> Any:
+        return function(node) if _is_state(node) else node
+
+    return jax.tree.map(visit, opt_state, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SpectralProjectionState | SpectralSharpnessState)
 
 
 def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
@@ -99,22 +122,23 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
             "Remedy: build the optimizer with statistics_in_state=True."
         )
 
-    def put(node: Any) -> Any:
-        if not isinstance(node, tuple(STATES)):
-            return node
-        suffix = STATES[type(node)]
+    def put(state: SpectralState) -> SpectralState:
+        suffix = STATES[type(state)]
         filled = {
-            path: statistics.get(path + suffix, statistics.get(path, empty))
-            for path, empty in node.statistics.items()
+            path: statistics.get(path + suffix, empty)
+            for path, empty in state.statistics.items()
         }
-        return node._replace(statistics=filled)
+        return state._replace(statistics=filled)
 
-    return jax.tree.map(put, opt_state, is_leaf=lambda x: isinstance(x, tuple(STATES)))
+    return map_states(put, opt_state)
 
 
 def empty_statistics(layers: Mapping[str, Layer]) -> dict[str, Sketch]:
     """Sketches of nothing, in kernel form."""
-    return {path: empty_sketch(layer.basis, layer.spectrum) for path, layer in layers.items()}
+    return {
+        path: empty_sketch(layer.basis, layer.spectrum)
+        for path, layer in layers.items()
+    }
 
 
 def empty_sketch(basis: Array, spectrum: Spectrum) -> Sketch:
@@ -139,10 +163,14 @@ def gather_statistics(
     if isinstance(given, Mapping):
         mine = STATES[type(state)]
         others = {s for s in STATES.values() if s} - {mine}
-        given = {k: v for k, v in given.items() if not any(k.endswith(o) for o in others)}
+        given = {
+            k: v for k, v in given.items() if not any(k.endswith(o) for o in others)
+        }
         if mine:
             plain = {k: v for k, v in given.items() if not isinstance(v, Sketch)}
-            own = {k.removesuffix(mine): v for k, v in given.items() if k.endswith(mine)}
+            own = {
+                k.removesuffix(mine): v for k, v in given.items() if k.endswith(mine)
+            }
             given = {k: v for k, v in plain.items() if not k.endswith(mine)} | own
     return _eigenbasis.check_statistics(given, views, known, ranks)
 
@@ -199,7 +227,10 @@ def refresh_all(
         return group, carried
 
     layers = dict(layers)
-    for paths, turn in ((instant, first), (spread, _eigenbasis.collects(step, refresh))):
+    for paths, turn in (
+        (instant, first),
+        (spread, _eigenbasis.collects(step, refresh)),
+    ):
         if paths:
             group, carried = jax.lax.cond(
                 turn & allowed,
@@ -242,7 +273,9 @@ def sharpness_terms(
         spectrum = layers[path].spectrum
         safe = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
         share = jnp.where(spectrum.activations, spectrum.eigenvalues[..., :1] / safe, 0)
-        weight = jnp.asarray(beta, bases[path].dtype) * _layout.from_kernel_form(share, view)
+        weight = jnp.asarray(beta, bases[path].dtype) * _layout.from_kernel_form(
+            share, view
+        )
         term = _subspace.leading_decay(bases[path], weight, kernels[path])
         terms[path] = _layout.from_matrices(term, view)
     return terms
@@ -275,7 +308,9 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
 
 def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the condition holds, else `old`, dtypes kept."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old)
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old
+    )
 
 
 def init_layers(
@@ -285,7 +320,10 @@ def init_layers(
     leaves, _ = _layout.flatten_with_paths(params)
     return {
         path: _eigenbasis.init_layer(
-            path, choice.view, choice.rank, _plan.compute_dtype(jnp.result_type(leaves[path]))
+            path,
+            choice.view,
+            choice.rank,
+            _plan.compute_dtype(jnp.result_type(leaves[path])),
         )
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected
@@ -319,4 +357,6 @@ def matrices(
 
 def split_layers(state: SpectralState) -> dict[str, Layer]:
     """The layers of a state, by path."""
-    return {path: Layer(basis, state.spectrum[path]) for path, basis in state.basis.items()}
+    return {
+        path: Layer(basis, state.spectrum[path]) for path, basis in state.basis.items()
+    }

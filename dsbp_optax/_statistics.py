@@ -116,7 +116,7 @@ def center(operator: Operator) -> Operator:
         return operator.matmul(v) - jnp.outer(mean, inside)
 
     trace = jnp.maximum(operator.trace - jnp.sum(mean * mean), 0)
-    return operator._replace(matmul=matmul, trace=trace)
+    return dataclasses.replace(operator, matmul=matmul, trace=trace)
 
 
 def blend(
@@ -145,7 +145,7 @@ def blend(
         return weight * past + (1 - weight) * operator.matmul(v)
 
     mixed = weight * trace + (1 - weight) * operator.trace
-    return operator._replace(matmul=matmul, trace=mixed)
+    return dataclasses.replace(operator, matmul=matmul, trace=mixed)
 
 
 def add_statistics(left: Any, right: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Projection onto a basis and what follows from it, on plain ``(*batch, ...)`` arrays."""
+"""Projection onto a basis and what follows, on plain ``(*batch, ...)`` arrays."""
 
 import jax
 import jax.numpy as jnp

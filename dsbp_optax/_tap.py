@@ -10,6 +10,7 @@ the trace and the total as the rider's cotangents. They are sums over samples, s
 statistics are reduced over devices and micro-batches like any gradient.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from dsbp_optax import _eigenbasis, _spectral
+from dsbp_optax._basis import power_iteration
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import MatrixView
-from dsbp_optax._basis import power_iteration
 from dsbp_optax._statistics import Sketch
 from dsbp_optax._types import Array, PyTree
 
@@ -44,7 +45,9 @@ class LinearMap(NamedTuple):
     parameter: str = "kernel"
 
 
-class Rider(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rider:
     """What is differentiated beside a kernel, in kernel form.
 
     The value of `count` says whether this step collects; its cotangent counts the
@@ -80,9 +83,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
     return riders
 
 
-def to_sketches(
-    cotangents: Mapping[str, Rider], tapped: set[str]
-) -> dict[str, Sketch]:
+def to_sketches(cotangents: Mapping[str, Rider], tapped: set[str]) -> dict[str, Sketch]:
     """Statistics by path out of the riders' cotangents, of those that were tapped."""
     return {
         key: Sketch(c.basis, c.count, c.trace, c.total)
@@ -164,13 +165,16 @@ def observe(
     return y
 
 
-def find_rule(rules: Mapping[type, Any], kind: type) -> Callable[[Any], LinearMap | None]:
+def find_rule(
+    rules: Mapping[type, Any], kind: type
+) -> Callable[[Any], LinearMap | None]:
     """The rule of a layer type: its own, or that of a class whose call it inherits."""
     for parent in kind.__mro__:
-        same_call = getattr(kind, "__call__", None) is getattr(parent, "__call__", None)
-        if parent in rules and (parent is kind or same_call):
+        if parent in rules:
             rule: Callable[[Any], LinearMap | None] = rules[parent]
             return rule
+        if "__call__" in vars(parent):
+            break
     return lambda layer: None
 
 
@@ -182,8 +186,8 @@ def parameter_path(key: str) -> str:
 def no_rule(key: str) -> str:
     """Says that a kernel falls back to the basis of its gradient."""
     return (
-        f"'{key}': no rule says how its layer acts through this kernel; its basis comes "
-        "from the gradient. Remedy: pass rules={LayerType: rule} to value_and_grad, "
+        f"'{key}': no rule says how its layer acts through this kernel; its basis "
+        "comes from the gradient. Remedy: pass rules={LayerType: rule} to value_and_grad, "
         "rule(layer) -> LinearMap."
     )
 
@@ -197,7 +201,7 @@ def _core_form(rider: Rider, linear: LinearMap, side: str) -> Rider:
         kept = inputs if side == "input" else x.shape[split:-1]
         return x.reshape(*front, *kept, x.shape[-1])
 
-    return Rider(*(core(x) for x in rider))
+    return Rider(*map(core, jax.tree.leaves(rider)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -212,7 +216,9 @@ def _tap(
     return passed
 
 
-def _tap_fwd(apply: Any, batch: int, passed: Array, observed: Array, rider: Rider) -> Any:
+def _tap_fwd(
+    apply: Any, batch: int, passed: Array, observed: Array, rider: Rider
+) -> Any:
     del apply, batch
     return passed, (observed, rider)
 
@@ -225,7 +231,8 @@ def _tap_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
 
     def nothing(observed: Array, rider: Rider) -> Rider:
         del observed
-        return jax.tree.map(jnp.zeros_like, rider)
+        zeros: Rider = jax.tree.map(jnp.zeros_like, rider)
+        return zeros
 
     collect = rider.count.reshape(-1)[0] > 0
     return cotangent, None, jax.lax.cond(collect, sketch, nothing, observed, rider)
@@ -266,7 +273,9 @@ def sketch_layer(
     )
 
 
-def check_tapped(riders: Mapping[str, Any], tapped: set[str], seen: set[str]) -> list[str]:
+def check_tapped(
+    riders: Mapping[str, Any], tapped: set[str], seen: set[str]
+) -> list[str]:
     """Riders whose layer ran but cannot be tapped; raises for layers that never ran.
 
     Args:
@@ -291,7 +300,9 @@ def check_tapped(riders: Mapping[str, Any], tapped: set[str], seen: set[str]) ->
 
 
 def warm_start(
-    collect: Callable[[PyTree], Mapping[str, Sketch]], opt_state: PyTree, iterations: int
+    collect: Callable[[PyTree], Mapping[str, Sketch]],
+    opt_state: PyTree,
+    iterations: int,
 ) -> PyTree:
     """`iterations` power steps of every basis on one batch, before training.
 
@@ -301,18 +312,14 @@ def warm_start(
       iterations: number of steps.
     """
     for _ in range(iterations):
-        sketches = collect(opt_state)
-        opt_state = jax.tree.map(
-            lambda node: _absorb(node, sketches),
-            opt_state,
-            is_leaf=lambda x: isinstance(x, tuple(_spectral.STATES)),
-        )
+        absorb = functools.partial(_absorb, sketches=collect(opt_state))
+        opt_state = _spectral.map_states(absorb, opt_state)
     return opt_state
 
 
-def _absorb(state: Any, sketches: Mapping[str, Sketch]) -> Any:
-    if not isinstance(state, tuple(_spectral.STATES)):
-        return state
+def _absorb(
+    state: _spectral.SpectralState, sketches: Mapping[str, Sketch]
+) -> _spectral.SpectralState:
     refresh = Refresh(1, 1, power_iteration, False, 0.0)
     basis, spectrum = dict(state.basis), dict(state.spectrum)
     for path, layer in _spectral.split_layers(state).items():

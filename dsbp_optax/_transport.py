@@ -5,7 +5,7 @@ and field. It is open: pass ``transport={("MyState", "momentum"): FIRST}``.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp

@@ -16,6 +16,7 @@ from its *output* side the two swap. All numerical code below works on
 ``(*batch, d, m)`` matrices and knows nothing of sides, paths or pytrees.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -28,7 +29,8 @@ Side: TypeAlias = Literal["input", "output"]
 Scalar: TypeAlias = float | int | Array
 
 
-class Operator(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Operator:
     """The per-sample second moment ``C = A^T A / n`` of activations, matrix-free.
 
     Attributes:

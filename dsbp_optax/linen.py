@@ -1,8 +1,8 @@
 """Activation statistics out of unedited Flax Linen models.
 
-    value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
-    (loss, aux), grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
-    updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
+value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
+(loss, aux), grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
+updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 """
 
 import warnings
@@ -41,7 +41,11 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(
-        self, *, grads: PyTree, statistics: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *,
+        grads: PyTree,
+        statistics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> "TrainState":
         """One step of the optimizer.
 
@@ -57,7 +61,9 @@ class TrainState(train_state.TrainState):
             grads, self.opt_state, self.params, statistics=statistics, **extra
         )
         params = jax.tree.map(
-            lambda p, u: jnp.asarray(p + u).astype(jnp.asarray(p).dtype), self.params, updates
+            lambda p, u: jnp.asarray(p + u).astype(jnp.asarray(p).dtype),
+            self.params,
+            updates,
         )
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **fields
@@ -195,7 +201,11 @@ class _Recorder:
         if linear is None:
             return call(*args, **kwargs)
         kernel = meta.unbox(module.get_variable("params", linear.parameter))
-        mine = {k: r for k, r in riders.items() if _tap.parameter_path(k).rpartition("/")[2] == linear.parameter}
+        mine = {
+            k: r
+            for k, r in riders.items()
+            if _tap.parameter_path(k).rpartition("/")[2] == linear.parameter
+        }
         self.tapped.update(mine)
         return _tap.observe(call, args, kwargs, linear, jnp.shape(kernel), mine)
 
@@ -270,7 +280,7 @@ def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> Linea
             param_dtype=kernel.dtype,
             **changes,
         )
-        return layer.apply({"params": {"kernel": kernel}}, x)
+        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
     return LinearMap(apply, inputs, batch)
 

@@ -1,8 +1,8 @@
 """Activation statistics out of unedited Flax NNX models.
 
-    value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
-    (loss, aux), grads, statistics = value_and_grad(model, batch, opt_state=optimizer)
-    optimizer.update(model, grads, statistics=statistics)
+value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
+(loss, aux), grads, statistics = value_and_grad(model, batch, opt_state=optimizer)
+optimizer.update(model, grads, statistics=statistics)
 """
 
 import contextvars
@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from dsbp_optax import _layout, _tap
+from dsbp_optax import _tap
 from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
@@ -29,7 +30,9 @@ class Probe(nnx.Variable[Any]):
     """Carries a basis into a layer and its sketch out; only inside `value_and_grad`.
 
     A model that scans over stacked layers with `nnx.StateAxes` must give it the axis
-    of the parameters: ``nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})``.
+    of the parameters::
+
+        nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})
     """
 
 
@@ -76,7 +79,9 @@ def value_and_grad(
     every_rule = {**_RULES, **(rules or {})}
 
     def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
-        state = opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
+        state = (
+            opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
+        )
         riders = _tap.make_riders(_pure(state))
         recorder = _Recorder(every_rule)
         copy = nnx.clone(model)
@@ -131,7 +136,9 @@ def warm_start(
 
     @jax.jit
     def collect(opt_state: PyTree) -> Any:
-        return step(nnx.merge(graphdef, values), *args, opt_state=opt_state, **kwargs)[-1]
+        return step(nnx.merge(graphdef, values), *args, opt_state=opt_state, **kwargs)[
+            -1
+        ]
 
     owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
     state = _pure(opt_state if owner is None else owner.opt_state)
@@ -175,7 +182,8 @@ def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
         recorder.untappable.add(path)
         return
     if not hasattr(kind, "__wrapped_type__"):
-        object.__setattr__(layer, "__class__", _observed_class(kind))
+        observed: Callable[[Any], type] = _observed_class
+        object.__setattr__(layer, "__class__", observed(kind))
     name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
     setattr(layer, name, Probe(rider, key=key))
 
@@ -197,7 +205,7 @@ def _find(model: Any, path: str) -> Any:
 def _observed_class(kind: type) -> type:
     """A subclass whose call observes its input and output; one for each layer type."""
 
-    class Observed(kind):  # type: ignore[misc,valid-type]
+    class Observed(kind):  # type: ignore[misc]
         __wrapped_type__ = kind
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,6 +220,7 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
     if recorder is None:
         return call(*args, **kwargs)
     linear = _tap.find_rule(recorder.rules, type(layer).__wrapped_type__)(layer)
+    assert linear is not None  # else no probe was attached
     probes = [v for v in vars(layer).values() if isinstance(v, Probe)]
     riders = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
     recorder.tapped.update(riders)
@@ -219,9 +228,9 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
     stacked = {k: r for k, r in riders.items() if r.basis.ndim > len(kernel) + 1}
     if stacked:
         raise ValueError(
-            f"{sorted(stacked)}: a transformation slices the kernel to {kernel} but not "
-            "its probe. Remedy: give it the axis of the parameters, e.g. nnx.StateAxes("
-            "{(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
+            f"{sorted(stacked)}: a transformation slices the kernel to {kernel} but "
+            "not its probe. Remedy: give it the axis of the parameters, e.g. "
+            "nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
         )
     return _tap.observe(call, args, kwargs, linear, kernel, riders)
 
@@ -258,7 +267,8 @@ def _by_shadow(layer: Any, inputs: int, batch: int = 0) -> LinearMap:
             "dtype": kernel.dtype,
             "preferred_element_type": None,
         }
-        return call(types.SimpleNamespace(**{**vars(layer), **changes}), x)
+        stand_in = types.SimpleNamespace(**{**vars(layer), **changes})
+        return jnp.asarray(call(stand_in, x))
 
     return LinearMap(apply, inputs, batch)
 

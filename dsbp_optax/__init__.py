@@ -19,7 +19,7 @@ from dsbp_optax._eigenbasis import Spectrum
 from dsbp_optax._layout import Axes
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
-from dsbp_optax._residual import drop_residual, normalize_residual, scale_residual
+from dsbp_optax._residual import normalize_residual, scale_residual
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
     SpectralProjectionState,
@@ -52,7 +52,6 @@ __all__ = [
     "add_spectral_sharpness",
     "add_statistics",
     "diagnostics",
-    "drop_residual",
     "dsbp",
     "dsbp_adamw",
     "dsbp_sgd",

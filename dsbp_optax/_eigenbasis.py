@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from dsbp_optax import _basis, _layout, _plan, _subspace
 from dsbp_optax._layout import MatrixView
-from dsbp_optax._statistics import Activations, Covariance, Sketch, blend, center
+from dsbp_optax._statistics import (
+    Activations,
+    Covariance,
+    Gradient,
+    Sketch,
+    blend,
+    center,
+)
 from dsbp_optax._types import Array, Eigenpairs, Operator, Scalar, Solver
 
 #: The share of lambda_1 under which lambda_k counts as zero, in units of eps.
@@ -72,7 +79,7 @@ class Layer(NamedTuple):
     spectrum: Spectrum
 
 
-def check_refresh(refresh: Refresh) -> Refresh:
+def check_refresh(refresh: Refresh) -> None:
     """Early errors for what Python knows."""
     _plan.check_integer("update_every", refresh.every, 1)
     _plan.check_integer("power_iterations", refresh.iterations, 1)
@@ -82,7 +89,6 @@ def check_refresh(refresh: Refresh) -> Refresh:
             f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
             "iterations) -> Eigenpairs, such as dsbp_optax.power_iteration."
         )
-    return refresh
 
 
 def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
@@ -125,7 +131,7 @@ def refresh_layer(
     Args:
       layer: in kernel form.
       statistic: a statistic of the layer, or None to use the gradient's own basis.
-      gradient: ``(*batch, d, m)``.
+      gradient: ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
       view: of the kernel.
       refresh: settings.
 
@@ -133,26 +139,25 @@ def refresh_layer(
       The layer in kernel form, and the rotation ``V_new^T V_old (*batch, k, k)``.
     """
     matrices = jax.tree.map(lambda x: _layout.from_kernel_form(x, view), layer)
+    observed = Gradient(gradient, view.flipped)
     if statistic is None:
-        statistic = Activations(jnp.swapaxes(gradient, -1, -2))
-        settings, observed = refresh._replace(iterations=1), False
+        statistic, refresh = observed, refresh._replace(iterations=1)
     else:
-        statistic, observed = _as_matrices(statistic, view), True
-        settings = refresh
+        statistic = _as_matrices(statistic, view)
 
-    def one(layer: Layer, statistic: Any, gradient: Array) -> tuple[Layer, Array]:
-        return _refresh_matrix(layer, statistic, gradient, settings, observed)
+    def one(layer: Layer, statistic: Any, gradient: Gradient) -> tuple[Layer, Array]:
+        return _refresh_matrix(layer, statistic, gradient, refresh)
 
     for _ in view.batch:
         one = jax.vmap(one)
-    new, rotation = one(matrices, statistic, gradient)
+    new, rotation = one(matrices, statistic, observed)
     return jax.tree.map(lambda x: _layout.to_kernel_form(x, view), new), rotation
 
 
 def _refresh_matrix(
-    layer: Layer, statistic: Any, gradient: Array, refresh: Refresh, observed: bool
+    layer: Layer, statistic: Any, gradient: Gradient, refresh: Refresh
 ) -> tuple[Layer, Array]:
-    """The same for one matrix: basis ``(d, k)``, gradient ``(d, m)``."""
+    """The same for one matrix: basis ``(d, k)``, no stacking axes."""
     basis, past = layer.basis, layer.spectrum
     operator = statistic.operator(basis)
     operator = center(operator) if refresh.centered else operator
@@ -163,9 +168,9 @@ def _refresh_matrix(
         operator = blend(operator, basis, past.eigenvalues[0], past.trace[0, 0], share)
     pairs = refresh.solver(operator, basis, to_int(refresh.iterations))
     done = to_int(refresh.iterations) if operator.exact else 1
-    energy = _subspace.captured_energy(
-        _subspace.project(pairs.basis, gradient), gradient
-    )
+    coordinates = _subspace.project(pairs.basis, gradient.values, gradient.flipped)
+    energy = _subspace.captured_energy(coordinates, gradient.values)
+    observed = not isinstance(statistic, Gradient)
     fresh = Spectrum(
         eigenvalues=pairs.eigenvalues[None],
         trace=jnp.reshape(operator.trace, (1, 1)),

@@ -53,7 +53,10 @@ AxesRule: TypeAlias = Mapping[str, Axes] | Callable[[str, Shape], Axes | None]
 
 
 class MatrixView(NamedTuple):
-    """One kernel read as ``(*batch, d, m)`` matrices."""
+    """One kernel read as matrices: ``(*batch, d, m)``, or flipped ``(*batch, m, d)``.
+
+    Which of the two is the kernel's own order, so that reading it moves no data.
+    """
 
     shape: Shape
     batch: Shape
@@ -63,6 +66,27 @@ class MatrixView(NamedTuple):
     @property
     def batch_shape(self) -> Shape:
         return _lengths(self.shape, self.batch)
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the columns come before the rows in the kernel."""
+        return self.columns[0] < self.rows[0]
+
+    @property
+    def order(self) -> Shape:
+        """The kernel's axes as the matrices have them."""
+        if self.flipped:
+            return self.batch + self.columns + self.rows
+        return self.batch + self.rows + self.columns
+
+    @property
+    def matrix_shape(self) -> Shape:
+        return (self.other, self.size) if self.flipped else (self.size, self.other)
+
+    def coordinate_shape(self, rank: int) -> Shape:
+        """``(*batch, k, m)``, or flipped ``(*batch, m, k)``."""
+        pair = (self.other, rank) if self.flipped else (rank, self.other)
+        return (*self.batch_shape, *pair)
 
     @property
     def size(self) -> int:
@@ -83,15 +107,14 @@ def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
 
 
 def to_matrices(kernel: Array, view: MatrixView) -> Array:
-    """``kernel -> (*batch, d, m)``."""
-    order = view.batch + view.rows + view.columns
-    return kernel.transpose(order).reshape(*view.batch_shape, view.size, view.other)
+    """``kernel -> (*batch, d, m)``, flipped ``(*batch, m, d)``."""
+    return kernel.transpose(view.order).reshape(*view.batch_shape, *view.matrix_shape)
 
 
 def from_matrices(matrices: Array, view: MatrixView) -> Array:
-    """``(*batch, d, m) -> kernel``, the inverse of `to_matrices`."""
-    order = view.batch + view.rows + view.columns
-    return matrices.reshape(_lengths(view.shape, order)).transpose(_inverse(order))
+    """The inverse of `to_matrices`."""
+    split = matrices.reshape(_lengths(view.shape, view.order))
+    return split.transpose(_inverse(view.order))
 
 
 def to_kernel_form(array: Array, view: MatrixView) -> Array:

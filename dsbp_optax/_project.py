@@ -6,6 +6,7 @@ update = V u + s (G - V P)               s from the residual rule
          + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from dsbp_optax import (
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import AxesRule, MatrixView, PerPath
 from dsbp_optax._plan import Choices, When
+from dsbp_optax._refresh import RefreshStep, make_refresh
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree, Scalar, Side, Solver
 
@@ -35,9 +37,10 @@ class Rule(NamedTuple):
     inner: optax.GradientTransformationExtraArgs
     choices: Choices
     refresh: Refresh
-    residual: _residual.Residual
+    residual: _residual.Residual | None
     sharpness: optax.ScalarOrSchedule
     project_cold: bool
+    refresh_step: RefreshStep
     transport: _transport.Table
     statistics_in_state: bool
 
@@ -131,14 +134,19 @@ def scale_by_spectral_projection(
         centered,
         decay,
     )
+    _eigenbasis.check_refresh(refresh)
+    table = {**_transport.TABLE, **(transport or {})}
     rule = Rule(
         inner=optax.with_extra_args_support(inner or optax.identity()),
         choices=choices,
-        refresh=_eigenbasis.check_refresh(refresh),
-        residual=residual or _residual.drop_residual(),
+        refresh=refresh,
+        refresh_step=make_refresh(
+            refresh, functools.partial(_transport.transport, table=table)
+        ),
+        residual=residual,
         sharpness=_plan.check_number("sharpness", sharpness, 0.0),
         project_cold=project_cold,
-        transport={**_transport.TABLE, **(transport or {})},
+        transport=table,
         statistics_in_state=statistics_in_state,
     )
     return optax.GradientTransformationExtraArgs(
@@ -161,12 +169,12 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
     decisions = _plan.plan(params, rule.choices, rule.inner)
     layers = _spectral.init_layers(params, decisions)
     coordinates = {
-        path: jnp.zeros(_coordinate_shape(decisions[path]), layers[path].basis.dtype)
-        if path in layers
-        else leaf
-        for path, leaf in leaves.items()
+        path: jnp.zeros(choice.view.coordinate_shape(choice.rank), basis.dtype)
+        for path, choice in decisions.items()
+        if choice.view is not None and choice.projected
+        for basis in [layers[path].basis]
     }
-    inner = rule.inner.init(coordinates)
+    inner = rule.inner.init({**leaves, **coordinates})
     _transport.check_table(inner, frozenset(layers), rule.transport)
     return SpectralProjectionState(
         step=step,
@@ -200,19 +208,19 @@ def _update(
     )
     finite = _spectral.all_finite(gradients)
     matrices = _spectral.matrices(gradients, views)
-    layers, carried = _spectral.refresh_all(
+    layers, carried = rule.refresh_step(
         _spectral.split_layers(state),
         state.inner,
         seen,
         matrices,
-        views,
-        rule.refresh,
         state.step,
         finite,
-        lambda inner, rotations: _transport.transport(inner, rotations, rule.transport),
+        views=views,
     )
     bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
-    coordinates = {p: _subspace.project(bases[p], matrices[p]) for p in views}
+    coordinates = {
+        p: _subspace.project(bases[p], matrices[p], v.flipped) for p, v in views.items()
+    }
     steps, inner = rule.inner.update(
         {**gradients, **coordinates}, carried, None, **extra
     )
@@ -254,16 +262,20 @@ def _combine(
     matrix: Array,
 ) -> Array:
     """``V u + s (G - V P)`` with a single lift; a cold layer passes ``s G``."""
+    if rule.residual is None and rule.project_cold:
+        return _subspace.lift(basis, step, view.flipped)
     energy = _subspace.squared_norm(matrix)
-    factor = rule.residual(step, coordinates, energy)
+    factor = jnp.zeros_like(energy)
+    if rule.residual is not None:
+        factor = rule.residual(step, coordinates, energy)
     inside = step - factor * coordinates
     if not rule.project_cold:
         done = _layout.from_kernel_form(layer.spectrum.iterations, view)
         warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
-        cold_factor = _residual.pass_through(step, coordinates, energy)
-        factor = jnp.where(warm, factor, cold_factor)
+        cold = _residual.pass_through(step, coordinates, energy)
+        factor = jnp.where(warm, factor, cold)
         inside = jnp.where(warm, inside, 0)
-    return _subspace.lift(basis, inside) + factor * matrix
+    return _subspace.lift(basis, inside, view.flipped) + factor * matrix
 
 
 def _add_sharpness(
@@ -282,8 +294,3 @@ def _add_sharpness(
         rule.sharpness, layers, bases, views, params, count
     )
     return steps | {path: steps[path] + term for path, term in terms.items()}
-
-
-def _coordinate_shape(decision: _plan.Decision) -> tuple[int, ...]:
-    assert decision.view is not None
-    return (*decision.view.batch_shape, decision.rank, decision.view.other)

@@ -257,8 +257,8 @@ def _recipe(
     )
 
 
-def _residual_rule(share: Scalar) -> _residual.Residual:
+def _residual_rule(share: Scalar) -> _residual.Residual | None:
     _plan.check_number("residual", share, 0.0)
     if isinstance(share, int | float) and share == 0:
-        return _residual.drop_residual()
+        return None
     return _residual.normalize_residual(share)

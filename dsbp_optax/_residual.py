@@ -1,5 +1,7 @@
 """What becomes of the part of the gradient outside the subspace.
 
+Without a rule it is dropped: the paper's choice, and GaLore's.
+
 A rule returns the factor ``s`` of ``V u + s (G - V V^T G)``. A factor is enough for
 everything shipped here, costs no pass over the gradient, and lets one product do
 the work: ``V (u - s P) + s G`` with ``P = V^T G``.
@@ -13,21 +15,11 @@ import jax.numpy as jnp
 from dsbp_optax._subspace import squared_norm
 from dsbp_optax._types import Array, Scalar
 
-#: (update u, coordinates P, |G|^2) -> s; ``(*batch, k, m) x2, (*batch, 1, 1)``
+#: (update u, coordinates P, |G|^2 (*batch, 1, 1)) -> s (*batch, 1, 1)
 Residual: TypeAlias = Callable[[Array, Array, Array], Array]
 
 #: Residual energy under this share of the gradient's is rounding, not signal.
 _NOISE = 1e-6
-
-
-def drop_residual() -> Residual:
-    """``s = 0``: the paper's rule, and GaLore's."""
-
-    def factor(update: Array, coordinates: Array, energy: Array) -> Array:
-        del update, coordinates
-        return jnp.zeros_like(energy)
-
-    return factor
 
 
 def scale_residual(factor: Scalar) -> Residual:

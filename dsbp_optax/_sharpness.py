@@ -15,6 +15,7 @@ from dsbp_optax import _basis, _eigenbasis, _layout, _plan, _spectral
 from dsbp_optax._eigenbasis import Refresh
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices
+from dsbp_optax._refresh import make_refresh
 from dsbp_optax._spectral import SpectralSharpnessState
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
@@ -71,15 +72,11 @@ def add_spectral_sharpness(
     """
     _plan.check_number("sharpness", sharpness, 0.0)
     choices = _plan.check_choices(Choices(rank, side, axes, "always"))
-    refresh = _eigenbasis.check_refresh(
-        Refresh(
-            update_every,
-            power_iterations,
-            solver or _basis.power_iteration,
-            centered,
-            decay,
-        )
-    )
+    solver = solver or _basis.power_iteration
+    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
+    _eigenbasis.check_refresh(refresh)
+
+    refresh_step = make_refresh(refresh, lambda carried, _: carried)
 
     def init(params: PyTree) -> SpectralSharpnessState:
         step, skipped, collect = _spectral.counters(refresh)
@@ -116,16 +113,14 @@ def add_spectral_sharpness(
         known = _plan.known_paths(updates)
         seen = _spectral.gather_statistics(statistics, state, views, known)
         finite = _spectral.all_finite(gradients)
-        layers, _ = _spectral.refresh_all(
+        layers, _ = refresh_step(
             _spectral.split_layers(state),
             (),
             seen,
             _spectral.matrices(gradients, views),
-            views,
-            refresh,
             state.step,
             finite,
-            lambda carried, _: carried,
+            views=views,
         )
         bases = {
             p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()

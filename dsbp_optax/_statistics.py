@@ -6,11 +6,13 @@ calls of a shared layer; only ratios by `count` are ever used.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsbp_optax._subspace import project
 from dsbp_optax._types import Array, Operator, Scalar
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -105,6 +107,34 @@ class Covariance:
             return jnp.matmul(matrix, v, precision=_HIGHEST) / n
 
         return Operator(matmul, jnp.trace(matrix) / n, total / n, count, exact=True)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["flipped"]
+)
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """The gradient's own second moment ``G G^T``, where nothing better is known.
+
+    Attributes:
+      values: ``(d, m)``, flipped ``(m, d)``; its columns stand for samples.
+      flipped: as in `dsbp_optax._subspace.project`.
+    """
+
+    values: Array
+    flipped: bool
+
+    def operator(self, basis: Array) -> Operator:
+        """The second moment ``G G^T / m``."""
+        (g,) = _as(basis.dtype, self.values)
+        columns, axes = (0, "md,mk->dk") if self.flipped else (1, "dm,km->dk")
+        m = jnp.asarray(g.shape[columns], basis.dtype)
+
+        def matmul(v: Array) -> Array:
+            return jnp.einsum(axes, g, project(v, g, self.flipped)) / m
+
+        mean = jnp.mean(g, axis=columns)
+        return Operator(matmul, jnp.sum(g * g) / m, mean, m, exact=True)
 
 
 def center(operator: Operator) -> Operator:

@@ -8,14 +8,25 @@ from dsbp_optax._types import Array
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def project(basis: Array, matrix: Array) -> Array:
-    """Coordinates ``V^T G``: ``(*batch, d, k), (*batch, d, m) -> (*batch, k, m)``."""
-    return jnp.einsum("...dk,...dm->...km", basis, matrix)
+def project(basis: Array, matrix: Array, flipped: bool = False) -> Array:
+    """Coordinates ``V^T G`` of each matrix.
+
+    Args:
+      basis: ``(*batch, d, k)`` orthonormal columns.
+      matrix: ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
+      flipped: whether the matrices are held transposed, as their kernel has them.
+
+    Returns:
+      ``(*batch, k, m)``, flipped ``(*batch, m, k)``.
+    """
+    axes = "...dk,...md->...mk" if flipped else "...dk,...dm->...km"
+    return jnp.einsum(axes, basis, matrix)
 
 
-def lift(basis: Array, coordinates: Array) -> Array:
-    """``V u``: ``(*batch, d, k), (*batch, k, m) -> (*batch, d, m)``."""
-    return jnp.einsum("...dk,...km->...dm", basis, coordinates)
+def lift(basis: Array, coordinates: Array, flipped: bool = False) -> Array:
+    """``V u``, the inverse of `project` on the subspace; same shapes."""
+    axes = "...dk,...mk->...md" if flipped else "...dk,...km->...dm"
+    return jnp.einsum(axes, basis, coordinates)
 
 
 def squared_norm(matrix: Array) -> Array:
@@ -55,24 +66,30 @@ def principal_angles(left: Array, right: Array) -> Array:
     return jnp.arctan2(jnp.clip(sine, 0, 1), jnp.clip(cosine, 0, 1))
 
 
-def rotate_first_moment(rotation: Array, moment: Array) -> Array:
-    """``m <- R m``: ``(*batch, k, k), (*batch, k, m) -> (*batch, k, m)``."""
-    carried = jnp.einsum("...kj,...jm->...km", rotation, moment, precision=_HIGHEST)
+def rotate_first_moment(rotation: Array, moment: Array, flipped: bool = False) -> Array:
+    """``m <- R m`` for coordinates ``(*batch, k, m)``, flipped ``(*batch, m, k)``."""
+    axes = "...kj,...mj->...mk" if flipped else "...kj,...jm->...km"
+    carried = jnp.einsum(axes, rotation, moment, precision=_HIGHEST)
     return carried.astype(moment.dtype)
 
 
-def rotate_second_moment(rotation: Array, moment: Array) -> Array:
+def rotate_second_moment(
+    rotation: Array, moment: Array, flipped: bool = False
+) -> Array:
     """``v <- (R * R) v``: stays non-negative, exact for uncorrelated coordinates."""
-    return rotate_first_moment(rotation * rotation, moment)
+    return rotate_first_moment(rotation * rotation, moment, flipped)
 
 
-def leading_decay(basis: Array, share: Array, matrix: Array) -> Array:
+def leading_decay(
+    basis: Array, share: Array, matrix: Array, flipped: bool = False
+) -> Array:
     """``share e_1 e_1^T W``, the gradient of ``share/2 |e_1^T W|^2``.
 
     Args:
       basis: ``(*batch, d, k)``, leading direction first.
       share: ``(*batch, 1, 1)``.
-      matrix: ``(*batch, d, m)``.
+      matrix: ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
+      flipped: as in `project`.
     """
     leading = basis[..., :, :1]
-    return share * lift(leading, project(leading, matrix))
+    return share * lift(leading, project(leading, matrix, flipped), flipped)

@@ -187,8 +187,8 @@ def no_rule(key: str) -> str:
     """Says that a kernel falls back to the basis of its gradient."""
     return (
         f"'{key}': no rule says how its layer acts through this kernel; its basis "
-        "comes from the gradient. Remedy: pass rules={LayerType: rule} to value_and_grad, "
-        "rule(layer) -> LinearMap."
+        "comes from the gradient. Remedy: pass rules={LayerType: rule}, "
+        "rule(layer) -> LinearMap, to value_and_grad."
     )
 
 

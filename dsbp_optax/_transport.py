@@ -5,7 +5,7 @@ and field. It is open: pass ``transport={("MyState", "momentum"): FIRST}``.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +35,26 @@ TABLE: Table = {
     ("ScaleByAmsgradState", "nu_max"): "second",
 }
 
-_RULES: dict[str, Callable[[Array, Array], Array]] = {
+_RULES: dict[str, Callable[[Array, Array, bool], Array]] = {
     "first": _subspace.rotate_first_moment,
     "second": _subspace.rotate_second_moment,
-    "reset": lambda rotation, moment: jnp.zeros_like(moment),
+    "reset": lambda rotation, moment, flipped: jnp.zeros_like(moment),
 }
 
 
-def transport(state: PyTree, rotations: Mapping[str, Array], table: Table) -> PyTree:
+class Rotation(NamedTuple):
+    """How the coordinates of one layer change: ``R = V_new^T V_old (*batch, k, k)``."""
+
+    matrix: Array
+    flipped: bool
+
+
+def transport(state: PyTree, rotations: Mapping[str, Rotation], table: Table) -> PyTree:
     """Moments of the layers in `rotations`, in the coordinates of their new bases.
 
     Args:
       state: the inner optimizer's state; its moments are flat dicts by path.
-      rotations: path -> ``V_new^T V_old (*batch, k, k)``.
+      rotations: path -> rotation.
       table: (state type, field) -> kind.
 
     Returns:
@@ -57,7 +64,9 @@ def transport(state: PyTree, rotations: Mapping[str, Array], table: Table) -> Py
     def carry(kind: Kind, moments: Mapping[str, Array]) -> dict[str, Array]:
         rule = _RULES[kind]
         return {
-            path: rule(rotations[path], moment) if path in rotations else moment
+            path: rule(rotations[path].matrix, moment, rotations[path].flipped)
+            if path in rotations
+            else moment
             for path, moment in moments.items()
         }
 

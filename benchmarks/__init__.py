@@ -1,0 +1,1 @@
+"""Benchmarks of `dsbp_optax`: `python -m benchmarks --help`."""

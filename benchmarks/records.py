@@ -1,0 +1,86 @@
+"""JSON records: everything that a published number needs beside itself."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import dsbp_optax
+
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit of this run."""
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "backend": device.platform,
+            "device": device.device_kind,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **versions,
+            "dsbp_optax": dsbp_optax.__version__,
+        },
+        "git": _git(),
+    }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Save a record; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(record), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit, and whether the work tree differs from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def ask(*args: str) -> str:
+        answer = subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=True
+        )
+        return answer.stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,5 @@
+"""Shared fixtures; one device, no accelerator, so that numbers repeat."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -135,14 +135,15 @@ def warm_start(
     graphdef, values = nnx.split(model)
 
     @jax.jit
-    def collect(opt_state: PyTree) -> Any:
-        return step(nnx.merge(graphdef, values), *args, opt_state=opt_state, **kwargs)[
-            -1
-        ]
+    def collect(opt_state: PyTree, values: PyTree) -> Any:
+        copy = nnx.merge(graphdef, values)
+        return step(copy, *args, opt_state=opt_state, **kwargs)[-1]
 
     owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
     state = _pure(opt_state if owner is None else owner.opt_state)
-    warm = _tap.warm_start(collect, state, power_iterations - 1)
+    warm = _tap.warm_start(
+        lambda state: collect(state, values), state, power_iterations - 1
+    )
     if owner is not None:
         nnx.update(owner.opt_state, nnx.state(warm))
     return warm

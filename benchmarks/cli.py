@@ -55,7 +55,7 @@ def demo(
         f"{seeds} seed{'s' * (seeds > 1)}"
     )
     plot_curves(results, f"{title} (band: range over seeds)", files[1])
-    plot_memory(results, f"{title} (bar: ± 1 standard deviation)", files[2])
+    plot_memory(results, f"{title} (bar: range over seeds)", files[2])
     if not quiet:
         _show(title, results)
         report.written(console, files)

@@ -22,6 +22,8 @@ _STYLES = {
     "muon": ("#7a7a7a", "--", "P"),
 }
 
+_LEAST_ERROR = 0.1
+
 
 def plot_curves(results: Sequence[Result], title: str, path: Path) -> None:
     """Training loss and test accuracy by epoch; the band spans the seeds.
@@ -35,10 +37,10 @@ def plot_curves(results: Sequence[Result], title: str, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for result in results:
         _curve(left, result, lambda run: run.train_loss)
-        _curve(right, result, lambda run: 100 * np.asarray(run.test_accuracy))
+        _curve(right, result, lambda run: _errors(run.test_accuracy))
     left.set(yscale="log", xlabel="epoch", ylabel="training loss (epoch mean)")
     right.set(xlabel="epoch", ylabel="test accuracy, %")
-    right.set_ylim(*_accuracy_limits(results))
+    _accuracy_axis(right)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -59,23 +61,24 @@ def plot_memory(results: Sequence[Result], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for result in results:
-        final = 100 * result.final_accuracies()
+        errors = _errors(result.final_accuracies())
+        mean = errors.mean()
         color, _, marker = _STYLES[result.name]
         axes.errorbar(
             result.program.state_bytes / 1024,
-            final.mean(),
-            yerr=final.std(ddof=1) if len(final) > 1 else None,
+            mean,
+            yerr=[[mean - errors.min()], [errors.max() - mean]],
             color=color,
             marker=marker,
             markersize=9,
             capsize=4,
             linestyle="none",
-            label=f"{result.name}: {final.mean():.1f} %",
+            label=f"{result.name}: {100 - mean:.1f} %",
         )
     axes.set(
         xscale="log", xlabel="optimizer state, KiB", ylabel="final test accuracy, %"
     )
-    axes.set_ylim(*_accuracy_limits(results, final=True))
+    _accuracy_axis(axes)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
@@ -96,13 +99,16 @@ def _curve(axes: Any, result: Result, read: Callable[[Run], Any]) -> None:
     )
 
 
-def _accuracy_limits(
-    results: Sequence[Result], final: bool = False
-) -> tuple[float, float]:
-    """From a little under the worst final accuracy to a little over the best."""
-    accuracies = 100 * np.concatenate([r.final_accuracies() for r in results])
-    low, high = float(accuracies.min()), float(accuracies.max())
-    margin = max(0.5, 0.08 * (high - low))
-    if not final:
-        low = min(low, high - 10)
-    return max(0.0, low - margin), min(100.5, high + margin)
+def _errors(accuracies: Any) -> np.ndarray:
+    """Percent of wrong answers, at least the least that the axis shows."""
+    return np.maximum(100 * (1 - np.asarray(accuracies)), _LEAST_ERROR)
+
+
+def _accuracy_axis(axes: Any) -> None:
+    """Logarithmic in the error, labelled in accuracy: 98 and 99 % stay apart."""
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.set_yticks([80, 50, 20, 10, 5, 2, 1, 0.5])
+    axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}")
+    axes.yaxis.set_minor_formatter(lambda error, _: "")
+    axes.tick_params(axis="y", which="minor", length=0)

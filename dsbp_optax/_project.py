@@ -6,10 +6,10 @@ update = V u + s (G - V P)               s from the residual rule
          + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -135,18 +135,15 @@ def scale_by_spectral_projection(
         decay,
     )
     _eigenbasis.check_refresh(refresh)
-    table = {**_transport.TABLE, **(transport or {})}
     rule = Rule(
         inner=optax.with_extra_args_support(inner or optax.identity()),
         choices=choices,
         refresh=refresh,
-        refresh_step=make_refresh(
-            refresh, functools.partial(_transport.transport, table=table)
-        ),
+        refresh_step=make_refresh(refresh),
         residual=residual,
         sharpness=_plan.check_number("sharpness", sharpness, 0.0),
         project_cold=project_cold,
-        transport=table,
+        transport={**_transport.TABLE, **(transport or {})},
         statistics_in_state=statistics_in_state,
     )
     return optax.GradientTransformationExtraArgs(
@@ -208,21 +205,25 @@ def _update(
     )
     finite = _spectral.all_finite(gradients)
     matrices = _spectral.matrices(gradients, views)
-    layers, carried = rule.refresh_step(
+    paths = frozenset(views)
+    kinds, moments = _transport.split(state.inner, paths, rule.transport)
+    layers, moments = rule.refresh_step(
         _spectral.split_layers(state),
-        state.inner,
+        moments,
         seen,
         matrices,
         state.step,
         finite,
         views=views,
+        kinds=kinds,
     )
+    carried = _transport.restore(state.inner, moments, paths, rule.transport)
     bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
     coordinates = {
         p: _subspace.project(bases[p], matrices[p], v.flipped) for p, v in views.items()
     }
-    steps, inner = rule.inner.update(
-        {**gradients, **coordinates}, carried, None, **extra
+    steps, inner = _inner_update(
+        rule, finite, {**gradients, **coordinates}, carried, extra
     )
     lifted = {
         path: _combine(
@@ -247,9 +248,36 @@ def _update(
         basis={path: layer.basis for path, layer in layers.items()},
         spectrum={path: layer.spectrum for path, layer in layers.items()},
         statistics=_spectral.cleared(state.statistics),
-        inner=_spectral.select(finite, inner, state.inner),
+        inner=inner,
     )
     return treedef.unflatten(steps[path] for path in gradients), new_state
+
+
+def _inner_update(
+    rule: Rule,
+    finite: Array,
+    gradients: dict[str, Array],
+    inner: PyTree,
+    extra: Mapping[str, Any],
+) -> tuple[dict[str, Array], PyTree]:
+    """The inner optimizer's step, or none where the gradients are not finite.
+
+    A `lax.cond` and not a `where`, which would copy the moments of large unprojected
+    parameters. Outside of a trace Python decides, so that nothing is compiled anew.
+    """
+
+    def take(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
+        steps, new = rule.inner.update(gradients, old, None, **extra)
+        return _spectral.cast_like(steps, gradients), _spectral.cast_like(new, old)
+
+    def skip(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
+        return jax.tree.map(jnp.zeros_like, gradients), old
+
+    if isinstance(finite, jax.core.Tracer):
+        done: tuple[dict[str, Array], PyTree]
+        done = jax.lax.cond(finite, take, skip, gradients, inner)
+        return done
+    return (take if finite else skip)(gradients, inner)
 
 
 def _combine(

@@ -250,9 +250,11 @@ def _recipe(
     mask: Mask,
     **projection: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    without = isinstance(weight_decay, int | float) and weight_decay == 0
     return optax.chain(
         scale_by_spectral_projection(inner, **projection),
-        optax.add_decayed_weights(weight_decay, mask),
+        # Decay in full space; without it the parameters need not be passed.
+        optax.identity() if without else optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

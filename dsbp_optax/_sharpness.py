@@ -76,7 +76,7 @@ def add_spectral_sharpness(
     refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     _eigenbasis.check_refresh(refresh)
 
-    refresh_step = make_refresh(refresh, lambda carried, _: carried)
+    refresh_step = make_refresh(refresh)
 
     def init(params: PyTree) -> SpectralSharpnessState:
         step, skipped, collect = _spectral.counters(refresh)
@@ -115,12 +115,13 @@ def add_spectral_sharpness(
         finite = _spectral.all_finite(gradients)
         layers, _ = refresh_step(
             _spectral.split_layers(state),
-            (),
+            [],
             seen,
             _spectral.matrices(gradients, views),
             state.step,
             finite,
             views=views,
+            kinds=[],
         )
         bases = {
             p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()

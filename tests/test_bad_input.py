@@ -1,0 +1,666 @@
+"""Bad input is named early; numbers that go wrong on the device change nothing."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from _models import (
+    CASES,
+    KERNELS,
+    activations,
+    forward,
+    loss_fn,
+    make_batch,
+    make_params,
+    make_step,
+    only,
+    sketches,
+    train,
+)
+
+import dsbp_optax
+from dsbp_optax import Activations, Axes, Covariance, put_statistics
+from dsbp_optax._tap import make_riders
+
+FIRST = KERNELS[0]
+FACTORIES: dict[str, Callable[..., Any]] = {
+    "dsbp": functools.partial(dsbp_optax.dsbp, 0.1),
+    "dsbp_sgd": functools.partial(dsbp_optax.dsbp_sgd, 0.1),
+    "dsbp_adamw": functools.partial(dsbp_optax.dsbp_adamw, 0.1),
+    "projection": dsbp_optax.scale_by_spectral_projection,
+    "sharpness": dsbp_optax.add_spectral_sharpness,
+}
+every_case = pytest.mark.parametrize("name", list(CASES))
+some_cases = pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])
+
+
+def refused(call: Callable[[], Any], *words: str) -> str:
+    """`call` raises our own error, from our own code, and it holds `words`."""
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call()
+    message = str(raised.value)
+    assert "dsbp_optax" in str(raised.traceback[-1].path), raised.traceback[-1]
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    return message
+
+
+# ---------------------------------------------------------------- construction
+
+CONSTRUCTION = [
+    ({"rank": 0}, ("rank", "got 0", "at least 1")),
+    ({"rank": -2}, ("rank", "got -2", "at least 1")),
+    ({"rank": 1.5}, ("rank", "1.5", "float", "integer")),
+    ({"rank": "3"}, ("rank", "'3'", "str", "integer")),
+    ({"rank": True}, ("rank", "True", "bool", "integer")),
+    ({"rank": [4]}, ("rank", "[4]", "list", "integer")),
+    ({"update_every": 0}, ("update_every", "got 0", "at least 1")),
+    ({"update_every": -1}, ("update_every", "got -1", "at least 1")),
+    ({"update_every": 2.5}, ("update_every", "2.5", "integer")),
+    ({"update_every": "9"}, ("update_every", "'9'", "integer")),
+    ({"power_iterations": 0}, ("power_iterations", "got 0", "at least 1")),
+    ({"power_iterations": 1.5}, ("power_iterations", "1.5", "integer")),
+    ({"decay": 1.0}, ("decay", "1.0", "below 1.0")),
+    ({"decay": -0.1}, ("decay", "-0.1", "at least 0")),
+    ({"decay": float("nan")}, ("decay", "nan", "at least 0")),
+    ({"decay": "much"}, ("decay", "'much'", "number")),
+    ({"side": "left"}, ("side", "'left'", "'input'", "'output'")),
+    ({"side": None}, ("side", "None", "'input'", "'output'")),
+    ({"solver": "eigh"}, ("solver", "'eigh'", "function")),
+]
+OF_SOME = [
+    ("dsbp", {"sharpness": -0.1}, ("sharpness", "-0.1", "at least 0")),
+    ("dsbp", {"sharpness": float("nan")}, ("sharpness", "nan", "at least 0")),
+    ("dsbp", {"sharpness": "0.1"}, ("sharpness", "'0.1'", "number")),
+    ("sharpness", {"sharpness": -1}, ("sharpness", "-1", "at least 0")),
+    ("sharpness", {"sharpness": float("nan")}, ("sharpness", "nan")),
+    ("projection", {"sharpness": -1.0}, ("sharpness", "-1.0", "at least 0")),
+    ("projection", {"project": "never"}, ("project", "'never'", "'auto'", "'always'")),
+    ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
+    ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number")),
+]
+
+
+@pytest.mark.parametrize(("keywords", "words"), CONSTRUCTION)
+@pytest.mark.parametrize("name", list(FACTORIES))
+def test_construction(name, keywords, words):
+    refused(lambda: FACTORIES[name](**keywords), *words)
+
+
+@pytest.mark.parametrize(("name", "keywords", "words"), OF_SOME)
+def test_construction_of_some(name, keywords, words):
+    refused(lambda: FACTORIES[name](**keywords), *words)
+
+
+def test_good_arguments_pass():
+    FACTORIES["dsbp"](rank=np.int64(3), update_every=np.int32(2), decay=0.99)
+    FACTORIES["projection"](sharpness=lambda step: 0.1, rank=lambda path, shape: None)
+
+
+AT_INIT = [
+    ({"rank": {"first/kernel": 0}}, ("rank", FIRST, "got 0", "at least 1")),
+    ({"rank": {"first/*": "3"}}, ("rank", FIRST, "'3'", "integer")),
+    ({"rank": lambda path, shape: 1.5}, ("rank", FIRST, "1.5", "integer")),
+    ({"rank": {"frist/kernel": 2}}, ("rank", "frist/kernel", f"mean '{FIRST}'")),
+    ({"side": {"*/kernel": "left"}}, ("side", FIRST, "'left'", "'input'")),
+    ({"side": {"nowhere/*": "input"}}, ("side", "nowhere/*", "no parameter")),
+    ({"side": lambda path, shape: "up"}, ("side", FIRST, "'up'", "'output'")),
+    ({"axes": {FIRST: Axes((0,), ())}}, ("axes", FIRST, "(16, 12)", "Remedy")),
+    ({"axes": {FIRST: Axes((0, 1), (1,))}}, ("axes", FIRST, "exactly once")),
+    ({"axes": {FIRST: Axes((0,), (2,))}}, ("axes", FIRST, "(16, 12)", "exactly once")),
+    ({"axes": {FIRST: 3}}, ("axes", FIRST, "3", "Axes")),
+    ({"axes": {FIRST: Axes(0, 1)}}, ("axes", FIRST, "Axes")),
+    ({"axes": {"frist/*": Axes((0,), (1,))}}, ("axes", "frist/*", "no parameter")),
+]
+
+
+@pytest.mark.parametrize(("keywords", "words"), AT_INIT)
+@pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])
+def test_at_init(name, keywords, words):
+    tx = FACTORIES[name](**keywords)
+    refused(lambda: tx.init(make_params()), *words)
+
+
+# ---------------------------------------------------------------- inner optimizers
+
+
+class Odd(NamedTuple):
+    """The state of an inner optimizer that the table does not know."""
+
+    momentum: Any
+
+
+def _odd() -> optax.GradientTransformation:
+    return optax.GradientTransformation(
+        lambda params: Odd(jax.tree.map(jnp.zeros_like, params)),
+        lambda updates, state, params=None: (updates, state),
+    )
+
+
+INNERS = {
+    "adam": (optax.adam(1e-3), ("inner", "learning rate", "Remedy")),
+    "sgd": (optax.sgd(1e-3), ("inner", "learning rate", "Remedy")),
+    "adamw": (optax.adamw(1e-3), ("inner", "params", "Remedy")),
+    "decay": (optax.add_decayed_weights(1e-4), ("inner", "params", "Remedy")),
+    "trust": (optax.scale_by_trust_ratio(), ("inner", "params", "Remedy")),
+    "unknown": (_odd(), ("inner", "Odd.momentum", "Remedy", "transport", "'reset'")),
+    "number": (3, ("inner", "int", "optax.GradientTransformation")),
+    "factory": (optax.scale_by_adam, ("inner", "optax.GradientTransformation")),
+    "string": ("adam", ("inner", "str", "optax.GradientTransformation")),
+}
+
+
+@pytest.mark.parametrize("inner", list(INNERS))
+def test_inner(inner):
+    given, words = INNERS[inner]
+    refused(
+        lambda: dsbp_optax.scale_by_spectral_projection(given, rank=2).init(
+            make_params()
+        ),
+        *words,
+    )
+
+
+def test_unknown_moments_may_be_told():
+    for kind in ("first", "second", "reset"):
+        tx = dsbp_optax.scale_by_spectral_projection(
+            _odd(), rank=2, transport={("Odd", "momentum"): kind}
+        )
+        assert only(tx.init(make_params())).basis
+
+
+def test_transport_of_an_unknown_kind():
+    tx = dsbp_optax.scale_by_spectral_projection(
+        _odd(), rank=2, transport={("Odd", "momentum"): "third"}
+    )
+    refused(lambda: tx.init(make_params()), "transport", "'third'", "'first'")
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def _update(name: str = "dsbp_adamw", **extra: Any) -> Any:
+    tx, params = CASES[name].optimizer(), make_params()
+    return tx.update(params, tx.init(params), params, **extra)
+
+
+def _sketch(**changes: Any) -> Any:
+    tx, params = CASES["dsbp_adamw"].optimizer(), make_params()
+    found = sketches(tx.init(params), params, make_batch(0))[FIRST]
+    return found.__class__(**{**vars(found), **changes})
+
+
+_COV = jnp.eye(16)
+STATISTICS = {
+    "width": ({FIRST: Activations(jnp.ones((24, 5)))}, ("(24, 5)", "(n, 16)")),
+    "vector": ({FIRST: Activations(jnp.ones(16))}, ("(16,)", "(n, 16)")),
+    "images": ({FIRST: jnp.ones((2, 3, 16))}, ("(2, 3, 16)", "(n, 16)")),
+    "raw": ({FIRST: jnp.ones((24, 12))}, ("(24, 12)", "(n, 16)")),
+    "covariance": ({FIRST: Covariance(jnp.eye(3))}, ("(3, 3)", "(16, 16)")),
+    "covariance count": ({FIRST: Covariance(_COV, jnp.ones(3))}, ("count", "(3,)")),
+    "covariance total": (
+        {FIRST: Covariance(_COV, 1.0, jnp.ones(3))},
+        ("total", "(3,)", "(16,)"),
+    ),
+    "sketch rank": (
+        {FIRST: _sketch(product=jnp.ones((16, 1, 3)))},
+        ("product", "(16, 1, 3)", "(16, 1, 2)"),
+    ),
+    "sketch count": ({FIRST: _sketch(count=jnp.ones(3))}, ("count", "(3,)")),
+    "sketch trace": ({FIRST: _sketch(trace=jnp.ones(()))}, ("trace", "()")),
+    "sketch total": ({FIRST: _sketch(total=jnp.ones(16))}, ("total", "(16,)")),
+    "complex": ({FIRST: jnp.ones((24, 16), jnp.complex64)}, ("complex64", "real")),
+    "string": ({FIRST: "activations"}, ("str", "Activations")),
+    "string array": ({FIRST: np.array([["a"] * 16])}, ("expected", "real")),
+    "list": ({FIRST: [[1.0] * 16]}, ("list", "Activations")),
+    "nested": ({"first": {"kernel": jnp.ones((24, 16))}}, ("first", "unknown path")),
+}
+
+
+@pytest.mark.parametrize("kind", list(STATISTICS))
+def test_statistics(kind):
+    given, words = STATISTICS[kind]
+    refused(lambda: _update(statistics=given), "statistics", *given, *words)
+
+
+WHOLE = {
+    "list": ([jnp.ones((24, 16))], ("list", "mapping")),
+    "array": (jnp.ones((24, 16)), ("mapping",)),
+    "string": (FIRST, ("str", "mapping")),
+    "tuple": ((FIRST, jnp.ones((24, 16))), ("tuple", "mapping")),
+    "unknown": (
+        {"frist/kernel": jnp.ones((24, 16))},
+        ("unknown path 'frist/kernel'", f"Did you mean '{FIRST}'?"),
+    ),
+    "unknown sketch": (
+        {"frist/kernel": _sketch()},
+        ("unknown path 'frist/kernel'", f"Did you mean '{FIRST}'?"),
+    ),
+    "number key": ({0: jnp.ones((24, 16))}, ("unknown path", "0")),
+    "tuple key": ({("first", "kernel"): jnp.ones((24, 16))}, ("unknown path",)),
+}
+
+
+@pytest.mark.parametrize("kind", list(WHOLE))
+@some_cases
+def test_the_mapping(name, kind):
+    given, words = WHOLE[kind]
+    refused(lambda: _update(name, statistics=given), "statistics", *words)
+
+
+def test_errors_reach_through_jit():
+    tx, params = CASES["dsbp_sgd"].optimizer(), make_params()
+    bad = {FIRST: jnp.ones((24, 5))}
+    update = jax.jit(lambda p, s, x: tx.update(p, s, p, statistics=x))
+    refused(lambda: update(params, tx.init(params), bad), FIRST, "(24, 5)", "(n, 16)")
+
+
+@pytest.mark.parametrize(
+    "keyword", ["stats", "statistic", "activations", "statistcs", "Statistics"]
+)
+@some_cases
+def test_misspelt_keyword(name, keyword):
+    refused(lambda: _update(name, **{keyword: {}}), keyword, "'statistics'")
+
+
+@some_cases
+def test_foreign_keywords_pass(name):
+    names = ("value", "grad", "value_fn", "obj_fn", "loss_scale", "batch_stats")
+    updates, _ = _update(name, **dict.fromkeys(names, 1.0), statistics=None)
+    chex.assert_tree_all_finite(updates)
+
+
+# ---------------------------------------------------------------- states
+
+
+def _state(name: str = "dsbp_sgd", params: Any = None, **keywords: Any) -> Any:
+    return CASES[name].optimizer(**keywords).init(params or make_params())
+
+
+@every_case
+def test_restored_state_of_another_rank(name):
+    tx, params = CASES[name].optimizer(rank=3), make_params()
+    other = _state(name)
+    message = refused(lambda: tx.update(params, other, params), FIRST, "2", "3")
+    assert "rank" in message
+
+
+@every_case
+def test_restored_state_of_another_tree(name):
+    tx, params = CASES[name].optimizer(), make_params()
+    other = _state(name, {"third": params["first"]})
+    refused(lambda: tx.update(params, other, params), "'third/kernel'", "Remedy")
+
+
+@every_case
+def test_restored_state_of_another_shape(name):
+    tx, params = CASES[name].optimizer(), make_params()
+    other = _state(name, {**params, "first": {"kernel": jnp.ones((32, 24))}})
+    grads = {**params, "first": {"kernel": params["first"]["kernel"]}}
+    refused(lambda: tx.update(grads, other, grads), FIRST, "got shape", "Remedy")
+
+
+@pytest.mark.parametrize("name", ["dsbp", "sharpness"])
+def test_parameters_missing(name):
+    tx, params = CASES[name].make(), make_params()
+    refused(
+        lambda: tx.update(params, tx.init(params)), "sharpness", "parameters", "Remedy"
+    )
+
+
+def test_put_statistics_without_a_place():
+    for state in (_state(), optax.adam(0.1).init(make_params())):
+        refused(
+            functools.partial(put_statistics, state, {}),
+            "put_statistics",
+            "statistics_in_state=True",
+        )
+
+
+def test_put_statistics_of_an_unknown_path():
+    state = _state(statistics_in_state=True)
+    refused(
+        lambda: put_statistics(state, {"frist/kernel": _sketch()}),
+        "frist/kernel",
+        f"'{FIRST}'",
+    )
+
+
+def test_two_projections_on_one_kernel():
+    one = functools.partial(dsbp_optax.scale_by_spectral_projection, rank=2)
+    state = optax.chain(one(), one()).init(make_params())
+    refused(lambda: make_riders(state), "two spectral", f"'{FIRST}'", "Remedy")
+
+
+def test_projection_and_sharpness_share_a_kernel():
+    tx = optax.chain(CASES["sharpness"].make(), CASES["projection"].make())
+    assert len(make_riders(tx.init(make_params()))) == 4
+
+
+# ---------------------------------------------------------------- Linen and NNX
+
+linen = pytest.importorskip("flax.linen")
+
+
+class Net(linen.Module):
+    """Two layers; the second is called on request."""
+
+    both: bool = True
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        x = linen.Dense(12, name="first")(x)
+        return linen.Dense(8, name="second")(x) if self.both else x
+
+
+class Heads(linen.Module):
+    """A kernel of three axes whose reading its shape does not tell."""
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return linen.DenseGeneral((4, 6), use_bias=False, name="split")(x)
+
+
+def _linen_call(model: Any, params: Any, apply: Any = None, **keywords: Any) -> Any:
+    state = CASES["dsbp_sgd"].make().init(params)
+    apply = apply or model.apply
+    step = dsbp_optax.linen.value_and_grad(
+        lambda params, x: jnp.mean(apply({"params": params}, x) ** 2), **keywords
+    )
+    return step(params, jnp.ones((6, 16)), opt_state=state)
+
+
+def _linen_params(model: Any) -> Any:
+    return model.init(jax.random.key(0), jnp.ones((6, 16)))["params"]
+
+
+def test_linen_layer_not_called():
+    params = _linen_params(Net())
+    refused(
+        lambda: _linen_call(Net(both=False), params),
+        "'second/kernel'",
+        "not called",
+        "Remedy",
+        "strict=False",
+    )
+
+
+def test_linen_apply_compiled_before():
+    model = Net()
+    params = _linen_params(model)
+    apply = jax.jit(model.apply)
+    apply({"params": params}, jnp.ones((6, 16)))
+    step = dsbp_optax.linen.value_and_grad(
+        lambda params, x: jnp.mean(apply({"params": params}, x) ** 2)
+    )
+    state = CASES["dsbp_sgd"].make().init(params)
+    jax.grad(lambda p: jnp.mean(apply({"params": p}, jnp.ones((6, 16))) ** 2))(params)
+    refused(
+        lambda: step(params, jnp.ones((6, 16)), opt_state=state),
+        "'first/kernel'",
+        "jit",
+        "Remedy",
+    )
+
+
+def test_linen_not_strict():
+    params = _linen_params(Net())
+    _, grads, statistics = _linen_call(Net(both=False), params, strict=False)
+    assert set(statistics) == {"first/kernel"}
+    assert not np.any(grads["second"]["kernel"])
+
+
+def test_linen_axes_misread():
+    params = _linen_params(Heads())
+    refused(
+        lambda: _linen_call(Heads(), params),
+        "'split/kernel'",
+        "(16, 4, 6)",
+        "axes=",
+        "Remedy",
+    )
+
+
+def _nnx_scan(axes: Any) -> Any:
+    from flax import nnx
+
+    class Layer(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            self.linear = nnx.Linear(16, 16, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return jnp.tanh(self.linear(x))
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: Any) -> Any:
+        return Layer(rngs)
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            self.layers = stacked(rngs)
+
+        def __call__(self, x: Any) -> Any:
+            run = nnx.scan(
+                lambda layer, x: layer(x),
+                in_axes=(nnx.StateAxes(axes), nnx.Carry),
+                out_axes=nnx.Carry,
+            )
+            return run(self.layers, x)
+
+    model = Stack(nnx.Rngs(0))
+    state = CASES["dsbp_sgd"].make().init(nnx.state(model, nnx.Param))
+    step = dsbp_optax.nnx.value_and_grad(lambda m, x: jnp.mean(m(x) ** 2))
+    return step(model, jnp.ones((6, 16)), opt_state=state)
+
+
+def test_nnx_scan_without_probes():
+    from flax import nnx
+
+    refused(
+        lambda: _nnx_scan({nnx.Param: 0, ...: None}),
+        "layers/linear/kernel",
+        "Probe",
+        "StateAxes",
+    )
+
+
+def test_nnx_scan_with_probes():
+    from flax import nnx
+
+    *_, statistics = _nnx_scan({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})
+    (sketch,) = statistics.values()
+    assert sketch.product.shape == (3, 16, 1, 2)
+    assert np.all(sketch.count == 6)
+
+
+# ---------------------------------------------------------------- numbers gone wrong
+
+
+def _poison(grads: Any, path: str, value: float) -> Any:
+    owner, leaf = path.split("/")
+    array = grads[owner][leaf]
+    index = (1,) * array.ndim
+    return {**grads, owner: {**grads[owner], leaf: array.at[index].set(value)}}
+
+
+@functools.cache
+def _settled(name: str) -> tuple[Any, Any, Any]:
+    """A compiled update, and parameters and state after two good steps."""
+    case, params = CASES[name], make_params()
+    tx = case.make()
+    params, state = train(
+        jax.jit(make_step(case.optimizer(), case.side)),
+        params,
+        case.optimizer().init(params),
+        3,
+    )
+    state = state if case.descends else state[0]
+    update = jax.jit(lambda g, s, p, x: tx.update(g, s, p, statistics=x))
+    return update, params, state
+
+
+def _counters_apart(state: Any) -> Any:
+    spectral = only(state)
+    same = {"step": 0, "skipped": 0, "collect": False}
+    return spectral._replace(**same)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("path", [FIRST, "first/bias", "embed/embedding"])
+@every_case
+def test_gradients_not_finite(name, path, value):
+    update, params, state = _settled(name)
+    batch = make_batch(9)
+    grads = _poison(jax.grad(loss_fn)(params, batch), path, value)
+    statistics = activations(params, batch, CASES[name].side)
+    updates, new = update(grads, state, params, statistics)
+    chex.assert_trees_all_equal(_counters_apart(new), _counters_apart(state))
+    assert int(only(new).step) == int(only(state).step) + 1
+    assert int(only(new).skipped) == int(only(state).skipped) + 1
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, grads))
+
+
+def _scaled_step(tx: Any) -> Any:
+    """One step under dynamic loss scaling: float16 gradients, halved on overflow."""
+
+    def step(params: Any, state: Any, scale: Any, batch: Any) -> Any:
+        grads = jax.grad(lambda p: loss_fn(p, batch) * scale)(params)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float16) / scale, grads)
+        finite = jnp.isfinite(optax.tree.norm(grads))
+        statistics = activations(params, batch)
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        params = optax.apply_updates(params, updates)
+        return params, state, jnp.where(finite, scale, scale / 2), finite
+
+    return jax.jit(step)
+
+
+def test_dynamic_loss_scaling_recovers():
+    tx, params = CASES["dsbp_sgd"].optimizer(), make_params()
+    state, scale, overflows = tx.init(params), jnp.float32(2.0**24), 0
+    start, step = float(loss_fn(params, make_batch(0))), _scaled_step(tx)
+    for i in range(30):
+        before = params
+        params, state, scale, finite = step(params, state, scale, make_batch(i))
+        if not finite:
+            overflows += 1
+            chex.assert_trees_all_equal(params, before)
+    assert finite
+    assert 2 < overflows < 20
+    assert int(only(state).skipped) == overflows
+    assert int(only(state).step) == 30
+    assert only(state).spectrum[FIRST].activations.all()
+    assert (only(state).spectrum[FIRST].failures == 0).all()
+    chex.assert_tree_all_finite((params, state))
+    assert float(loss_fn(params, make_batch(0))) < start
+
+
+def _nan_at(array: Any) -> Any:
+    return array.at[(0,) * array.ndim].set(jnp.nan)
+
+
+BAD_STATISTICS = {
+    "nan": _nan_at,
+    "inf": lambda a: a.at[0, 0].set(jnp.inf),
+    "overflow": lambda a: a * 1e30,
+    "zero": jnp.zeros_like,
+    "constant": jnp.ones_like,
+    "one sample": lambda a: a[:1],
+    "rank one": lambda a: a[:, :1] * jnp.ones_like(a),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_STATISTICS))
+@some_cases
+def test_statistics_that_cannot_be_used(name, kind):
+    update, params, state = _settled(name)
+    batch = make_batch(9)
+    seen = forward(params, batch)["input"]
+    statistics = {**seen, FIRST: BAD_STATISTICS[kind](seen[FIRST])}
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, new = update(grads, state, params, statistics)
+    old, now = only(state), only(new)
+    chex.assert_trees_all_equal(now.basis[FIRST], old.basis[FIRST])
+    assert np.all(now.spectrum[FIRST].failures == old.spectrum[FIRST].failures + 1)
+    assert np.all(now.spectrum[FIRST].eigenvalues == old.spectrum[FIRST].eigenvalues)
+    assert not np.array_equal(now.basis[KERNELS[1]], old.basis[KERNELS[1]])
+    assert np.all(now.spectrum[KERNELS[1]].failures == 0)
+    assert int(now.skipped) == 0
+    chex.assert_tree_all_finite((updates, new))
+    assert np.any(updates["first"]["kernel"])
+
+
+@pytest.mark.parametrize("field", ["product", "trace", "total"])
+@some_cases
+def test_sketches_that_are_not_finite(name, field):
+    update, params, state = _settled(name)
+    batch = make_batch(9)
+    statistics = sketches(state, params, batch)
+    key = next(k for k in statistics if k.startswith(FIRST))
+    good = vars(statistics[key])
+    bad = statistics[key].__class__(**{**good, field: _nan_at(good[field])})
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, new = update(grads, state, params, {**statistics, key: bad})
+    chex.assert_trees_all_equal(only(new).basis[FIRST], only(state).basis[FIRST])
+    assert np.all(only(new).spectrum[FIRST].failures == 1)
+    assert np.all(only(new).spectrum[KERNELS[1]].failures == 0)
+    chex.assert_tree_all_finite((updates, new))
+
+
+@some_cases
+def test_no_samples_are_no_failure(name):
+    update, params, state = _settled(name)
+    statistics = {FIRST: jnp.zeros((0, 16))}
+    grads = jax.grad(loss_fn)(params, make_batch(0))
+    updates, new = update(grads, state, params, statistics)
+    chex.assert_trees_all_equal(only(new).basis[FIRST], only(state).basis[FIRST])
+    assert np.all(only(new).spectrum[FIRST].failures == 0)
+    chex.assert_tree_all_finite((updates, new))
+
+
+@pytest.mark.parametrize("slice_", [0, 2])
+@some_cases
+def test_one_bad_slice_of_a_stack(name, slice_):
+    rng = np.random.default_rng(0)
+    params = {
+        "stack": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 16, 12)), jnp.float32),
+            "bias": jnp.zeros((3, 12)),
+        }
+    }
+    tx = CASES[name].make()
+    state = tx.init(params)
+    path = "stack/kernel"
+    assert only(state).basis[path].shape == (3, 16, 1, 2)
+    values = jnp.asarray(rng.normal(size=(3, 24, 16)), jnp.float32)
+    bad = values.at[slice_, 0, 0].set(jnp.nan)
+    updates, new = jax.jit(tx.update)(params, state, params, statistics={path: bad})
+    moved = np.abs(only(new).basis[path] - only(state).basis[path]).max((1, 2, 3)) > 0
+    expected = np.arange(3) != slice_
+    assert moved.tolist() == expected.tolist()
+    failures = only(new).spectrum[path].failures.reshape(-1)
+    assert failures.tolist() == (~expected).astype(int).tolist()
+    chex.assert_tree_all_finite((updates, new))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@every_case
+def test_zero_gradients(name, seen):
+    case, params = CASES[name], make_params()
+    tx = case.make()
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    statistics = activations(params, make_batch(0), case.side) if seen else None
+    update = jax.jit(lambda s: tx.update(zeros, s, params, statistics=statistics))
+    for _ in range(4):
+        updates, state = update(state)
+    chex.assert_tree_all_finite((updates, state))
+    assert int(only(state).skipped) == 0
+    if not seen and name not in ("dsbp_sgd", "dsbp_adamw"):
+        chex.assert_trees_all_equal(updates, zeros)

@@ -107,6 +107,9 @@ def eigh(operator: Operator, basis: Array, iterations: Scalar) -> Eigenpairs:
       basis: ``(d, k)``, used for its shape and dtype.
       iterations: ignored.
 
+    Returns:
+      `Eigenpairs`, exact to rounding.
+
     Raises:
       TypeError: when the operator is a sketch.
 
@@ -136,6 +139,9 @@ def randomized_svd(
       iterations: number of power steps; may be traced.
       oversampling: extra random test vectors, at most ``d - k`` are used.
       seed: of the random test vectors.
+
+    Returns:
+      `Eigenpairs`.
 
     Raises:
       TypeError: when the operator is a sketch.

@@ -164,7 +164,7 @@ def _refresh_matrix(
     weight = refresh.decay * past.weight[0, 0]
     total = weight + (1 - jnp.asarray(refresh.decay, basis.dtype))
     share = weight / total
-    if not _is_zero(refresh.decay):
+    if not is_zero(refresh.decay):
         operator = blend(operator, basis, past.eigenvalues[0], past.trace[0, 0], share)
     pairs = refresh.solver(operator, basis, to_int(refresh.iterations))
     done = to_int(refresh.iterations) if operator.exact else 1
@@ -293,7 +293,8 @@ def _where(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _is_zero(value: Scalar) -> bool:
+def is_zero(value: Any) -> bool:
+    """Whether Python knows that `value` is zero."""
     return isinstance(value, int | float) and value == 0
 
 

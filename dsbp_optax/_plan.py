@@ -157,15 +157,24 @@ def _worthwhile(
         if size < 2 or other < 2:
             return Decision(False, f"a {size} x {other} matrix has nothing to project")
         if rank == size:
-            return Decision(False, f"rank reaches d = {size}: the identity")
+            text = f"rank reaches d = {size}: the identity{_stacked(view)}"
+            return Decision(False, text)
         stack = math.prod(view.batch_shape)
         full = stack * inner_bytes(inner, (size, other), dtype)
         basis = stack * size * rank * compute_dtype(dtype).itemsize
         small = basis + stack * inner_bytes(inner, (rank, other), compute_dtype(dtype))
         if full and small >= full:
             return Decision(False, f"saves no memory: {small} >= {full} bytes")
-    text = f"{side} side, rank {rank} of {size}"
+    text = f"{side} side, rank {rank} of {size}{_stacked(view)}"
     return Decision(True, text, side, rank, view)
+
+
+def _stacked(view: MatrixView) -> str:
+    """How the axes were read, where there is more than one way."""
+    if not view.batch:
+        return ""
+    count, pair = math.prod(view.batch_shape), view.matrix_shape
+    return f" (read as {count} stacked {pair[0]} x {pair[1]} matrices)"
 
 
 def inner_bytes(inner: optax.GradientTransformation, shape: Shape, dtype: Any) -> int:
@@ -208,24 +217,26 @@ def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
     return named or _axes_by_rule(path, shape, choices.axes) is not None
 
 
-def check_rank(rank: Any, path: str = "*") -> int | None:
+def check_rank(rank: Any, path: str = "") -> int | None:
     """A positive Python integer, or None, or an error that says where."""
     if rank is None:
         return None
     if isinstance(rank, jax.core.Tracer):
+        where = f" of '{path}'" if path else ""
         raise TypeError(
-            f"rank of '{path}': got a traced value, expected a Python integer, since "
+            f"rank{where}: got a traced value, expected a Python integer, since "
             "it sets array shapes. Remedy: optax.inject_hyperparams(f, "
             "static_args=('rank',))."
         )
-    value = check_integer("rank", rank, 1, f" of '{path}'")
+    value = check_integer("rank", rank, 1, f" of '{path}'" if path else "")
     return int(value)
 
 
-def check_side(side: Any, path: str = "*") -> Side:
+def check_side(side: Any, path: str = "") -> Side:
     if side not in SIDES:
+        where = f" of '{path}'" if path else ""
         raise ValueError(
-            f"side of '{path}': got {side!r}, expected 'input' (the side of the "
+            f"side{where}: got {side!r}, expected 'input' (the side of the "
             "activations that enter the layer) or 'output' (the paper's)."
         )
     return side  # type: ignore[no-any-return]

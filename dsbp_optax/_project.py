@@ -6,6 +6,7 @@ update = V u + s (G - V P)               s from the residual rule
          + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,10 +24,18 @@ from dsbp_optax import (
     _subspace,
     _transport,
 )
-from dsbp_optax._eigenbasis import Layer, Refresh
-from dsbp_optax._layout import AxesRule, MatrixView, PerPath
+from dsbp_optax._eigenbasis import Refresh
+from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices, When
-from dsbp_optax._refresh import RefreshStep, make_refresh
+from dsbp_optax._refresh import (
+    RefreshStep,
+    Step,
+    begin_step,
+    end_step,
+    make_refresh,
+    sharpness_terms,
+    to_updates,
+)
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree, Scalar, Side, Solver
 
@@ -126,18 +135,12 @@ def scale_by_spectral_projection(
       (64, 1, 4)
       >>> updates, state = tx.update(params, state, params)
     """
-    choices = _plan.check_choices(Choices(rank, side, axes, project))
-    refresh = Refresh(
-        update_every,
-        power_iterations,
-        solver or _basis.power_iteration,
-        centered,
-        decay,
-    )
+    solver = solver or _basis.power_iteration
+    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     _eigenbasis.check_refresh(refresh)
     rule = Rule(
         inner=optax.with_extra_args_support(inner or optax.identity()),
-        choices=choices,
+        choices=_plan.check_choices(Choices(rank, side, axes, project)),
         refresh=refresh,
         refresh_step=make_refresh(refresh),
         residual=residual,
@@ -147,7 +150,7 @@ def scale_by_spectral_projection(
         statistics_in_state=statistics_in_state,
     )
     return optax.GradientTransformationExtraArgs(
-        lambda params: _init(rule, params),
+        functools.partial(_init, rule),
         lambda updates, state, params=None, **extra: _update(
             rule, updates, state, params, **extra
         ),
@@ -156,34 +159,22 @@ def scale_by_spectral_projection(
 
 def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
     leaves, _ = _layout.flatten_with_paths(params)
-    step, skipped, collect = _spectral.counters(rule.refresh)
     if not leaves:
-        # Nothing to project: also what optax.tree.map_params asks, which wants one
-        # leaf in the place of everything that is not a copy of the parameters.
-        none = jnp.zeros([])
-        return SpectralProjectionState(step, skipped, collect, none, none, none, none)
+        fields = _spectral.empty_fields(rule.refresh)
+        return SpectralProjectionState(**fields, inner=jnp.zeros([]))
     _transport.check_inner(rule.inner)
-    decisions = _plan.plan(params, rule.choices, rule.inner)
-    layers = _spectral.init_layers(params, decisions)
+    decisions, fields = _spectral.init_fields(
+        params, rule.choices, rule.refresh, rule.inner, rule.statistics_in_state
+    )
     coordinates = {
-        path: jnp.zeros(choice.view.coordinate_shape(choice.rank), basis.dtype)
+        path: jnp.zeros(choice.view.coordinate_shape(choice.rank), dtype)
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected
-        for basis in [layers[path].basis]
+        for dtype in [fields["basis"][path].dtype]
     }
     inner = rule.inner.init({**leaves, **coordinates})
-    _transport.check_table(inner, frozenset(layers), rule.transport)
-    return SpectralProjectionState(
-        step=step,
-        skipped=skipped,
-        collect=collect,
-        basis={path: layer.basis for path, layer in layers.items()},
-        spectrum={path: layer.spectrum for path, layer in layers.items()},
-        statistics=_spectral.empty_statistics(layers)
-        if rule.statistics_in_state
-        else {},
-        inner=inner,
-    )
+    _transport.check_table(inner, frozenset(coordinates), rule.transport)
+    return SpectralProjectionState(**fields, inner=inner)
 
 
 def _update(
@@ -196,61 +187,28 @@ def _update(
     **extra: Any,
 ) -> tuple[PyTree, SpectralProjectionState]:
     _spectral.check_extra_args(extra)
-    gradients, treedef = _layout.flatten_with_paths(updates)
-    if not gradients:
+    if not jax.tree.leaves(updates):
         return updates, state
-    views = _plan.views(updates, rule.choices, state.basis)
-    seen = _spectral.gather_statistics(
-        statistics, state, views, _plan.known_paths(updates)
+    paths = frozenset(state.basis)
+    moments = _transport.split(state.inner, paths, rule.transport)
+    step = begin_step(
+        rule.choices, rule.refresh_step, state, updates, statistics, *moments
     )
-    finite = _spectral.all_finite(gradients)
-    matrices = _spectral.matrices(gradients, views)
-    paths = frozenset(views)
-    kinds, moments = _transport.split(state.inner, paths, rule.transport)
-    layers, moments = rule.refresh_step(
-        _spectral.split_layers(state),
-        moments,
-        seen,
-        matrices,
-        state.step,
-        finite,
-        views=views,
-        kinds=kinds,
-    )
-    carried = _transport.restore(state.inner, moments, paths, rule.transport)
-    bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
     coordinates = {
-        p: _subspace.project(bases[p], matrices[p], v.flipped) for p, v in views.items()
+        p: _subspace.project(step.bases[p], step.matrices[p], v.flipped)
+        for p, v in step.views.items()
     }
-    steps, inner = _inner_update(
-        rule, finite, {**gradients, **coordinates}, carried, extra
-    )
-    lifted = {
-        path: _combine(
-            rule,
-            bases[path],
-            layers[path],
-            view,
-            steps[path],
-            coordinates[path],
-            matrices[path],
-        )
-        for path, view in views.items()
-    }
-    steps = steps | {p: _layout.from_matrices(lifted[p], v) for p, v in views.items()}
-    steps = _add_sharpness(rule, steps, layers, bases, views, params, state.step)
-    steps = {
-        path: jnp.where(finite, steps[path], 0).astype(jnp.result_type(gradient))
-        for path, gradient in gradients.items()
-    }
-    new_state = SpectralProjectionState(
-        **_spectral.advance(state, finite, rule.refresh),
-        basis={path: layer.basis for path, layer in layers.items()},
-        spectrum={path: layer.spectrum for path, layer in layers.items()},
-        statistics=_spectral.cleared(state.statistics),
-        inner=inner,
-    )
-    return treedef.unflatten(steps[path] for path in gradients), new_state
+    inner = _transport.restore(state.inner, step.moments, paths, rule.transport)
+    gradients = {**step.gradients, **coordinates}
+    changes, inner = _inner_update(rule, step.finite, gradients, inner, extra)
+    for path in step.views:
+        whole = _combine(rule, step, path, changes[path], coordinates[path])
+        changes = {**changes, path: whole}
+    if not _eigenbasis.is_zero(rule.sharpness):
+        terms = sharpness_terms(rule.sharpness, step, params, state.step)
+        changes = {**changes, **{p: changes[p] + term for p, term in terms.items()}}
+    fields = end_step(state, step, rule.refresh)
+    return to_updates(step, changes), SpectralProjectionState(**fields, inner=inner)
 
 
 def _inner_update(
@@ -268,7 +226,7 @@ def _inner_update(
 
     def take(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
         steps, new = rule.inner.update(gradients, old, None, **extra)
-        return _spectral.cast_like(steps, gradients), _spectral.cast_like(new, old)
+        return _cast_like(steps, gradients), _cast_like(new, old)
 
     def skip(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
         return jax.tree.map(jnp.zeros_like, gradients), old
@@ -281,44 +239,38 @@ def _inner_update(
 
 
 def _combine(
-    rule: Rule,
-    basis: Array,
-    layer: Layer,
-    view: MatrixView,
-    step: Array,
-    coordinates: Array,
-    matrix: Array,
+    rule: Rule, step: Step, path: str, change: Array, coordinates: Array
 ) -> Array:
-    """``V u + s (G - V P)`` with a single lift; a cold layer passes ``s G``."""
+    """``V u + s (G - V P)`` with a single lift; a cold layer passes ``s G``.
+
+    Args:
+      rule: the rule.
+      step: the step.
+      path: of the kernel.
+      change: ``u``, the inner optimizer's update of the coordinates.
+      coordinates: ``P``.
+
+    Returns:
+      The update, shaped as the kernel.
+    """
+    view, basis, matrix = step.views[path], step.bases[path], step.matrices[path]
     if rule.residual is None and rule.project_cold:
-        return _subspace.lift(basis, step, view.flipped)
+        lifted = _subspace.lift(basis, change, view.flipped)
+        return _layout.from_matrices(lifted, view)
     energy = _subspace.squared_norm(matrix)
     factor = jnp.zeros_like(energy)
     if rule.residual is not None:
-        factor = rule.residual(step, coordinates, energy)
-    inside = step - factor * coordinates
+        factor = rule.residual(change, coordinates, energy)
+    inside = change - factor * coordinates
     if not rule.project_cold:
-        done = _layout.from_kernel_form(layer.spectrum.iterations, view)
+        done = _layout.from_kernel_form(step.layers[path].spectrum.iterations, view)
         warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
-        cold = _residual.pass_through(step, coordinates, energy)
+        cold = _residual.pass_through(change, coordinates, energy)
         factor = jnp.where(warm, factor, cold)
         inside = jnp.where(warm, inside, 0)
-    return _subspace.lift(basis, inside, view.flipped) + factor * matrix
+    whole = _subspace.lift(basis, inside, view.flipped) + factor * matrix
+    return _layout.from_matrices(whole, view)
 
 
-def _add_sharpness(
-    rule: Rule,
-    steps: dict[str, Array],
-    layers: Mapping[str, Layer],
-    bases: Mapping[str, Array],
-    views: Mapping[str, MatrixView],
-    params: PyTree | None,
-    count: Array,
-) -> dict[str, Array]:
-    """``beta lambda_1 / tr(C) e_1 e_1^T W`` where activations were observed."""
-    if isinstance(rule.sharpness, int | float) and rule.sharpness == 0:
-        return steps
-    terms = _spectral.sharpness_terms(
-        rule.sharpness, layers, bases, views, params, count
-    )
-    return steps | {path: steps[path] + term for path, term in terms.items()}
+def _cast_like(new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, old)

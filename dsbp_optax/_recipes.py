@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import optax
 
-from dsbp_optax import _plan, _residual
+from dsbp_optax import _eigenbasis, _plan, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._types import Scalar, Side, Solver
@@ -250,7 +250,7 @@ def _recipe(
     mask: Mask,
     **projection: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    without = isinstance(weight_decay, int | float) and weight_decay == 0
+    without = _eigenbasis.is_zero(weight_decay)
     return optax.chain(
         scale_by_spectral_projection(inner, **projection),
         # Decay in full space; without it the parameters need not be passed.
@@ -261,6 +261,6 @@ def _recipe(
 
 def _residual_rule(share: Scalar) -> _residual.Residual | None:
     _plan.check_number("residual", share, 0.0)
-    if isinstance(share, int | float) and share == 0:
+    if _eigenbasis.is_zero(share):
         return None
     return _residual.normalize_residual(share)

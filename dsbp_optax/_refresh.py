@@ -1,20 +1,138 @@
-"""One step's refresh: every layer whose turn it is, and its moments."""
+"""One step of a spectral transformation: what it refreshes, sees and leaves behind."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from dsbp_optax import _eigenbasis
+from dsbp_optax import _eigenbasis, _layout, _plan, _spectral, _subspace
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import MatrixView
+from dsbp_optax._spectral import SpectralState
 from dsbp_optax._transport import Kind, Moments, Rotation, rotate
-from dsbp_optax._types import Array
+from dsbp_optax._types import Array, PyTree
 
 T = TypeVar("T")
 Layers: TypeAlias = dict[str, Layer]
 RefreshStep: TypeAlias = Callable[..., tuple[Layers, list[Moments]]]
+
+
+class Step(NamedTuple):
+    """What is known once the bases of a step stand.
+
+    Attributes:
+      gradients: path -> incoming update, as it came.
+      treedef: structure of the incoming updates.
+      views: path -> view, of the projected parameters.
+      matrices: path -> gradient ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
+      layers: path -> layer, kernel form.
+      bases: path -> basis ``(*batch, d, k)``.
+      moments: of the inner optimizer, in the coordinates of the bases.
+      finite: bool, whether every gradient is finite.
+    """
+
+    gradients: dict[str, Array]
+    treedef: Any
+    views: dict[str, MatrixView]
+    matrices: dict[str, Array]
+    layers: Layers
+    bases: dict[str, Array]
+    moments: list[Moments]
+    finite: Array
+
+
+def begin_step(
+    choices: _plan.Choices,
+    refresh_step: RefreshStep,
+    state: SpectralState,
+    updates: PyTree,
+    statistics: Mapping[str, Any] | None,
+    kinds: Sequence[Kind] = (),
+    moments: Sequence[Moments] = (),
+) -> Step:
+    """Check what came in, refresh the bases whose turn it is.
+
+    Args:
+      choices: what the user asked for.
+      refresh_step: of `make_refresh`.
+      state: before the step.
+      updates: incoming gradients.
+      statistics: path -> statistic, or None.
+      kinds: how each field of `moments` follows a basis.
+      moments: of the inner optimizer.
+    """
+    gradients, treedef = _layout.flatten_with_paths(updates)
+    views = _plan.views(updates, choices, state.basis)
+    known = _plan.known_paths(updates)
+    seen = _spectral.gather_statistics(statistics, state, views, known)
+    finite = _spectral.all_finite(gradients)
+    matrices = _spectral.matrices(gradients, views)
+    layers, turned = refresh_step(
+        _spectral.split_layers(state),
+        list(moments),
+        seen,
+        matrices,
+        state.step,
+        finite,
+        views=views,
+        kinds=kinds,
+    )
+    bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
+    return Step(gradients, treedef, views, matrices, layers, bases, turned, finite)
+
+
+def end_step(state: SpectralState, step: Step, refresh: Refresh) -> dict[str, Any]:
+    """The fields that the states of both transformations share, after the step."""
+    count = optax.safe_increment(state.step)
+    return {
+        "step": count,
+        "skipped": state.skipped + jnp.where(step.finite, 0, 1).astype(jnp.int32),
+        "collect": _eigenbasis.collects(count, refresh),
+        "basis": {path: layer.basis for path, layer in step.layers.items()},
+        "spectrum": {path: layer.spectrum for path, layer in step.layers.items()},
+        "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
+    }
+
+
+def to_updates(step: Step, changes: Mapping[str, Array]) -> PyTree:
+    """`changes` by path as the incoming tree, dtypes kept, zero if not finite."""
+    return step.treedef.unflatten(
+        jnp.where(step.finite, changes[path], 0).astype(jnp.result_type(gradient))
+        for path, gradient in step.gradients.items()
+    )
+
+
+def sharpness_terms(
+    sharpness: optax.ScalarOrSchedule, step: Step, params: PyTree | None, count: Array
+) -> dict[str, Array]:
+    """``beta lambda_1 / tr(C) e_1 e_1^T W`` of each layer, shaped as its kernel.
+
+    Zero for a layer whose basis has not come from activations: the term is theirs.
+
+    Raises:
+      ValueError: when the parameters were not passed to ``update``.
+    """
+    if params is None:
+        raise ValueError(
+            "the spectral sharpness term needs the parameters. Remedy: call "
+            "tx.update(updates, state, params)."
+        )
+    beta = sharpness(count) if callable(sharpness) else sharpness
+    kernels = _spectral.matrices(_layout.flatten_with_paths(params)[0], step.views)
+    terms = {}
+    for path, view in step.views.items():
+        spectrum, basis = step.layers[path].spectrum, step.bases[path]
+        trace = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
+        share = jnp.where(
+            spectrum.activations, spectrum.eigenvalues[..., :1] / trace, 0
+        )
+        weight = jnp.asarray(beta, basis.dtype) * _layout.from_kernel_form(share, view)
+        term = _subspace.leading_decay(basis, weight, kernels[path], view.flipped)
+        terms[path] = _layout.from_matrices(term, view)
+    return terms
 
 
 def make_refresh(refresh: Refresh) -> RefreshStep:
@@ -36,7 +154,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
         return refresh_layers(refresh, dict(views), list(kinds), *args)
 
     def call(
-        *args: Any, views: Mapping[str, MatrixView], kinds: list[Kind]
+        *args: Any, views: Mapping[str, MatrixView], kinds: Sequence[Kind]
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
             *args, views=tuple(views.items()), kinds=tuple(kinds)
@@ -89,12 +207,6 @@ def refresh_layers(
             rotations[path] = Rotation(turned, views[path].flipped)
         return new, rotate(kinds, moments, rotations)
 
-    def keep_branch(
-        group: Layers, moments: list[Moments], seen: Any, gradients: Any
-    ) -> tuple[Layers, list[Moments]]:
-        del seen, gradients
-        return group, moments
-
     instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
     first = step % _eigenbasis.to_int(refresh.every) == 0
     spread = _eigenbasis.collects(step, refresh)
@@ -103,7 +215,7 @@ def refresh_layers(
             group, turned = jax.lax.cond(
                 turn & allowed,
                 refresh_branch,
-                keep_branch,
+                _keep_branch,
                 _only(paths, layers),
                 [_only(paths, held) for held in moments],
                 _only(paths, statistics),
@@ -112,6 +224,13 @@ def refresh_layers(
             layers = {**layers, **group}
             moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
     return layers, moments
+
+
+def _keep_branch(
+    group: Layers, moments: list[Moments], seen: Any, gradients: Any
+) -> tuple[Layers, list[Moments]]:
+    del seen, gradients
+    return group, moments
 
 
 def _only(paths: Collection[str], values: Mapping[str, T]) -> dict[str, T]:

@@ -23,7 +23,21 @@ _NOISE = 1e-6
 
 
 def scale_residual(factor: Scalar) -> Residual:
-    """``s`` constant; ``1 / (1 - momentum)`` matches momentum's steady state."""
+    """``s`` constant; ``1 / (1 - momentum)`` matches momentum's steady state.
+
+    Args:
+      factor: ``s``, a number; may be traced.
+
+    Returns:
+      A rule for ``scale_by_spectral_projection(residual=...)``.
+
+    Cost: nothing beyond the step itself.
+
+    Example:
+      >>> import optax, dsbp_optax
+      >>> tx = dsbp_optax.scale_by_spectral_projection(
+      ...     optax.trace(0.9), residual=dsbp_optax.scale_residual(10.0))
+    """
 
     def constant(update: Array, coordinates: Array, energy: Array) -> Array:
         del update, coordinates
@@ -39,6 +53,20 @@ def normalize_residual(fraction: Scalar = 0.5) -> Residual:
 
     Invariant to the scale of the gradient, as Adam is, and without any state. A
     residual below rounding (1e-6 of the gradient's energy) is dropped.
+
+    Args:
+      fraction: RMS of the residual's part, as a share of the subspace update's; may
+        be traced.
+
+    Returns:
+      A rule for ``scale_by_spectral_projection(residual=...)``.
+
+    Cost: one reduction over the gradient.
+
+    Example:
+      >>> import optax, dsbp_optax
+      >>> tx = dsbp_optax.scale_by_spectral_projection(
+      ...     optax.scale_by_adam(), residual=dsbp_optax.normalize_residual(0.5))
     """
 
     def factor(update: Array, coordinates: Array, energy: Array) -> Array:

@@ -5,19 +5,37 @@
 the gradient of ``beta/2 lambda_1 / tr(C) |e_1^T W|^2``.
 """
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import optax
 
-from dsbp_optax import _basis, _eigenbasis, _layout, _plan, _spectral
+from dsbp_optax import _basis, _eigenbasis, _plan, _spectral
 from dsbp_optax._eigenbasis import Refresh
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices
-from dsbp_optax._refresh import make_refresh
+from dsbp_optax._refresh import (
+    RefreshStep,
+    begin_step,
+    end_step,
+    make_refresh,
+    sharpness_terms,
+    to_updates,
+)
 from dsbp_optax._spectral import SpectralSharpnessState
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
+
+
+class Rule(NamedTuple):
+    """Everything that the transformation is told; see `add_spectral_sharpness`."""
+
+    sharpness: optax.ScalarOrSchedule
+    choices: Choices
+    refresh: Refresh
+    refresh_step: RefreshStep
+    statistics_in_state: bool
 
 
 def add_spectral_sharpness(
@@ -70,77 +88,47 @@ def add_spectral_sharpness(
       ...     dsbp_optax.add_spectral_sharpness(0.1), optax.sgd(0.1, momentum=0.9)
       ... )
     """
-    _plan.check_number("sharpness", sharpness, 0.0)
-    choices = _plan.check_choices(Choices(rank, side, axes, "always"))
     solver = solver or _basis.power_iteration
     refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     _eigenbasis.check_refresh(refresh)
+    rule = Rule(
+        sharpness=_plan.check_number("sharpness", sharpness, 0.0),
+        choices=_plan.check_choices(Choices(rank, side, axes, "always")),
+        refresh=refresh,
+        refresh_step=make_refresh(refresh),
+        statistics_in_state=statistics_in_state,
+    )
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, rule),
+        lambda updates, state, params=None, **extra: _update(
+            rule, updates, state, params, **extra
+        ),
+    )
 
-    refresh_step = make_refresh(refresh)
 
-    def init(params: PyTree) -> SpectralSharpnessState:
-        step, skipped, collect = _spectral.counters(refresh)
-        if not _layout.flatten_with_paths(params)[0]:
-            none = jnp.zeros([])
-            return SpectralSharpnessState(step, skipped, collect, none, none, none)
-        layers = _spectral.init_layers(
-            params, _plan.plan(params, choices, optax.identity())
-        )
-        return SpectralSharpnessState(
-            step=step,
-            skipped=skipped,
-            collect=collect,
-            basis={path: layer.basis for path, layer in layers.items()},
-            spectrum={path: layer.spectrum for path, layer in layers.items()},
-            statistics=_spectral.empty_statistics(layers)
-            if statistics_in_state
-            else {},
-        )
+def _init(rule: Rule, params: PyTree) -> SpectralSharpnessState:
+    if not jax.tree.leaves(params):
+        return SpectralSharpnessState(**_spectral.empty_fields(rule.refresh))
+    _, fields = _spectral.init_fields(
+        params, rule.choices, rule.refresh, optax.identity(), rule.statistics_in_state
+    )
+    return SpectralSharpnessState(**fields)
 
-    def update(
-        updates: PyTree,
-        state: SpectralSharpnessState,
-        params: PyTree | None = None,
-        *,
-        statistics: Mapping[str, Any] | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, SpectralSharpnessState]:
-        _spectral.check_extra_args(extra)
-        gradients, treedef = _layout.flatten_with_paths(updates)
-        if not gradients:
-            return updates, state
-        views = _plan.views(updates, choices, state.basis)
-        known = _plan.known_paths(updates)
-        seen = _spectral.gather_statistics(statistics, state, views, known)
-        finite = _spectral.all_finite(gradients)
-        layers, _ = refresh_step(
-            _spectral.split_layers(state),
-            [],
-            seen,
-            _spectral.matrices(gradients, views),
-            state.step,
-            finite,
-            views=views,
-            kinds=[],
-        )
-        bases = {
-            p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()
-        }
-        terms = _spectral.sharpness_terms(
-            sharpness, layers, bases, views, params, state.step
-        )
-        steps = {
-            path: jnp.where(finite, g + terms[path], 0).astype(g.dtype)
-            if path in terms
-            else jnp.where(finite, g, 0).astype(g.dtype)
-            for path, g in gradients.items()
-        }
-        new_state = SpectralSharpnessState(
-            **_spectral.advance(state, finite, refresh),
-            basis={path: layer.basis for path, layer in layers.items()},
-            spectrum={path: layer.spectrum for path, layer in layers.items()},
-            statistics=_spectral.cleared(state.statistics),
-        )
-        return treedef.unflatten(steps[path] for path in gradients), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def _update(
+    rule: Rule,
+    updates: PyTree,
+    state: SpectralSharpnessState,
+    params: PyTree | None,
+    *,
+    statistics: Mapping[str, Any] | None = None,
+    **extra: Any,
+) -> tuple[PyTree, SpectralSharpnessState]:
+    _spectral.check_extra_args(extra)
+    if not jax.tree.leaves(updates):
+        return updates, state
+    step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
+    terms = sharpness_terms(rule.sharpness, step, params, state.step)
+    changes = {p: g + terms[p] if p in terms else g for p, g in step.gradients.items()}
+    new_state = SpectralSharpnessState(**end_step(state, step, rule.refresh))
+    return to_updates(step, changes), new_state

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from dsbp_optax import _eigenbasis, _layout, _plan, _subspace
+from dsbp_optax import _eigenbasis, _layout, _plan
 from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._statistics import Sketch
@@ -179,47 +178,6 @@ def gather_statistics(
     return _eigenbasis.check_statistics(given, views, known, ranks)
 
 
-def sharpness_terms(
-    sharpness: optax.ScalarOrSchedule,
-    layers: Mapping[str, Layer],
-    bases: Mapping[str, Array],
-    views: Mapping[str, MatrixView],
-    params: PyTree | None,
-    count: Array,
-) -> dict[str, Array]:
-    """``beta lambda_1 / tr(C) e_1 e_1^T W`` of each layer, shaped as its kernel.
-
-    Zero for a layer whose basis has not come from activations: the term is theirs.
-
-    Raises:
-      ValueError: when the parameters were not passed to ``update``.
-    """
-    if params is None:
-        raise ValueError(
-            "the spectral sharpness term needs the parameters. Remedy: call "
-            "tx.update(updates, state, params)."
-        )
-    beta = sharpness(count) if callable(sharpness) else sharpness
-    leaves, _ = _layout.flatten_with_paths(params)
-    kernels = matrices(leaves, views)
-    terms = {}
-    for path, view in views.items():
-        spectrum = layers[path].spectrum
-        safe = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
-        share = jnp.where(spectrum.activations, spectrum.eigenvalues[..., :1] / safe, 0)
-        weight = jnp.asarray(beta, bases[path].dtype) * _layout.from_kernel_form(
-            share, view
-        )
-        term = _subspace.leading_decay(bases[path], weight, kernels[path], view.flipped)
-        terms[path] = _layout.from_matrices(term, view)
-    return terms
-
-
-def cleared(statistics: Any) -> Any:
-    """Statistics that have been used: the same structure, nothing in it."""
-    return jax.tree.map(jnp.zeros_like, statistics)
-
-
 def check_extra_args(extra: Mapping[str, Any]) -> None:
     """Refuse misspelt keywords of ours; others belong to somebody else."""
     for name in extra:
@@ -243,11 +201,6 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 
-def cast_like(new: PyTree, old: PyTree) -> PyTree:
-    """`new` in the dtypes of `old`."""
-    return jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, old)
-
-
 def init_layers(
     params: PyTree, decisions: Mapping[str, _plan.Decision]
 ) -> dict[str, Layer]:
@@ -265,17 +218,42 @@ def init_layers(
     }
 
 
-def counters(refresh: Refresh) -> tuple[Array, Array, Array]:
-    """step, skipped, collect of a fresh state."""
+def init_fields(
+    params: PyTree, choices: _plan.Choices, refresh: Refresh, inner: Any, reserve: bool
+) -> tuple[dict[str, _plan.Decision], dict[str, Any]]:
+    """What is decided for each parameter, and the state fields that follow from it.
+
+    Args:
+      params: parameters.
+      choices: what the user asked for.
+      refresh: settings.
+      inner: inner optimizer, whose memory tells what is worth projecting.
+      reserve: whether to reserve a place for `put_statistics`.
+    """
+    decisions = _plan.plan(params, choices, inner)
+    layers = init_layers(params, decisions)
+    return decisions, {
+        **counters(refresh),
+        "basis": {path: layer.basis for path, layer in layers.items()},
+        "spectrum": {path: layer.spectrum for path, layer in layers.items()},
+        "statistics": empty_statistics(layers) if reserve else {},
+    }
+
+
+def empty_fields(refresh: Refresh) -> dict[str, Any]:
+    """The same for a tree without parameters: one leaf for each.
+
+    Also what `optax.tree.map_params` asks for, which wants one leaf in the place of
+    everything that is not a copy of the parameters.
+    """
+    none = {name: jnp.zeros([]) for name in ("basis", "spectrum", "statistics")}
+    return {**counters(refresh), **none}
+
+
+def counters(refresh: Refresh) -> dict[str, Array]:
+    """step, skipped, collect of a fresh state; buffers of their own, to be donated."""
     step, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-    return step, skipped, _eigenbasis.collects(step, refresh)
-
-
-def advance(state: SpectralState, finite: Array, refresh: Refresh) -> dict[str, Array]:
-    """step, skipped, collect after one more update."""
-    step = optax.safe_increment(state.step)
-    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    collect = jnp.asarray(_eigenbasis.collects(step, refresh))
+    collect = _eigenbasis.collects(step, refresh)
     return {"step": step, "skipped": skipped, "collect": collect}
 
 

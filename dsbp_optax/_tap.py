@@ -178,6 +178,17 @@ def find_rule(
     return lambda layer: None
 
 
+def check_rules(rules: Mapping[Any, Any] | None) -> dict[type, Any]:
+    """Rules of the user's own, or an error that says which is not one."""
+    for kind, rule in (rules or {}).items():
+        if not isinstance(kind, type) or not callable(rule):
+            raise TypeError(
+                f"rules: got {kind!r}: {rule!r}, expected a layer class and a function "
+                "(layer) -> LinearMap or None."
+            )
+    return dict(rules or {})
+
+
 def parameter_path(key: str) -> str:
     """The parameter that a rider belongs to."""
     return key.split("#")[0]

@@ -73,6 +73,9 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     Args:
       opt_state: any nest of optax states.
 
+    Returns:
+      A flat dict of scalar arrays.
+
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
       >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
@@ -86,8 +89,8 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
         for path, spectrum in state.spectrum.items():
             for name, value in _layer_metrics(spectrum).items():
                 figures[f"dsbp/{name}/{path}{suffix}"] = jnp.mean(value)
-        figures[f"dsbp/step{suffix}"] = state.step
-        figures[f"dsbp/skipped{suffix}"] = state.skipped
+        figures[f"dsbp/step{suffix}"] = jnp.asarray(state.step)
+        figures[f"dsbp/skipped{suffix}"] = jnp.asarray(state.skipped)
     return figures
 
 
@@ -107,6 +110,12 @@ def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
 
 def state_bytes(opt_state: PyTree) -> int:
     """Bytes of all arrays in an optimizer state (or in its shapes).
+
+    Args:
+      opt_state: any tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The sum of their sizes.
 
     Example:
       >>> import jax.numpy as jnp, optax, dsbp_optax

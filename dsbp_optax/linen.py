@@ -16,6 +16,7 @@ from flax.core import meta, unfreeze
 from flax.training import train_state
 
 from dsbp_optax import _layout, _tap
+from dsbp_optax._convolution import shifted_convolution
 from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
@@ -111,10 +112,11 @@ def value_and_grad(
       >>> float(statistics["kernel"].count[0, 0, 0])
       4.0
     """
+    every_rule = {**_RULES, **_tap.check_rules(rules)}
 
     def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
         riders = _tap.make_riders(opt_state)
-        recorder = _Recorder({**_RULES, **(rules or {})}, (args, kwargs))
+        recorder = _Recorder(every_rule, (args, kwargs))
 
         def tapped_loss(params: PyTree, riders: dict[str, Rider]) -> Any:
             recorder.start(params, riders)
@@ -297,16 +299,23 @@ def _dense_general(module: Any) -> LinearMap:
 def _conv(module: Any) -> LinearMap | None:
     size = module.kernel_size
     spatial = 1 if isinstance(size, int) else len(size)
-    if module.mask is not None or getattr(module, "feature_group_count", 1) != 1:
+    if module.mask is not None or module.feature_group_count != 1:
         return None
-    if getattr(module, "transpose_kernel", False):
+    return _by_clone(
+        module, spatial + 1, conv_general_dilated_cls=lambda: shifted_convolution
+    )
+
+
+def _conv_transpose(module: Any) -> LinearMap | None:
+    if module.mask is not None or module.transpose_kernel:
         return None
-    return _by_clone(module, spatial + 1)
+    size = module.kernel_size
+    return _by_clone(module, (1 if isinstance(size, int) else len(size)) + 1)
 
 
 _RULES: Mapping[type, LayerRule] = {
     nn.Dense: _dense,
     nn.DenseGeneral: _dense_general,
     nn.Conv: _conv,
-    nn.ConvTranspose: _conv,
+    nn.ConvTranspose: _conv_transpose,
 }

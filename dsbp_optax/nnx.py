@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsbp_optax import _tap
+from dsbp_optax._convolution import shifted_convolution
 from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
@@ -76,7 +77,7 @@ def value_and_grad(
       >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
       >>> _ = optimizer.update(model, grads, statistics=statistics)
     """
-    every_rule = {**_RULES, **(rules or {})}
+    every_rule = {**_RULES, **_tap.check_rules(rules)}
 
     def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
         state = (
@@ -256,7 +257,7 @@ def _pure(tree: PyTree) -> PyTree:
     )
 
 
-def _by_shadow(layer: Any, inputs: int, batch: int = 0) -> LinearMap:
+def _by_shadow(layer: Any, inputs: int, batch: int = 0, **others: Any) -> LinearMap:
     """The layer's own call on a stand-in whose kernel has any number of features."""
     call = getattr(type(layer), "__wrapped_type__", type(layer)).__call__
 
@@ -267,6 +268,7 @@ def _by_shadow(layer: Any, inputs: int, batch: int = 0) -> LinearMap:
             "use_bias": False,
             "dtype": kernel.dtype,
             "preferred_element_type": None,
+            **others,
         }
         stand_in = types.SimpleNamespace(**{**vars(layer), **changes})
         return jnp.asarray(call(stand_in, x))
@@ -283,8 +285,14 @@ def _linear_general(layer: Any) -> LinearMap:
 
 
 def _conv(layer: Any) -> LinearMap | None:
-    grouped = getattr(layer, "feature_group_count", 1) != 1
-    if layer.mask is not None or grouped or getattr(layer, "transpose_kernel", False):
+    if layer.mask is not None or layer.feature_group_count != 1:
+        return None
+    spatial = len(layer.kernel_size)
+    return _by_shadow(layer, spatial + 1, conv_general_dilated=shifted_convolution)
+
+
+def _conv_transpose(layer: Any) -> LinearMap | None:
+    if layer.mask is not None or layer.transpose_kernel:
         return None
     return _by_shadow(layer, len(layer.kernel_size) + 1)
 
@@ -293,5 +301,5 @@ _RULES: Mapping[type, LayerRule] = {
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,
     nnx.Conv: _conv,
-    nnx.ConvTranspose: _conv,
+    nnx.ConvTranspose: _conv_transpose,
 }

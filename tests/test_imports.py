@@ -22,6 +22,7 @@ ROOT = pathlib.Path(dsbp_optax.__file__).parent
 LEVELS = {
     "_types": 0,
     "_basis": 1,
+    "_convolution": 1,
     "_layout": 1,
     "_subspace": 1,
     "_statistics": 2,
@@ -29,18 +30,18 @@ LEVELS = {
     "_residual": 2,
     "_transport": 2,
     "_eigenbasis": 3,
-    "_refresh": 4,
     "_spectral": 4,
-    "_project": 5,
-    "_sharpness": 5,
+    "_refresh": 5,
     "_tap": 5,
     "diagnostics": 5,
-    "_recipes": 6,
+    "_project": 6,
+    "_sharpness": 6,
     "linen": 6,
     "nnx": 6,
-    "__init__": 7,
+    "_recipes": 7,
+    "__init__": 8,
 }
-KERNELS = ("_basis", "_subspace")
+KERNELS = ("_basis", "_convolution", "_subspace")
 ADAPTERS = {"linen": "flax.nnx", "nnx": "flax.linen"}  # adapter: not its framework
 TRANSFORMATIONS = ("_project", "_sharpness", "_recipes")
 MOST_LINES_OF_FUNCTION = 40

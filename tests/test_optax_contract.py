@@ -31,6 +31,7 @@ from dsbp_optax import put_statistics
 from dsbp_optax._spectral import find_states
 from dsbp_optax._tap import make_riders
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 12
 every_case = pytest.mark.parametrize("name", list(CASES))
 some_cases = pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])
@@ -246,7 +247,7 @@ def test_a_group_without_parameters_is_harmless():
 # ---------------------------------------------------------------- accumulation
 
 
-@some_cases
+@pytest.mark.parametrize("name", ["sharpness"])
 def test_multi_steps(name):
     case, params = CASES[name], make_params()
     tx = optax.MultiSteps(case.optimizer(), 2)
@@ -320,8 +321,7 @@ def test_multi_steps_takes_the_sum_of_micro_batches():
 # ---------------------------------------------------------------- lookahead and SAM
 
 
-@pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize(("reset", "chained"), [(False, True), (True, False)])
 def test_lookahead_through_the_state(reset, chained):
     fast = CASES["dsbp_sgd"].optimizer(statistics_in_state=True)
     tx = optax.lookahead(fast, sync_period=3, slow_step_size=0.5, reset_state=reset)
@@ -402,7 +402,7 @@ def test_injected_hyperparameters_may_change_without_recompiling():
     )
     step = _traced_once(make_step(tx))
     moved, _ = step(params, state, make_batch(0))
-    state = optax.tree.set(state, learning_rate=jnp.asarray(0.0))
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.0))
     still, _ = step(params, state, make_batch(0))
     assert not np.allclose(moved["first"]["kernel"], params["first"]["kernel"])
     chex.assert_trees_all_equal(still, params)
@@ -596,13 +596,14 @@ def test_vmap_over_an_ensemble(name):
     chex.assert_trees_all_close(together, stack(single), rtol=2e-3, atol=2e-4)
 
 
-@some_cases
+@pytest.mark.parametrize("name", ["dsbp_sgd"])
 def test_donation(name):
     case = CASES[name]
     tx = case.optimizer()
     params = make_params()
     state = tx.init(params)
-    donating = jax.jit(make_step(tx, case.side), donate_argnums=(0, 1))
+    step = make_step(tx, case.side)
+    donating = jax.jit(step, donate_argnums=(0, 1), keep_unused=True)
     old = jax.tree.leaves((params, state))
     for i in range(5):
         params, state = donating(params, state, make_batch(i))
@@ -627,7 +628,7 @@ def test_no_buffer_is_in_the_state_twice(name, params):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("name", ["dsbp", "dsbp_adamw", "sharpness"])
+@pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])
 def test_dtypes(name, dtype):
     case = CASES[name]
     with _x64(dtype == "float64"):

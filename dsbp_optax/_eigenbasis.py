@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsbp_optax import _basis, _layout, _plan, _subspace
 from dsbp_optax._layout import MatrixView
@@ -40,7 +41,7 @@ class Spectrum(NamedTuple):
       iterations: int32, power iterations done so far; 0 means never refreshed.
       failures: int32, refreshes that were refused (rank-deficient, zero or
         non-finite statistics); the last good basis was kept.
-      activations: bool, whether the last refresh used activations, not gradients.
+      activations: int32, 1 if the last refresh used activations, 0 if gradients.
     """
 
     eigenvalues: Array
@@ -108,7 +109,7 @@ def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
         energy=filled(0, dtype),
         iterations=filled(0, jnp.int32),
         failures=filled(0, jnp.int32),
-        activations=filled(False, jnp.bool_),
+        activations=filled(0, jnp.int32),
     )
     return Layer(basis, spectrum)
 
@@ -206,67 +207,84 @@ def usable(operator: Operator, pairs: Eigenpairs) -> Array:
     return (operator.count > 0) & finite & full_rank & orthonormal
 
 
-def check_statistics(
-    statistics: Any,
-    views: Mapping[str, MatrixView],
-    known: list[str],
-    ranks: Mapping[str, int],
-) -> dict[str, Any]:
-    """The statistics of the projected parameters, or an error that says where."""
+def check_mapping(statistics: Any, known: list[str], suffixes: list[str]) -> None:
+    """Statistics are a flat mapping from known paths, or an error that says where."""
     if not isinstance(statistics, Mapping):
         raise TypeError(
             f"statistics: got {type(statistics).__name__}, expected a flat mapping "
             "from parameter path to Sketch, Activations or Covariance, such as "
             "{'Dense_0/kernel': dsbp_optax.Activations(x)}."
         )
-    for path in statistics:
-        if path not in known:
+    for key in statistics:
+        path = str(key)
+        for suffix in suffixes:
+            path = path.removesuffix(suffix)
+        if not isinstance(key, str) or path not in known:
             raise ValueError(
-                f"statistics: unknown path '{path}'; the parameters are "
-                f"{_plan.some(known)}.{_plan.did_you_mean(str(path), known)}"
+                f"statistics: unknown path {key!r}, expected one of "
+                f"{_plan.some(known)}.{_plan.did_you_mean(path, known)}"
             )
-    return {
-        path: _check_statistic(path, statistics[path], view, ranks[path])
-        for path, view in views.items()
-        if statistics.get(path) is not None
-    }
 
 
-def _check_statistic(path: str, given: Any, view: MatrixView, rank: int) -> Any:
-    statistic = given
-    if not isinstance(given, Sketch | Activations | Covariance):
-        if not hasattr(given, "shape") or not hasattr(given, "dtype"):
-            raise TypeError(
-                f"statistics['{path}']: got {type(given).__name__}, expected Sketch, "
-                "Activations, Covariance, or an activation matrix (n, d)."
-            )
-        statistic = Activations(given)
-    expected: dict[str, tuple[Any, ...]]
+def check_statistic(path: str, given: Any, view: MatrixView, rank: int) -> Any:
+    """`given` as a statistic whose arrays fit the kernel; bare arrays are activations.
+
+    Args:
+      path: of the kernel, for the message.
+      given: what the user passed.
+      view: of the kernel.
+      rank: of its basis.
+    """
+    whole = isinstance(given, Sketch | Activations | Covariance)
+    if not whole and not (hasattr(given, "shape") and hasattr(given, "dtype")):
+        raise TypeError(
+            f"statistics['{path}']: got {type(given).__name__}, expected Sketch, "
+            "Activations, Covariance, or an activation matrix (n, d)."
+        )
+    statistic = given if whole else Activations(given)
+    for field, allowed in _shapes(statistic, view, rank).items():
+        _check_array(
+            f"statistics['{path}'].{field}", getattr(statistic, field), allowed
+        )
+    return statistic
+
+
+def _shapes(statistic: Any, view: MatrixView, rank: int) -> dict[str, list[Any]]:
+    """The shapes that each field of a statistic may have; None stands for any n."""
+    form, batch, d = _layout.kernel_form_shape, view.batch_shape, view.size
     match statistic:
         case Sketch():
-            expected = {"product": _layout.kernel_form_shape(view, True, rank)}
-        case Activations():
-            expected = {"values": (*view.batch_shape, None, view.size)}
+            one = form(view, False, 1)
+            return {
+                "product": [form(view, True, rank)],
+                "count": [one],
+                "trace": [one],
+                "total": [form(view, True, 1)],
+            }
         case Covariance():
-            expected = {"matrix": (*view.batch_shape, view.size, view.size)}
-    for field, shape in expected.items():
-        array = getattr(statistic, field)
-        if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
-            raise TypeError(
-                f"statistics['{path}'].{field}: got dtype {jnp.result_type(array)}, "
-                "expected a real one."
+            whole = {"matrix": [(*batch, d, d)], "count": [(), batch]}
+            return (
+                whole if statistic.total is None else whole | {"total": [(*batch, d)]}
             )
-        got = jnp.shape(array)
-        free = [a is None or a == b for a, b in zip(shape, got, strict=False)]
-        if len(got) != len(shape) or not all(free):
-            wanted = str(shape).replace("None", "n")
-            raise ValueError(
-                f"statistics['{path}'].{field}: got shape {got}, expected {wanted}. "
-                "Remedy: pass the activations of the side that is projected, with the "
-                "kernel's axes of that side flattened; if the kernel's axes were "
-                "misread, pass axes={...: dsbp_optax.Axes(...)} to the optimizer."
-            )
-    return statistic
+    return {"values": [(*batch, None, d)]}
+
+
+def _check_array(where: str, array: Any, allowed: list[tuple[int | None, ...]]) -> None:
+    kind = getattr(array, "dtype", None) or np.result_type(type(array))
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(f"{where}: got dtype {kind}, expected a real number's.")
+    got = np.shape(array)
+    for shape in allowed:
+        pairs = zip(shape, got, strict=False)
+        if len(got) == len(shape) and all(a is None or a == b for a, b in pairs):
+            return
+    wanted = " or ".join(str(shape).replace("None", "n") for shape in allowed)
+    raise ValueError(
+        f"{where}: got shape {got}, expected {wanted}. Remedy: pass the activations of "
+        "the side that is projected, with the kernel's axes of that side flattened; if "
+        "the kernel's axes were misread, pass axes={...: dsbp_optax.Axes(...)} to the "
+        "optimizer."
+    )
 
 
 def _as_matrices(statistic: Any, view: MatrixView) -> Any:

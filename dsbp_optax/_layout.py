@@ -14,6 +14,7 @@ whatever axes it shares with its kernel.
 
 import fnmatch
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -194,16 +195,21 @@ def infer_axes(path: str, shape: Shape, bias: Shape | None) -> Axes:
     return _axes(ndim, 0 if convolution else ndim - 2, 1)
 
 
-def check_axes(path: str, shape: Shape, axes: Axes) -> Axes:
+def check_axes(path: str, shape: Shape, axes: Any) -> Axes:
     """`axes` with non-negative entries, each axis named once, or an error."""
     ndim = len(shape)
-    groups = [tuple(a + ndim if a < 0 else a for a in group) for group in axes]
+    try:
+        groups = [tuple(map(operator.index, group)) for group in Axes(*axes)]
+    except TypeError:
+        groups = []
+    groups = [tuple(a + ndim if a < 0 else a for a in group) for group in groups]
     named = sorted(a for group in groups for a in group)
     if named != list(range(ndim)) or not groups[0] or not groups[1]:
         raise ValueError(
-            f"axes of '{path}': got {axes} for shape {shape}, expected every axis "
-            f"0..{ndim - 1} exactly once, with at least one input and one output. "
-            "Remedy: dsbp_optax.Axes(inputs=..., outputs=..., batch=...)."
+            f"axes of '{path}': got {axes} for shape {shape}, expected tuples that "
+            f"name every axis 0..{ndim - 1} exactly once, with at least one input and "
+            "one output. Remedy: dsbp_optax.Axes(inputs=(...), outputs=(...), "
+            "batch=(...))."
         )
     inputs, outputs, batch = (tuple(sorted(group)) for group in groups)
     return Axes(inputs, outputs, batch)

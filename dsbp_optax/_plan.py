@@ -109,8 +109,6 @@ def _check_basis(
 ) -> None:
     """A restored state must be of this optimizer and these parameters."""
     rank = _layout.resolve(choices.rank, path, view.shape, None)
-    if isinstance(rank, jax.core.Tracer):
-        rank = basis.shape[-1]
     asked = min(check_rank(rank, path) or 0, view.size)
     expected = _layout.kernel_form_shape(view, True, asked)
     if basis.shape != expected:
@@ -153,6 +151,8 @@ def _worthwhile(
     inner: optax.GradientTransformation,
 ) -> Decision:
     size, other = view.size, view.other
+    if size * other * math.prod(view.batch_shape) == 0:
+        return Decision(False, "it holds no numbers")
     if choices.when == "auto":
         if size < 2 or other < 2:
             return Decision(False, f"a {size} x {other} matrix has nothing to project")
@@ -208,7 +208,7 @@ def _axes_by_rule(path: str, shape: Shape, rule: AxesRule | None) -> Axes | None
     if rule is None:
         return None
     axes: Axes | None = _layout.resolve(cast(Any, rule), path, shape, None)
-    return None if axes is None else _layout.check_axes(path, shape, Axes(*axes))
+    return None if axes is None else _layout.check_axes(path, shape, axes)
 
 
 def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
@@ -221,11 +221,11 @@ def check_rank(rank: Any, path: str = "") -> int | None:
     """A positive Python integer, or None, or an error that says where."""
     if rank is None:
         return None
-    if isinstance(rank, jax.core.Tracer):
+    if isinstance(rank, jax.Array):
         where = f" of '{path}'" if path else ""
         raise TypeError(
-            f"rank{where}: got a traced value, expected a Python integer, since "
-            "it sets array shapes. Remedy: optax.inject_hyperparams(f, "
+            f"rank{where}: got an array or traced value, expected a Python integer, "
+            "since it sets array shapes. Remedy: optax.inject_hyperparams(f, "
             "static_args=('rank',))."
         )
     value = check_integer("rank", rank, 1, f" of '{path}'" if path else "")
@@ -268,6 +268,8 @@ def check_number(
         return value
     bound = f"at least {least}" + ("" if below is None else f" and below {below}")
     try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {value!r}, expected a number {bound}.") from None
@@ -278,7 +280,7 @@ def check_number(
 
 def check_choices(choices: Choices) -> Choices:
     """Early errors for what is one value for all paths."""
-    if not _per_path(choices.rank) and not isinstance(choices.rank, jax.core.Tracer):
+    if not _per_path(choices.rank):
         check_rank(choices.rank)
     if not _per_path(choices.side):
         check_side(choices.side)

@@ -139,7 +139,7 @@ def scale_by_spectral_projection(
     refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     _eigenbasis.check_refresh(refresh)
     rule = Rule(
-        inner=optax.with_extra_args_support(inner or optax.identity()),
+        inner=_transport.as_inner(inner),
         choices=_plan.check_choices(Choices(rank, side, axes, project)),
         refresh=refresh,
         refresh_step=make_refresh(refresh),

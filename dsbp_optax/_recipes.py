@@ -2,12 +2,14 @@
 
 from typing import Any, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _eigenbasis, _plan, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
-from dsbp_optax._types import Scalar, Side, Solver
+from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
 
@@ -251,12 +253,25 @@ def _recipe(
     **projection: Any,
 ) -> optax.GradientTransformationExtraArgs:
     without = _eigenbasis.is_zero(weight_decay)
-    return optax.chain(
+    tx = optax.chain(
         scale_by_spectral_projection(inner, **projection),
         # Decay in full space; without it the parameters need not be passed.
         optax.identity() if without else optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        updates, new = tx.update(updates, state, params, **extra)
+        # A step that was skipped does not decay the weights either.
+        taken = new[0].skipped == state[0].skipped
+        updates = jax.tree.map(
+            lambda u: jnp.where(taken, u, 0).astype(u.dtype), updates
+        )
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _residual_rule(share: Scalar) -> _residual.Residual | None:

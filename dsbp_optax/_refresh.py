@@ -90,7 +90,7 @@ def end_step(state: SpectralState, step: Step, refresh: Refresh) -> dict[str, An
     return {
         "step": count,
         "skipped": state.skipped + jnp.where(step.finite, 0, 1).astype(jnp.int32),
-        "collect": _eigenbasis.collects(count, refresh),
+        "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
         "basis": {path: layer.basis for path, layer in step.layers.items()},
         "spectrum": {path: layer.spectrum for path, layer in step.layers.items()},
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
@@ -127,7 +127,7 @@ def sharpness_terms(
         spectrum, basis = step.layers[path].spectrum, step.bases[path]
         trace = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
         share = jnp.where(
-            spectrum.activations, spectrum.eigenvalues[..., :1] / trace, 0
+            spectrum.activations > 0, spectrum.eigenvalues[..., :1] / trace, 0
         )
         weight = jnp.asarray(beta, basis.dtype) * _layout.from_kernel_form(share, view)
         term = _subspace.leading_decay(basis, weight, kernels[path], view.flipped)

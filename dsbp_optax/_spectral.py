@@ -28,7 +28,7 @@ class SpectralProjectionState(NamedTuple):
     Attributes:
       step: int32, updates seen.
       skipped: int32, updates whose gradients were not finite; they changed nothing.
-      collect: bool, whether the next step's statistics will be used.
+      collect: int32, 1 if the next step's statistics will be used, else 0.
       basis: parameter path -> orthonormal basis, a flat dict.
       spectrum: parameter path -> `Spectrum`.
       statistics: place for `put_statistics`; empty unless reserved.
@@ -88,7 +88,9 @@ def map_states(
 
 
 def _is_state(node: Any) -> bool:
-    return isinstance(node, SpectralProjectionState | SpectralSharpnessState)
+    """Whether `node` is a spectral state, and not that of an empty tree."""
+    kinds = SpectralProjectionState | SpectralSharpnessState
+    return isinstance(node, kinds) and isinstance(node.basis, Mapping)
 
 
 def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
@@ -120,6 +122,9 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
             "put_statistics: the optimizer state has no place for statistics. "
             "Remedy: build the optimizer with statistics_in_state=True."
         )
+
+    known = [p + STATES[type(s)] for s in states for p in s.statistics]
+    _eigenbasis.check_mapping(statistics, known, [])
 
     def put(state: SpectralState) -> SpectralState:
         suffix = STATES[type(state)]
@@ -158,24 +163,21 @@ def gather_statistics(
 ) -> dict[str, Any]:
     """Statistics by path: those of the call, else those put into the state.
 
-    A path may end in the suffix of this transformation; plain paths serve both.
+    A path may end in the suffix of one transformation; under plain paths, sketches are
+    the projection's and whole matrices serve all.
     """
     if given is None:
-        return dict(state.statistics) if state.statistics else {}
-    ranks = {path: basis.shape[-1] for path, basis in state.basis.items()}
-    if isinstance(given, Mapping):
-        mine = STATES[type(state)]
-        others = {s for s in STATES.values() if s} - {mine}
-        given = {
-            k: v for k, v in given.items() if not any(k.endswith(o) for o in others)
-        }
-        if mine:
-            plain = {k: v for k, v in given.items() if not isinstance(v, Sketch)}
-            own = {
-                k.removesuffix(mine): v for k, v in given.items() if k.endswith(mine)
-            }
-            given = {k: v for k, v in plain.items() if not k.endswith(mine)} | own
-    return _eigenbasis.check_statistics(given, views, known, ranks)
+        return dict(state.statistics)
+    _eigenbasis.check_mapping(given, known, [s for s in STATES.values() if s])
+    suffix, found = STATES[type(state)], {}
+    for path, view in views.items():
+        statistic = given.get(path + suffix)
+        if statistic is None and not isinstance(given.get(path), Sketch):
+            statistic = given.get(path)  # whole matrices serve every transformation
+        if statistic is not None:
+            rank = state.basis[path].shape[-1]
+            found[path] = _eigenbasis.check_statistic(path, statistic, view, rank)
+    return found
 
 
 def check_extra_args(extra: Mapping[str, Any]) -> None:
@@ -253,7 +255,7 @@ def empty_fields(refresh: Refresh) -> dict[str, Any]:
 def counters(refresh: Refresh) -> dict[str, Array]:
     """step, skipped, collect of a fresh state; buffers of their own, to be donated."""
     step, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-    collect = _eigenbasis.collects(step, refresh)
+    collect = _eigenbasis.collects(step, refresh).astype(jnp.int32)
     return {"step": step, "skipped": skipped, "collect": collect}
 
 

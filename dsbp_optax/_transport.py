@@ -5,7 +5,7 @@ and field. It is open: pass ``transport={("MyState", "momentum"): FIRST}``.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -145,16 +145,23 @@ def _map_moments(
     return node
 
 
+def as_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """`inner` with support for extra arguments; None is the identity."""
+    if inner is None:
+        inner = optax.identity()
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner: got {inner!r} of type {type(inner).__name__}, expected an "
+            "optax.GradientTransformation such as optax.scale_by_adam()."
+        )
+    return optax.with_extra_args_support(inner)
+
+
 def check_inner(inner: optax.GradientTransformation) -> None:
     """Refuse an inner optimizer that descends or that needs parameters.
 
     Probes it on one tiny gradient; skipped for hyperparameters that are traced.
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"inner: got {type(inner).__name__}, expected an "
-            "optax.GradientTransformation such as optax.scale_by_adam()."
-        )
     probe = {"kernel": jnp.asarray([[1.0, -2.0], [0.5, 3.0]])}
     try:
         with jax.ensure_compile_time_eval():

@@ -33,11 +33,14 @@ from dsbp_optax._refresh import (
     begin_step,
     end_step,
     make_refresh,
-    sharpness_terms,
+    sharpness_rows,
     to_updates,
 )
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import Array, PyTree, Scalar, Side, Solver
+from dsbp_optax._types import Array, PyTree, Scalar, Side, Solver, state_bytes
+
+#: Bytes of inner state above which a skipped step is a branch.
+_LARGE_STATE = 2**22
 
 
 class Rule(NamedTuple):
@@ -200,15 +203,19 @@ def _update(
     }
     inner = _transport.restore(state.inner, step.moments, paths, rule.transport)
     gradients = {**step.gradients, **coordinates}
-    changes, inner = _inner_update(rule, step.finite, gradients, inner, extra)
-    for path in step.views:
-        whole = _combine(rule, step, path, changes[path], coordinates[path])
-        changes = {**changes, path: whole}
+    # A number that is not finite spreads into the coordinates: no pass of its own.
+    finite = _spectral.all_finite(gradients)
+    changes, inner = _inner_update(rule, finite, gradients, inner, extra)
+    rows = {}
     if not _eigenbasis.is_zero(rule.sharpness):
-        terms = sharpness_terms(rule.sharpness, step, params, state.step)
-        changes = {**changes, **{p: changes[p] + term for p, term in terms.items()}}
-    fields = end_step(state, step, rule.refresh)
-    return to_updates(step, changes), SpectralProjectionState(**fields, inner=inner)
+        rows = sharpness_rows(rule.sharpness, step, params, state.step)
+    lifted = {
+        path: _combine(rule, step, path, changes[path], coordinates[path], rows)
+        for path in step.views
+    }
+    fields = end_step(state, step, rule.refresh, finite)
+    updates = to_updates(step, {**changes, **lifted}, finite)
+    return updates, SpectralProjectionState(**fields, inner=inner)
 
 
 def _inner_update(
@@ -220,8 +227,9 @@ def _inner_update(
 ) -> tuple[dict[str, Array], PyTree]:
     """The inner optimizer's step, or none where the gradients are not finite.
 
-    A `lax.cond` and not a `where`, which would copy the moments of large unprojected
-    parameters. Outside of a trace Python decides, so that nothing is compiled anew.
+    A large state goes through `lax.cond`, since a `where` would copy it; a small one
+    through `where`, since a branch would hold up the rest of the step. Outside of a
+    trace Python decides, so that nothing is compiled anew.
     """
 
     def take(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
@@ -231,15 +239,23 @@ def _inner_update(
     def skip(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
         return jax.tree.map(jnp.zeros_like, gradients), old
 
-    if isinstance(finite, jax.core.Tracer):
+    if not isinstance(finite, jax.core.Tracer):
+        return (take if finite else skip)(gradients, inner)
+    if state_bytes(inner) > _LARGE_STATE:
         done: tuple[dict[str, Array], PyTree]
         done = jax.lax.cond(finite, take, skip, gradients, inner)
         return done
-    return (take if finite else skip)(gradients, inner)
+    steps, new = take(gradients, inner)
+    return steps, _spectral.select(finite, new, inner)
 
 
 def _combine(
-    rule: Rule, step: Step, path: str, change: Array, coordinates: Array
+    rule: Rule,
+    step: Step,
+    path: str,
+    change: Array,
+    coordinates: Array,
+    rows: Mapping[str, Array],
 ) -> Array:
     """``V u + s (G - V P)`` with a single lift; a cold layer passes ``s G``.
 
@@ -249,26 +265,27 @@ def _combine(
       path: of the kernel.
       change: ``u``, the inner optimizer's update of the coordinates.
       coordinates: ``P``.
+      rows: the sharpness term's part along ``e_1``, where there is one.
 
     Returns:
       The update, shaped as the kernel.
     """
     view, basis, matrix = step.views[path], step.bases[path], step.matrices[path]
-    if rule.residual is None and rule.project_cold:
-        lifted = _subspace.lift(basis, change, view.flipped)
-        return _layout.from_matrices(lifted, view)
     energy = _subspace.squared_norm(matrix)
-    factor = jnp.zeros_like(energy)
+    inside, factor = change, None
     if rule.residual is not None:
         factor = rule.residual(change, coordinates, energy)
-    inside = change - factor * coordinates
+        inside = change - factor * coordinates
     if not rule.project_cold:
         done = _layout.from_kernel_form(step.layers[path].spectrum.iterations, view)
         warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
         cold = _residual.pass_through(change, coordinates, energy)
-        factor = jnp.where(warm, factor, cold)
+        factor = jnp.where(warm, 0 if factor is None else factor, cold)
         inside = jnp.where(warm, inside, 0)
-    whole = _subspace.lift(basis, inside, view.flipped) + factor * matrix
+    if path in rows:
+        inside = _subspace.add_leading(inside, rows[path], view.flipped)
+    whole = _subspace.lift(basis, inside, view.flipped)
+    whole = whole if factor is None else whole + factor * matrix
     return _layout.from_matrices(whole, view)
 
 

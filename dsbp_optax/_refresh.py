@@ -31,7 +31,6 @@ class Step(NamedTuple):
       layers: path -> layer, kernel form.
       bases: path -> basis ``(*batch, d, k)``.
       moments: of the inner optimizer, in the coordinates of the bases.
-      finite: bool, whether every gradient is finite.
     """
 
     gradients: dict[str, Array]
@@ -41,7 +40,6 @@ class Step(NamedTuple):
     layers: Layers
     bases: dict[str, Array]
     moments: list[Moments]
-    finite: Array
 
 
 def begin_step(
@@ -68,28 +66,28 @@ def begin_step(
     views = _plan.views(updates, choices, state.basis)
     known = _plan.known_paths(updates)
     seen = _spectral.gather_statistics(statistics, state, views, known)
-    finite = _spectral.all_finite(gradients)
     matrices = _spectral.matrices(gradients, views)
     layers, turned = refresh_step(
         _spectral.split_layers(state),
         list(moments),
         seen,
-        matrices,
+        gradients,
         state.step,
-        finite,
         views=views,
         kinds=kinds,
     )
     bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
-    return Step(gradients, treedef, views, matrices, layers, bases, turned, finite)
+    return Step(gradients, treedef, views, matrices, layers, bases, turned)
 
 
-def end_step(state: SpectralState, step: Step, refresh: Refresh) -> dict[str, Any]:
+def end_step(
+    state: SpectralState, step: Step, refresh: Refresh, finite: Array
+) -> dict[str, Any]:
     """The fields that the states of both transformations share, after the step."""
     count = optax.safe_increment(state.step)
     return {
         "step": count,
-        "skipped": state.skipped + jnp.where(step.finite, 0, 1).astype(jnp.int32),
+        "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
         "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
         "basis": {path: layer.basis for path, layer in step.layers.items()},
         "spectrum": {path: layer.spectrum for path, layer in step.layers.items()},
@@ -97,20 +95,29 @@ def end_step(state: SpectralState, step: Step, refresh: Refresh) -> dict[str, An
     }
 
 
-def to_updates(step: Step, changes: Mapping[str, Array]) -> PyTree:
+def to_updates(step: Step, changes: Mapping[str, Array], finite: Array) -> PyTree:
     """`changes` by path as the incoming tree, dtypes kept, zero if not finite."""
     return step.treedef.unflatten(
-        jnp.where(step.finite, changes[path], 0).astype(jnp.result_type(gradient))
+        jnp.where(finite, changes[path], 0).astype(jnp.result_type(gradient))
         for path, gradient in step.gradients.items()
     )
 
 
-def sharpness_terms(
+def sharpness_rows(
     sharpness: optax.ScalarOrSchedule, step: Step, params: PyTree | None, count: Array
 ) -> dict[str, Array]:
-    """``beta lambda_1 / tr(C) e_1 e_1^T W`` of each layer, shaped as its kernel.
+    """``beta lambda_1 / tr(C) e_1^T W`` of each layer; along ``e_1`` it is the term.
 
     Zero for a layer whose basis has not come from activations: the term is theirs.
+
+    Args:
+      sharpness: beta, a number or a schedule.
+      step: the step.
+      params: parameters.
+      count: int32, argument of the schedule.
+
+    Returns:
+      Path -> ``(*batch, 1, m)``, flipped ``(*batch, m, 1)``.
 
     Raises:
       ValueError: when the parameters were not passed to ``update``.
@@ -122,17 +129,17 @@ def sharpness_terms(
         )
     beta = sharpness(count) if callable(sharpness) else sharpness
     kernels = _spectral.matrices(_layout.flatten_with_paths(params)[0], step.views)
-    terms = {}
+    rows = {}
     for path, view in step.views.items():
         spectrum, basis = step.layers[path].spectrum, step.bases[path]
         trace = jnp.where(spectrum.trace > 0, spectrum.trace, 1)
         share = jnp.where(
             spectrum.activations > 0, spectrum.eigenvalues[..., :1] / trace, 0
         )
-        weight = jnp.asarray(beta, basis.dtype) * _layout.from_kernel_form(share, view)
-        term = _subspace.leading_decay(basis, weight, kernels[path], view.flipped)
-        terms[path] = _layout.from_matrices(term, view)
-    return terms
+        weight = jnp.asarray(beta, share.dtype) * _layout.from_kernel_form(share, view)
+        row = _subspace.project_leading(basis, kernels[path], view.flipped)
+        rows[path] = weight * row
+    return rows
 
 
 def make_refresh(refresh: Refresh) -> RefreshStep:
@@ -145,8 +152,8 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
       refresh: settings.
 
     Returns:
-      ``(layers, moments, statistics, matrices, step, allowed, views=, kinds=) ->
-      (layers, moments)``, see `refresh_layers`.
+      ``(layers, moments, statistics, gradients, step, views=, kinds=) -> (layers,
+      moments)``, see `refresh_layers`.
     """
 
     @functools.partial(jax.jit, static_argnames=("views", "kinds"))
@@ -171,15 +178,15 @@ def refresh_layers(
     layers: Layers,
     moments: list[Moments],
     statistics: Mapping[str, Any],
-    matrices: Mapping[str, Array],
+    gradients: Mapping[str, Array],
     step: Array,
-    allowed: Array,
 ) -> tuple[Layers, list[Moments]]:
     """Every layer whose turn it is, one `lax.cond` for each group of layers.
 
     Layers with sketches (or with nothing, which use their gradient) take one power
     iteration on each of the first q steps of a period; layers with a whole matrix
-    take all of them on the first.
+    take all of them on the first. Gradients that are not finite change nothing; the
+    branch tests them itself, so that other steps need not wait for the test.
 
     Args:
       refresh: settings.
@@ -188,9 +195,8 @@ def refresh_layers(
       layers: path -> layer, kernel form.
       moments: of the inner optimizer; they move with the bases.
       statistics: path -> statistic.
-      matrices: path -> gradient ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
+      gradients: path -> gradient, of all parameters.
       step: int32.
-      allowed: bool, false on a step that must change nothing.
 
     Returns:
       The layers and their moments.
@@ -199,13 +205,16 @@ def refresh_layers(
     def refresh_branch(
         group: Layers, moments: list[Moments], seen: Any, gradients: Any
     ) -> tuple[Layers, list[Moments]]:
+        finite = _spectral.all_finite(gradients)
+        matrices = _spectral.matrices(gradients, _only(group, views))
         new, rotations = {}, {}
         for path, layer in group.items():
             new[path], turned = _eigenbasis.refresh_layer(
-                layer, seen.get(path), gradients[path], views[path], refresh
+                layer, seen.get(path), matrices[path], views[path], refresh
             )
             rotations[path] = Rotation(turned, views[path].flipped)
-        return new, rotate(kinds, moments, rotations)
+        done = new, rotate(kinds, moments, rotations)
+        return _spectral.select(finite, done, (group, moments))
 
     instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
     first = step % _eigenbasis.to_int(refresh.every) == 0
@@ -213,13 +222,13 @@ def refresh_layers(
     for paths, turn in ((instant, first), (layers.keys() - instant, spread)):
         if paths:
             group, turned = jax.lax.cond(
-                turn & allowed,
+                turn,
                 refresh_branch,
                 _keep_branch,
                 _only(paths, layers),
                 [_only(paths, held) for held in moments],
                 _only(paths, statistics),
-                _only(paths, matrices),
+                dict(gradients),
             )
             layers = {**layers, **group}
             moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]

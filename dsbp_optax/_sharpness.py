@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dsbp_optax import _basis, _eigenbasis, _plan, _spectral
+from dsbp_optax import _basis, _eigenbasis, _layout, _plan, _spectral, _subspace
 from dsbp_optax._eigenbasis import Refresh
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices
@@ -21,7 +21,7 @@ from dsbp_optax._refresh import (
     begin_step,
     end_step,
     make_refresh,
-    sharpness_terms,
+    sharpness_rows,
     to_updates,
 )
 from dsbp_optax._spectral import SpectralSharpnessState
@@ -128,7 +128,12 @@ def _update(
     if not jax.tree.leaves(updates):
         return updates, state
     step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
-    terms = sharpness_terms(rule.sharpness, step, params, state.step)
-    changes = {p: g + terms[p] if p in terms else g for p, g in step.gradients.items()}
-    new_state = SpectralSharpnessState(**end_step(state, step, rule.refresh))
-    return to_updates(step, changes), new_state
+    changes = dict(step.gradients)
+    rows = sharpness_rows(rule.sharpness, step, params, state.step)
+    for path, view in step.views.items():
+        leading = step.bases[path][..., :1]
+        term = _subspace.lift(leading, rows[path], view.flipped)
+        changes[path] = changes[path] + _layout.from_matrices(term, view)
+    finite = _spectral.all_finite(step.gradients)
+    fields = end_step(state, step, rule.refresh, finite)
+    return to_updates(step, changes, finite), SpectralSharpnessState(**fields)

@@ -1,7 +1,7 @@
 """State and step that the two spectral transformations share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._statistics import Sketch
 from dsbp_optax._types import Array, PyTree
+
+T = TypeVar("T")
 
 #: Keywords near these are taken for misspellings of ours.
 _OURS = ("statistics",)
@@ -201,6 +203,14 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def select(condition: Array, new: T, old: T) -> T:
+    """`new` where the condition holds, else `old`, dtypes kept."""
+    chosen: T = jax.tree.map(
+        lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old
+    )
+    return chosen
 
 
 def init_layers(

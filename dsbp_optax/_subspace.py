@@ -80,16 +80,30 @@ def rotate_second_moment(
     return rotate_first_moment(rotation * rotation, moment, flipped)
 
 
-def leading_decay(
-    basis: Array, share: Array, matrix: Array, flipped: bool = False
-) -> Array:
-    """``share e_1 e_1^T W``, the gradient of ``share/2 |e_1^T W|^2``.
+def project_leading(basis: Array, matrix: Array, flipped: bool = False) -> Array:
+    """``e_1^T W`` for the leading direction alone, as a sum and not a product.
 
     Args:
       basis: ``(*batch, d, k)``, leading direction first.
-      share: ``(*batch, 1, 1)``.
       matrix: ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
       flipped: as in `project`.
+
+    Returns:
+      ``(*batch, 1, m)``, flipped ``(*batch, m, 1)``.
     """
-    leading = basis[..., :, :1]
-    return share * lift(leading, project(leading, matrix, flipped), flipped)
+    if flipped:
+        return jnp.sum(matrix * basis[..., None, :, 0], axis=-1, keepdims=True)
+    return jnp.sum(matrix * basis[..., :1], axis=-2, keepdims=True)
+
+
+def add_leading(coordinates: Array, row: Array, flipped: bool = False) -> Array:
+    """`coordinates` plus `row` along the leading direction.
+
+    Args:
+      coordinates: ``(*batch, k, m)``, flipped ``(*batch, m, k)``.
+      row: ``(*batch, 1, m)``, flipped ``(*batch, m, 1)``.
+      flipped: as in `project`.
+    """
+    if flipped:
+        return coordinates.at[..., :, :1].add(row)
+    return coordinates.at[..., :1, :].add(row)

@@ -17,10 +17,12 @@ from its *output* side the two swap. All numerical code below works on
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -88,3 +90,21 @@ class Statistic(Protocol):
     def operator(self, basis: Array) -> Operator:
         """The per-sample second moment, in the dtype of `basis` ``(d, k)``."""
         ...
+
+
+def state_bytes(opt_state: PyTree) -> int:
+    """Bytes of all arrays in an optimizer state (or in its shapes).
+
+    Args:
+      opt_state: any tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The sum of their sizes.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, dsbp_optax
+      >>> dsbp_optax.diagnostics.state_bytes(optax.adam(1e-3).init(jnp.ones((4, 4))))
+      132
+    """
+    leaves = jax.tree.leaves(opt_state)
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)

@@ -1,6 +1,5 @@
 """Read-only figures: what an optimizer does with each parameter, and how it fares."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import optax
 
 from dsbp_optax import _layout, _plan, _spectral
 from dsbp_optax._plan import Decision
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, state_bytes
 
 __all__ = ["Decision", "explain", "metrics", "state_bytes"]
 
@@ -106,21 +105,3 @@ def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
         "failures": spectrum.failures,
         "iterations": spectrum.iterations,
     }
-
-
-def state_bytes(opt_state: PyTree) -> int:
-    """Bytes of all arrays in an optimizer state (or in its shapes).
-
-    Args:
-      opt_state: any tree of arrays or of `jax.ShapeDtypeStruct`.
-
-    Returns:
-      The sum of their sizes.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, dsbp_optax
-      >>> dsbp_optax.diagnostics.state_bytes(optax.adam(1e-3).init(jnp.ones((4, 4))))
-      132
-    """
-    leaves = jax.tree.leaves(opt_state)
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)

@@ -50,12 +50,16 @@ class Loop:
 
 
 def update_alone(rounds: int) -> list[Row]:
-    """(a): steps that refresh nothing, the states driven past their windows first."""
+    """(a): steps that refresh nothing, the states driven past their windows first.
+
+    Without weight decay, since `optax.adam` has none.
+    """
     never = {"update_every": 10**6, "power_iterations": WINDOW}
     optimizers = {
         "optax.adam": optax.adam(1e-3),
-        "dsbp_adamw": dsbp_optax.dsbp_adamw(1e-3, **never),
+        "dsbp_adamw": dsbp_optax.dsbp_adamw(1e-3, weight_decay=0.0, **never),
         "dsbp_sgd": dsbp_optax.dsbp_sgd(1e-2, **never),
+        "dsbp_sgd, k=8": dsbp_optax.dsbp_sgd(1e-2, rank=8, **never),
         "dsbp": dsbp_optax.dsbp(1e-2, **never),
     }
     params, grads = _kernels(0), _kernels(1)

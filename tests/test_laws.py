@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from versions import x64
 
 import dsbp_optax
 from dsbp_optax import (
@@ -198,7 +199,7 @@ def sketch(a: Any, basis: Any) -> Sketch:
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
     """One batch fed repeatedly, from one start: five sketches equal five iterations."""
-    with jax.enable_x64(True):
+    with x64(True):
         rng = np.random.default_rng(6)
         a = jnp.asarray(planted(rng, gap=1.3)[0] + 0.2)
         params = {"kernel": jnp.asarray(rng.normal(size=(D, 10)))}

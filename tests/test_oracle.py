@@ -10,6 +10,7 @@ import optax
 import pytest
 from networks import NETWORKS, batch, init
 from oracle import Layer, Rule, step
+from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
@@ -113,7 +114,7 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-3}
 @pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_paper_rule_equals_the_oracle(name: str, side: str, dtype: str) -> None:
-    with jax.enable_x64(dtype == "float64"):
+    with x64(dtype == "float64"):
         errors, drifts = run_planted(name, side, dtype, RULE)
     assert max(errors) < TOLERANCE[dtype]
     assert max(drifts) < TOLERANCE[dtype]
@@ -128,7 +129,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", list(WRONG))
 def test_oracle_rejects_tampered_updates(wrong: str) -> None:
-    with jax.enable_x64(True):
+    with x64(True):
         errors, _ = run_planted("dense", "output", "float64", RULE, WRONG[wrong])
     assert max(errors) > 10 * TOLERANCE["float64"]
 
@@ -145,7 +146,7 @@ def test_oracle_rejects_tampered_updates(wrong: str) -> None:
 def test_oracle_tells_every_number_of_the_rule(field: str, value: float) -> None:
     """An oracle that were told another number would not agree."""
     other = dataclasses.replace(RULE, **{field: value})
-    with jax.enable_x64(True):
+    with x64(True):
         shape, *_ = SHAPES["dense"]
         rng = np.random.default_rng(0)
         w, v = (
@@ -167,7 +168,7 @@ def test_trained_through_flax_equals_the_oracle(
     name: str, side: str, dtype: str
 ) -> None:
     """The same through Linen and sketches: one iteration a step, fresh batches."""
-    with jax.enable_x64(dtype == "float64"):
+    with x64(dtype == "float64"):
         error = run_network(name, side, jnp.dtype(dtype))
     assert error < TOLERANCE[dtype]
 

@@ -20,7 +20,7 @@ from dsbp_optax import _layout
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._types import PyTree, Side
 
-SIDES = ("input", "output")
+SIDES: tuple[Side, ...] = ("input", "output")
 #: Names whose arrays are tables, scales or offsets, not linear maps.
 _NOT_KERNELS = re.compile(r"embed|bias|scale|norm|(^|/)(pos|cls|token)[^/]*$")
 When: TypeAlias = Literal["auto", "always"]
@@ -233,13 +233,15 @@ def check_rank(rank: Any, path: str = "") -> int | None:
 
 
 def check_side(side: Any, path: str = "") -> Side:
-    if side not in SIDES:
-        where = f" of '{path}'" if path else ""
-        raise ValueError(
-            f"side{where}: got {side!r}, expected 'input' (the side of the "
-            "activations that enter the layer) or 'output' (the paper's)."
-        )
-    return side  # type: ignore[no-any-return]
+    """The side, or an error that says where."""
+    for known in SIDES:
+        if side == known:
+            return known
+    where = f" of '{path}'" if path else ""
+    raise ValueError(
+        f"side{where}: got {side!r}, expected 'input' (the side of the "
+        "activations that enter the layer) or 'output' (the paper's)."
+    )
 
 
 def check_integer(name: str, value: Any, least: int, where: str = "") -> Any:

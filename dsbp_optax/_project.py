@@ -234,7 +234,7 @@ def _inner_update(
 
     def take(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
         steps, new = rule.inner.update(gradients, old, None, **extra)
-        return _cast_like(steps, gradients), _cast_like(new, old)
+        return _spectral.cast_like(steps, gradients), _spectral.cast_like(new, old)
 
     def skip(gradients: dict[str, Array], old: PyTree) -> tuple[Any, PyTree]:
         return jax.tree.map(jnp.zeros_like, gradients), old
@@ -287,7 +287,3 @@ def _combine(
     whole = _subspace.lift(basis, inside, view.flipped)
     whole = whole if factor is None else whole + factor * matrix
     return _layout.from_matrices(whole, view)
-
-
-def _cast_like(new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), new, old)

@@ -208,9 +208,19 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
 def select(condition: Array, new: T, old: T) -> T:
     """`new` where the condition holds, else `old`, dtypes kept."""
     chosen: T = jax.tree.map(
-        lambda a, b: jnp.where(condition, a, b).astype(b.dtype), new, old
+        lambda a, b: jnp.where(condition, a, b), cast_like(new, old), old
     )
     return chosen
+
+
+def cast_like(new: T, old: T) -> T:
+    """`new` in the dtypes of `old`; random keys, which cannot be cast, as they are."""
+    cast: T = jax.tree.map(
+        lambda a, b: a if jnp.result_type(a) == b.dtype else a.astype(b.dtype),
+        new,
+        old,
+    )
+    return cast
 
 
 def init_layers(

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -107,4 +106,4 @@ def state_bytes(opt_state: PyTree) -> int:
       132
     """
     leaves = jax.tree.leaves(opt_state)
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)

@@ -207,7 +207,7 @@ def _find(model: Any, path: str) -> Any:
 def _observed_class(kind: type) -> type:
     """A subclass whose call observes its input and output; one for each layer type."""
 
-    class Observed(kind):  # type: ignore[misc]
+    class Observed(kind):  # type: ignore[misc]  # its base is known at run time only
         __wrapped_type__ = kind
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:

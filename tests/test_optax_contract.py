@@ -590,7 +590,10 @@ def test_vmap_over_an_ensemble(name):
     step = make_step(tx, case.side)
     compiled = jax.jit(step)
     single = [train(compiled, p, s, 4) for p, s in zip(members, states, strict=True)]
-    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+
+    def stack(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
     both = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
     together = train(both, stack(members), stack(states), 4)
     chex.assert_trees_all_close(together, stack(single), rtol=2e-3, atol=2e-4)
@@ -805,3 +808,19 @@ def test_whole_linen_step_runs(name):
     assert np.isfinite(value)
     for spectrum in only(state).spectrum.values():
         assert spectrum.activations.all()
+
+
+def test_an_inner_optimizer_with_a_random_key():
+    """Random keys cannot be cast; noise in the subspace is an inner optimizer too."""
+    noisy = optax.chain(optax.add_noise(0.01, 0.5, 0), optax.scale_by_adam())
+    tx = dsbp_optax.scale_by_spectral_projection(noisy, rank=2, project="always")
+    params = make_params()
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    one, state = step(params, state, params)
+    two, state = step(params, state, params)
+    assert optax.tree.norm(optax.tree.sub(one, two)) > 1e-4
+    broken = jax.tree.map(lambda p: p * jnp.nan, params)
+    _, after = step(broken, state, params)
+    chex.assert_trees_all_equal(after.inner, state.inner)
+    assert dsbp_optax.diagnostics.state_bytes(state) > 0

@@ -174,7 +174,7 @@ def test_lazy_adapters_are_the_modules():
     assert dsbp_optax.linen is importlib.import_module("dsbp_optax.linen")
     assert dsbp_optax.nnx is importlib.import_module("dsbp_optax.nnx")
     with pytest.raises(AttributeError, match="no attribute 'torch'"):
-        dsbp_optax.torch  # noqa: B018
+        _ = dsbp_optax.torch
 
 
 def test_declared_versions_agree():

@@ -62,7 +62,10 @@ def begin_step(
       kinds: how each field of `moments` follows a basis.
       moments: of the inner optimizer.
     """
-    gradients, treedef = _layout.flatten_with_paths(updates)
+    leaves, treedef = _layout.flatten_with_paths(updates)
+    gradients = {
+        p: x if hasattr(x, "dtype") else jnp.asarray(x) for p, x in leaves.items()
+    }
     views = _plan.views(updates, choices, state.basis)
     known = _plan.known_paths(updates)
     seen = _spectral.gather_statistics(statistics, state, views, known)

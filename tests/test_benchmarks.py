@@ -259,7 +259,8 @@ def test_plots_are_written(tmp_path):
 def test_speed_rows_hold_a_ratio_for_each_contender(monkeypatch):
     monkeypatch.setattr(speed, "KERNELS", ((64, 64),))
     rows = speed.update_alone(rounds=5)
-    assert [row["contender"] for row in rows] == ["dsbp_adamw", "dsbp_sgd", "dsbp"]
+    names = ["dsbp_adamw", "dsbp_sgd", "dsbp_sgd, k=8", "dsbp"]
+    assert [row["contender"] for row in rows] == names
     for row in rows:
         ratio = row["ratio"]
         assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]

@@ -185,8 +185,8 @@ def _refresh_matrix(
     good = usable(operator, pairs)
     kept = past._replace(failures=past.failures + 1)
     nothing = operator.count == 0
-    kept = _where(nothing, past, kept)
-    new = _where(good, Layer(pairs.basis, fresh), Layer(basis, kept))
+    kept = where(nothing, past, kept)
+    new = where(good, Layer(pairs.basis, fresh), Layer(basis, kept))
     return new, _subspace.rotation(new.basis, basis)
 
 
@@ -307,7 +307,8 @@ def _as_matrices(statistic: Any, view: MatrixView) -> Any:
     return statistic
 
 
-def _where(condition: Array, new: Any, old: Any) -> Any:
+def where(condition: Array, new: Any, old: Any) -> Any:
+    """`new` where the condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 

@@ -92,8 +92,7 @@ def end_step(
         "step": count,
         "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
         "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
-        "basis": {path: layer.basis for path, layer in step.layers.items()},
-        "spectrum": {path: layer.spectrum for path, layer in step.layers.items()},
+        **_spectral.join_layers(step.layers),
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
     }
 

@@ -124,7 +124,6 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
             "put_statistics: the optimizer state has no place for statistics. "
             "Remedy: build the optimizer with statistics_in_state=True."
         )
-
     known = [p + STATES[type(s)] for s in states for p in s.statistics]
     _eigenbasis.check_mapping(statistics, known, [])
 
@@ -207,9 +206,7 @@ def all_finite(leaves: Mapping[str, Array]) -> Array:
 
 def select(condition: Array, new: T, old: T) -> T:
     """`new` where the condition holds, else `old`, dtypes kept."""
-    chosen: T = jax.tree.map(
-        lambda a, b: jnp.where(condition, a, b), cast_like(new, old), old
-    )
+    chosen: T = _eigenbasis.where(condition, cast_like(new, old), old)
     return chosen
 
 
@@ -256,8 +253,7 @@ def init_fields(
     layers = init_layers(params, decisions)
     return decisions, {
         **counters(refresh),
-        "basis": {path: layer.basis for path, layer in layers.items()},
-        "spectrum": {path: layer.spectrum for path, layer in layers.items()},
+        **join_layers(layers),
         "statistics": empty_statistics(layers) if reserve else {},
     }
 
@@ -294,4 +290,12 @@ def split_layers(state: SpectralState) -> dict[str, Layer]:
     """The layers of a state, by path."""
     return {
         path: Layer(basis, state.spectrum[path]) for path, basis in state.basis.items()
+    }
+
+
+def join_layers(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """The state fields that hold `layers`, the inverse of `split_layers`."""
+    return {
+        "basis": {path: layer.basis for path, layer in layers.items()},
+        "spectrum": {path: layer.spectrum for path, layer in layers.items()},
     }

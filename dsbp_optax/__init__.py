@@ -16,10 +16,20 @@ from types import ModuleType
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
 from dsbp_optax._eigenbasis import Spectrum
+from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes
+from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
-from dsbp_optax._residual import normalize_residual, scale_residual
+from dsbp_optax._residual import (
+    Residual,
+    error_feedback,
+    normalize_residual,
+    residual_momentum,
+    scale_residual,
+    scale_residual_by_column,
+    sign_residual,
+)
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
     SpectralProjectionState,
@@ -33,6 +43,7 @@ from dsbp_optax._statistics import (
     add_statistics,
     sum_statistics,
 )
+from dsbp_optax._transport import carry_adam_second_moment
 from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
 
 __version__ = "0.1.0"
@@ -43,6 +54,7 @@ __all__ = [
     "Covariance",
     "Eigenpairs",
     "Operator",
+    "Residual",
     "Sketch",
     "Solver",
     "SpectralProjectionState",
@@ -51,18 +63,27 @@ __all__ = [
     "Statistic",
     "add_spectral_sharpness",
     "add_statistics",
+    "carry_adam_second_moment",
+    "complement",
     "diagnostics",
     "dsbp",
     "dsbp_adamw",
     "dsbp_sgd",
     "eigh",
+    "error_feedback",
     "normalize_residual",
+    "orthogonalize",
     "power_iteration",
     "put_statistics",
     "randomized_svd",
+    "residual_momentum",
+    "scale_by_orthogonalization",
     "scale_by_spectral_projection",
     "scale_residual",
+    "scale_residual_by_column",
+    "sign_residual",
     "sum_statistics",
+    "whiten",
 ]
 
 

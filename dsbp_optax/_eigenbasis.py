@@ -80,8 +80,8 @@ class Layer(NamedTuple):
     spectrum: Spectrum
 
 
-def check_refresh(refresh: Refresh) -> None:
-    """Early errors for what Python knows."""
+def check_refresh(refresh: Refresh) -> Refresh:
+    """`refresh`, after early errors for what Python knows."""
     _plan.check_integer("update_every", refresh.every, 1)
     _plan.check_integer("power_iterations", refresh.iterations, 1)
     _plan.check_number("decay", refresh.decay, 0.0, 1.0)
@@ -90,6 +90,7 @@ def check_refresh(refresh: Refresh) -> None:
             f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
             "iterations) -> Eigenpairs, such as dsbp_optax.power_iteration."
         )
+    return refresh
 
 
 def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:

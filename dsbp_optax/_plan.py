@@ -104,6 +104,38 @@ def views(params: PyTree, choices: Choices, bases: Mapping[str, Any]) -> dict[st
     return found
 
 
+def kernels(tree: PyTree, choices: Choices) -> dict[str, tuple[MatrixView, Side]]:
+    """View and side of every kernel, whether projecting it saves memory or not.
+
+    Args:
+      tree: parameters or updates; shapes and dtypes only.
+      choices: as at ``init``.
+    """
+    leaves, _ = _layout.flatten_with_paths(tree)
+    found = {}
+    for path, leaf in leaves.items():
+        shape = jnp.shape(leaf)
+        if _no_kernel(path, leaf, choices):
+            continue
+        if _layout.resolve(choices.rank, path, shape, None) is not None:
+            found[path] = _view(path, shape, leaves, choices)
+    return found
+
+
+def _no_kernel(path: str, leaf: Any, choices: Choices) -> str | None:
+    """Why a parameter is no kernel, or None."""
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if len(shape) < 2:
+        return "fewer than two axes"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"dtype {dtype} is not real floating point"
+    if math.prod(shape) == 0:
+        return "it holds no numbers"
+    if _NOT_KERNELS.search(path.lower()) and not _asked_for(path, shape, choices):
+        return "by name an embedding, scale or bias"
+    return None
+
+
 def _check_basis(
     path: str, basis: Any, view: MatrixView, side: Side, choices: Choices
 ) -> None:
@@ -128,12 +160,8 @@ def _decide(
     inner: optax.GradientTransformation,
 ) -> Decision:
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if len(shape) < 2:
-        return Decision(False, "fewer than two axes")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return Decision(False, f"dtype {dtype} is not real floating point")
-    if _NOT_KERNELS.search(path.lower()) and not _asked_for(path, shape, choices):
-        return Decision(False, "by name an embedding, scale or bias")
+    if (reason := _no_kernel(path, leaf, choices)) is not None:
+        return Decision(False, reason)
     view, side = _view(path, shape, leaves, choices)
     rank = check_rank(_layout.resolve(choices.rank, path, shape, None), path)
     if rank is None:
@@ -151,8 +179,6 @@ def _worthwhile(
     inner: optax.GradientTransformation,
 ) -> Decision:
     size, other = view.size, view.other
-    if size * other * math.prod(view.batch_shape) == 0:
-        return Decision(False, "it holds no numbers")
     if choices.when == "auto":
         if size < 2 or other < 2:
             return Decision(False, f"a {size} x {other} matrix has nothing to project")

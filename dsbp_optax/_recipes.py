@@ -274,7 +274,7 @@ def _recipe(
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _residual_rule(share: Scalar) -> _residual.Residual | None:
+def _residual_rule(share: Scalar) -> _residual.Factor | None:
     _plan.check_number("residual", share, 0.0)
     if _eigenbasis.is_zero(share):
         return None

@@ -12,7 +12,7 @@ from dsbp_optax import _eigenbasis, _layout, _plan, _spectral, _subspace
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._spectral import SpectralState
-from dsbp_optax._transport import Kind, Moments, Rotation, rotate
+from dsbp_optax._transport import Field, Moments, Rotation, rotate
 from dsbp_optax._types import Array, PyTree
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def begin_step(
     state: SpectralState,
     updates: PyTree,
     statistics: Mapping[str, Any] | None,
-    kinds: Sequence[Kind] = (),
+    kinds: Sequence[Field] = (),
     moments: Sequence[Moments] = (),
 ) -> Step:
     """Check what came in, refresh the bases whose turn it is.
@@ -163,7 +163,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
         return refresh_layers(refresh, dict(views), list(kinds), *args)
 
     def call(
-        *args: Any, views: Mapping[str, MatrixView], kinds: Sequence[Kind]
+        *args: Any, views: Mapping[str, MatrixView], kinds: Sequence[Field]
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
             *args, views=tuple(views.items()), kinds=tuple(kinds)
@@ -176,7 +176,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
 def refresh_layers(
     refresh: Refresh,
     views: Mapping[str, MatrixView],
-    kinds: list[Kind],
+    kinds: list[Field],
     layers: Layers,
     moments: list[Moments],
     statistics: Mapping[str, Any],
@@ -214,7 +214,7 @@ def refresh_layers(
             new[path], turned = _eigenbasis.refresh_layer(
                 layer, seen.get(path), matrices[path], views[path], refresh
             )
-            rotations[path] = Rotation(turned, views[path].flipped)
+            rotations[path] = Rotation(turned, views[path].flipped, step)
         done = new, rotate(kinds, moments, rotations)
         return _spectral.select(finite, done, (group, moments))
 

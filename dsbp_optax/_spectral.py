@@ -36,6 +36,9 @@ class SpectralProjectionState(NamedTuple):
       statistics: place for `put_statistics`; empty unless reserved.
       inner: state of the inner optimizer on a flat dict by path, with ``(*batch, k,
         m)`` coordinates for projected kernels and full arrays for the rest.
+      residual: parameter path -> state of the residual rule; empty where it keeps none.
+      fallback: state of the optimizer of parameters that are no kernels, on a flat
+        dict by path; empty without one.
     """
 
     step: Array
@@ -45,6 +48,8 @@ class SpectralProjectionState(NamedTuple):
     spectrum: Any
     statistics: Any
     inner: Any
+    residual: Any
+    fallback: Any
 
 
 class SpectralSharpnessState(NamedTuple):
@@ -289,7 +294,10 @@ def matrices(
 def split_layers(state: SpectralState) -> dict[str, Layer]:
     """The layers of a state, by path."""
     return {
-        path: Layer(basis, state.spectrum[path]) for path, basis in state.basis.items()
+        path: Layer(
+            basis.astype(_plan.compute_dtype(basis.dtype)), state.spectrum[path]
+        )
+        for path, basis in state.basis.items()
     }
 
 

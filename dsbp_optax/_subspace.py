@@ -76,8 +76,18 @@ def rotate_first_moment(rotation: Array, moment: Array, flipped: bool = False) -
 def rotate_second_moment(
     rotation: Array, moment: Array, flipped: bool = False
 ) -> Array:
-    """``v <- (R * R) v``: stays non-negative, exact for uncorrelated coordinates."""
-    return rotate_first_moment(rotation * rotation, moment, flipped)
+    """``v <- (R * R) v + (1 - sum_j R_ij^2) mean(v)``: non-negative, mass kept.
+
+    The first term is exact for uncorrelated coordinates. The second stands for what a
+    new direction has from outside the old basis: the mean of its column, so that a
+    basis that has turned away altogether keeps the scale of its steps.
+    """
+    squares = rotation * rotation
+    turned = rotate_first_moment(squares, moment, flipped)
+    outside = jnp.maximum(1 - jnp.sum(squares, axis=-1), 0)
+    outside = outside[..., None, :] if flipped else outside[..., :, None]
+    mean = jnp.mean(moment, axis=-1 if flipped else -2, keepdims=True)
+    return (turned + outside * mean).astype(moment.dtype)
 
 
 def project_leading(basis: Array, matrix: Array, flipped: bool = False) -> Array:

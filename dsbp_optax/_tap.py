@@ -67,7 +67,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
     """
     riders = {}
     for state in _spectral.find_states(opt_state):
-        for path, basis in state.basis.items():
+        for path, (basis, spectrum) in _spectral.split_layers(state).items():
             key = path + _spectral.STATES[type(state)]
             if key in riders:
                 raise ValueError(
@@ -75,7 +75,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
                     f"'{path}'. Remedy: give each its own parameters with "
                     "optax.masked or optax.partition."
                 )
-            empty = _spectral.empty_sketch(basis, state.spectrum[path])
+            empty = _spectral.empty_sketch(basis, spectrum)
             count = jnp.broadcast_to(state.collect, empty.count.shape)
             riders[key] = Rider(
                 basis, count.astype(basis.dtype), empty.trace, empty.total
@@ -339,7 +339,8 @@ def _absorb(
             view = _view_of(layer)
             gradient = jnp.zeros((*view.batch_shape, view.size, 1), layer.basis.dtype)
             new, _ = _eigenbasis.refresh_layer(layer, sketch, gradient, view, refresh)
-            basis[path], spectrum[path] = new.basis, new.spectrum
+            basis[path] = new.basis.astype(state.basis[path].dtype)
+            spectrum[path] = new.spectrum
     return state._replace(basis=basis, spectrum=spectrum)
 
 

@@ -12,12 +12,46 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _subspace
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, Scalar
 
-Kind: TypeAlias = Literal["first", "second", "reset"]
-Table: TypeAlias = Mapping[tuple[str, str], Kind]
 #: Path -> moment of one field of the inner state.
 Moments: TypeAlias = dict[str, Array]
+
+
+class Rotation(NamedTuple):
+    """How the coordinates of one layer change.
+
+    Attributes:
+      matrix: ``R = V_new^T V_old (*batch, k, k)``.
+      flipped: whether the moments are ``(*batch, m, k)``.
+      step: int32, updates that the moments have seen.
+    """
+
+    matrix: Array
+    flipped: bool
+    step: Array
+
+
+#: (moment, rotation, field -> moment of the same state) -> moment
+Custom: TypeAlias = Callable[[Array, Rotation, Mapping[str, Array]], Array]
+Kind: TypeAlias = Literal["first", "second", "invariant", "reset"] | Custom
+Table: TypeAlias = Mapping[tuple[str, str], Kind]
+Additions: TypeAlias = Table | Literal["reset"] | None
+
+
+class Field(NamedTuple):
+    """One field of the inner state that holds a moment for each kernel.
+
+    Attributes:
+      kind: how it follows the basis.
+      name: of the field.
+      owner: number of the state that it belongs to.
+    """
+
+    kind: Kind
+    name: str
+    owner: int
+
 
 #: (state type, field) -> how it follows the basis.
 TABLE: Table = {
@@ -25,68 +59,125 @@ TABLE: Table = {
     ("EmaState", "ema"): "first",
     ("ScaleByAdamState", "mu"): "first",
     ("ScaleByAdamState", "nu"): "second",
+    ("ScaleByAdanState", "m"): "first",
+    ("ScaleByAdanState", "v"): "first",
+    ("ScaleByAdanState", "n"): "second",
+    ("ScaleByAdanState", "g"): "first",
+    ("ScaleByAdemamixState", "m1"): "first",
+    ("ScaleByAdemamixState", "m2"): "first",
+    ("ScaleByAdemamixState", "nu"): "second",
     ("ScaleByBeliefState", "mu"): "first",
     ("ScaleByBeliefState", "nu"): "second",
     ("ScaleByLionState", "mu"): "first",
+    ("ScaleByOptimisticGradientState", "previous_gradient"): "first",
     ("ScaleByRmsState", "nu"): "second",
+    ("ScaleByRmsWithCountState", "nu"): "second",
     ("ScaleByRStdDevState", "mu"): "first",
     ("ScaleByRStdDevState", "nu"): "second",
+    ("ScaleByRStdDevWithCountState", "mu"): "first",
+    ("ScaleByRStdDevWithCountState", "nu"): "second",
     ("ScaleByRssState", "sum_of_squares"): "second",
     ("ScaleByAmsgradState", "mu"): "first",
     ("ScaleByAmsgradState", "nu"): "second",
     ("ScaleByAmsgradState", "nu_max"): "second",
+    ("ScaleBySimplifiedAdEMAMixState", "m"): "first",
+    ("ScaleBySimplifiedAdEMAMixState", "n"): "second",
+    ("ScaleByNovogradState", "mu"): "first",
+    ("ScaleByNovogradState", "nu"): "invariant",
+    ("MuonState", "mu"): "first",
+}
+
+_RULES: Mapping[str, Custom] = {
+    "first": lambda m, by, _: _subspace.rotate_first_moment(by.matrix, m, by.flipped),
+    "second": lambda v, by, _: _subspace.rotate_second_moment(by.matrix, v, by.flipped),
+    "invariant": lambda m, by, _: m,
+    "reset": lambda m, by, _: jnp.zeros_like(m),
 }
 
 
-class Rotation(NamedTuple):
-    """How the coordinates of one layer change: ``R = V_new^T V_old (*batch, k, k)``."""
+def carry_adam_second_moment(b1: Scalar = 0.9, b2: Scalar = 0.999) -> Custom:
+    """LDAdam's rule for Adam's second moment: mean and variance turn apart.
 
-    matrix: Array
-    flipped: bool
+        v <- |(R * R) (v' - m'^2) + (R m')^2|,   m', v' bias-corrected
 
+    The variance is taken as uncorrelated between coordinates; the mean turns exactly.
 
-_RULES: Mapping[Kind, Callable[[Array, Rotation], Array]] = {
-    "first": lambda m, by: _subspace.rotate_first_moment(by.matrix, m, by.flipped),
-    "second": lambda v, by: _subspace.rotate_second_moment(by.matrix, v, by.flipped),
-    "reset": lambda m, by: jnp.zeros_like(m),
-}
+    Args:
+      b1: decay of Adam's first moment.
+      b2: decay of its second moment.
+
+    Returns:
+      A rule for ``transport={("ScaleByAdamState", "nu"): ...}``.
+
+    Cost: two products with ``R`` on refresh steps.
+
+    Reference: LDAdam, arXiv 2410.16103.
+
+    Example:
+      >>> import optax, dsbp_optax
+      >>> nu = ("ScaleByAdamState", "nu")
+      >>> tx = dsbp_optax.scale_by_spectral_projection(
+      ...     optax.scale_by_adam(),
+      ...     transport={nu: dsbp_optax.carry_adam_second_moment()})
+    """
+
+    def carry(nu: Array, by: Rotation, held: Mapping[str, Array]) -> Array:
+        seen = jnp.maximum(by.step, 1).astype(nu.dtype)
+        first, second = 1 - b1**seen, 1 - b2**seen
+        mean, square = held["mu"].astype(nu.dtype) / first, nu / second
+        variance = _subspace.rotate_second_moment(
+            by.matrix, square - mean * mean, by.flipped
+        )
+        turned = _subspace.rotate_first_moment(by.matrix, mean, by.flipped)
+        return second * jnp.abs(variance + turned * turned)
+
+    return carry
 
 
 def split(
     state: PyTree, paths: frozenset[str], table: Table
-) -> tuple[list[Kind], list[Moments]]:
-    """The moments of the layers in `paths`, field by field, and their kinds.
+) -> tuple[list[Field], list[Moments]]:
+    """The moments of the layers in `paths`, field by field, and what they are.
 
     Args:
       state: the inner optimizer's state; its moments are flat dicts by path.
       paths: of the projected parameters.
       table: (state type, field) -> kind.
     """
-    kinds: list[Kind] = []
+    fields: list[Field] = []
     found: list[Moments] = []
 
-    def note(kind: Kind, held: Mapping[str, Array]) -> dict[str, Array]:
-        kinds.append(kind)
+    def note(field: Field, held: Mapping[str, Array]) -> dict[str, Array]:
+        fields.append(field)
         found.append({p: m for p, m in held.items() if p in paths})
         return dict(held)
 
     _map_moments(note, state, table, paths)
-    return kinds, found
+    return fields, found
 
 
 def rotate(
-    kinds: list[Kind], moments: list[Moments], rotations: Mapping[str, Rotation]
+    fields: list[Field], moments: list[Moments], rotations: Mapping[str, Rotation]
 ) -> list[Moments]:
     """`moments` in the coordinates of the new bases: ``m <- R m``, ``v <- (R * R) v``.
 
     Layers that are not in `rotations` stay as they are.
     """
-    return [
-        {
-            path: _RULES[kind](moment, rotations[path]) if path in rotations else moment
-            for path, moment in held.items()
+
+    def turned(field: Field, path: str, moment: Array) -> Array:
+        if path not in rotations:
+            return moment
+        rule = _RULES[field.kind] if isinstance(field.kind, str) else field.kind
+        siblings = {
+            other.name: held[path]
+            for other, held in zip(fields, moments, strict=True)
+            if other.owner == field.owner and path in held
         }
-        for kind, held in zip(kinds, moments, strict=True)
+        return rule(moment, rotations[path], siblings).astype(moment.dtype)
+
+    return [
+        {path: turned(field, path, moment) for path, moment in held.items()}
+        for field, held in zip(fields, moments, strict=True)
     ]
 
 
@@ -96,53 +187,82 @@ def restore(
     """`state` with `moments` in their places."""
     remaining = iter(moments)
 
-    def put(kind: Kind, held: Mapping[str, Array]) -> dict[str, Array]:
+    def put(field: Field, held: Mapping[str, Array]) -> dict[str, Array]:
         return {**held, **next(remaining)}
 
     return _map_moments(put, state, table, paths)
 
 
+def make_table(additions: Additions) -> Table:
+    """The table with the user's additions; "reset" starts every moment anew.
+
+    Args:
+      additions: (state type, field) -> kind, or "reset", or None.
+
+    Raises:
+      ValueError: for an unknown kind.
+    """
+    if additions == "reset":
+        return dict.fromkeys(TABLE, "reset")
+    if isinstance(additions, str):
+        raise ValueError(
+            f"transport: got {additions!r}, expected 'reset' or a mapping "
+            "{('StateType', 'field'): kind}."
+        )
+    for pair, kind in (additions or {}).items():
+        if not (callable(kind) or kind in _RULES):
+            raise ValueError(
+                f"transport[{pair}]: got {kind!r}, expected one of {sorted(_RULES)} "
+                "or a function (moment, rotation, moments of the same state)."
+            )
+    return {**TABLE, **(additions or {})}
+
+
 def check_table(state: PyTree, paths: frozenset[str], table: Table) -> None:
     """Raise, by name, for a moment that the table does not know."""
-    for pair, kind in table.items():
-        if kind not in _RULES:
-            raise ValueError(
-                f"transport[{pair}]: got {kind!r}, expected one of {sorted(_RULES)}."
-            )
     _map_moments(lambda _, moments: dict(moments), state, table, paths)
 
 
 def _map_moments(
-    carry: Callable[[Kind, Mapping[str, Array]], dict[str, Array]],
+    carry: Callable[[Field, Mapping[str, Array]], dict[str, Array]],
     node: PyTree,
     table: Table,
     paths: frozenset[str],
-    where: tuple[str, str] = ("", ""),
 ) -> PyTree:
     """`carry` at every dict of moments inside a state of tuples and named tuples."""
-    if isinstance(node, Mapping) and paths & node.keys():
-        if where not in table:
-            raise ValueError(
-                f"the inner optimizer keeps {'.'.join(where)} for each kernel, and "
-                "how it follows a change of basis is not known. Remedy: pass "
-                f"transport={{{where!r}: 'first'}} (a mean of gradients), 'second' (a "
-                "mean of squares) or 'reset' (start again at zero)."
+    owners = 0
+
+    def visit(node: PyTree, where: tuple[str, str], owner: int) -> PyTree:
+        nonlocal owners
+        if isinstance(node, Mapping) and paths & node.keys():
+            if where not in table:
+                raise ValueError(_unknown(where))
+            return carry(Field(table[where], where[1], owner), node)
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            owners += 1
+            mine, kind = owners, type(node).__name__
+            values = (
+                visit(child, (kind, field), mine)
+                for field, child in zip(node._fields, node, strict=True)
             )
-        return carry(table[where], node)
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        kind = type(node).__name__
-        values = (
-            _map_moments(carry, child, table, paths, (kind, field))
-            for field, child in zip(node._fields, node, strict=True)
-        )
-        return type(node)(*values)
-    if isinstance(node, tuple | list):
-        return type(node)(
-            _map_moments(carry, child, table, paths, where) for child in node
-        )
-    if isinstance(node, Mapping):
-        return {k: _map_moments(carry, v, table, paths, where) for k, v in node.items()}
-    return node
+            return type(node)(*values)
+        if isinstance(node, tuple | list):
+            return type(node)(visit(child, where, owner) for child in node)
+        if isinstance(node, Mapping):
+            return {k: visit(v, where, owner) for k, v in node.items()}
+        return node
+
+    return visit(node, ("", ""), owners)
+
+
+def _unknown(where: tuple[str, str]) -> str:
+    return (
+        f"the inner optimizer keeps {'.'.join(where)} for each kernel, and how it "
+        "follows a change of basis is not known. Remedy: pass transport="
+        f"{{{where!r}: 'first'}} (a mean of gradients), 'second' (a mean of squares), "
+        "'invariant' (not in coordinates), 'reset' (start again at zero), or a "
+        "function (moment, rotation, moments of the same state) -> moment."
+    )
 
 
 def as_inner(inner: Any) -> optax.GradientTransformationExtraArgs:

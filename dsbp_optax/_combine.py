@@ -1,0 +1,105 @@
+"""From the inner optimizer's changes to the update of each kernel."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from dsbp_optax import _eigenbasis, _filter, _layout, _plan, _residual, _subspace
+from dsbp_optax._refresh import Step
+from dsbp_optax._residual import Outside
+from dsbp_optax._rule import Rule
+from dsbp_optax._types import Array, PyTree
+
+
+def coordinates(step: Step) -> dict[str, Array]:
+    """``P = V^T G`` of each projected kernel, by path."""
+    return {
+        path: _subspace.project(step.bases[path], step.matrices[path], view.flipped)
+        for path, view in step.views.items()
+    }
+
+
+def combine(
+    rule: Rule,
+    step: Step,
+    path: str,
+    change: Array,
+    coordinates: Array,
+    held: Mapping[str, PyTree],
+    rows: Mapping[str, Array],
+) -> tuple[Array, PyTree]:
+    """``V u + s (G - V P)`` and what a rule adds; one lift serves all factors.
+
+    Args:
+      rule: the rule.
+      step: the step.
+      path: of the kernel.
+      change: ``u``, the inner optimizer's update of the coordinates.
+      coordinates: ``P``.
+      held: path -> state of the residual rule; empty where it keeps none.
+      rows: the sharpness term's part along ``e_1``, where there is one.
+
+    Returns:
+      The update as a matrix, and the state of the residual rule.
+    """
+    view, basis, matrix = step.views[path], step.bases[path], step.matrices[path]
+    energy = _subspace.squared_norm(matrix)
+    seen = Outside(change, coordinates, energy, matrix, basis, view.flipped)
+    added, kept = rule.residual.update(seen, held.get(path, ()))
+    inside, factor = change, added.factor
+    if factor is not None:
+        inside = change - factor * coordinates
+    if rule.residual.stateless and not rule.project_cold:
+        done = _layout.from_kernel_form(step.layers[path].spectrum.iterations, view)
+        warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
+        cold = _residual.pass_through(change, coordinates, energy)
+        factor = jnp.where(warm, 0 if factor is None else factor, cold)
+        inside = jnp.where(warm, inside, 0)
+    if path in rows:
+        inside = _subspace.add_leading(inside, rows[path], view.flipped)
+    whole = _subspace.lift(basis, inside, view.flipped)
+    whole = whole if factor is None else whole + factor * matrix
+    return whole if added.addition is None else whole + added.addition, kept
+
+
+def directed(
+    rule: Rule, step: Step, changes: Mapping[str, Array], updates: PyTree
+) -> dict[str, Array]:
+    """Every update shaped as its parameter, those of kernels given their direction.
+
+    Kernels in full space get the same as projected ones.
+    """
+    done = dict(changes)
+    if rule.direction is None:
+        for path, view in step.views.items():
+            done[path] = _layout.from_matrices(changes[path], view)
+        return done
+    for path, (view, side) in _plan.kernels(updates, rule.choices).items():
+        matrix = changes[path]
+        if path not in step.views:
+            matrix = _layout.to_matrices(matrix, view)
+        sizes = (view.size, view.other)
+        fans = sizes if side == "input" else sizes[::-1]
+        matrix = rule.direction(matrix, *fans)
+        done[path] = _layout.from_matrices(matrix, view)
+    return done
+
+
+def filtered(
+    rule: Rule, step: Step, coordinates: Mapping[str, Array]
+) -> Mapping[str, Array]:
+    """Coordinates times the spectral filter; without a spectrum as they are."""
+    if rule.spectral_filter is None:
+        return coordinates
+    done = {}
+    for path, view in step.views.items():
+        spectrum = step.layers[path].spectrum
+        eigenvalues, trace = (
+            _layout.from_kernel_form(x, view)[..., 0, :]
+            for x in (spectrum.eigenvalues, spectrum.trace)
+        )
+        rest = _filter.remaining_mean(eigenvalues, trace, view.size)
+        factors = jnp.where(trace > 0, rule.spectral_filter(eigenvalues, rest), 1)
+        shaped = factors[..., None, :] if view.flipped else factors[..., :, None]
+        done[path] = coordinates[path] * shaped
+    return done

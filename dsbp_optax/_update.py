@@ -1,0 +1,182 @@
+"""One step of the spectral projection: from a tree of gradients to one of updates."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import (
+    _combine,
+    _eigenbasis,
+    _inner,
+    _layout,
+    _spectral,
+    _transport,
+)
+from dsbp_optax._refresh import (
+    RefreshStep,
+    Step,
+    begin_step,
+    end_step,
+    make_refresh,
+    sharpness_rows,
+    to_updates,
+)
+from dsbp_optax._rule import Rule
+from dsbp_optax._spectral import SpectralProjectionState
+from dsbp_optax._types import Array, PyTree
+
+
+def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """The projection that `rule` describes."""
+    refresh_step = make_refresh(rule.refresh)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, rule),
+        lambda updates, state, params=None, **extra: _update(
+            rule, refresh_step, updates, state, params, **extra
+        ),
+    )
+
+
+def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
+    """The state before the first step."""
+    leaves, _ = _layout.flatten_with_paths(params)
+    if not leaves:
+        nothing = {name: jnp.zeros([]) for name in ("inner", "residual", "fallback")}
+        return SpectralProjectionState(
+            **_spectral.empty_fields(rule.refresh), **nothing
+        )
+    _transport.check_inner(rule.inner)
+    decisions, fields = _spectral.init_fields(
+        params, rule.choices, rule.refresh, rule.inner, rule.statistics_in_state
+    )
+    views = {
+        path: choice.view
+        for path, choice in decisions.items()
+        if choice.view is not None and choice.projected
+    }
+    coordinates = {
+        path: jnp.zeros(view.coordinate_shape(basis.shape[-1]), basis.dtype)
+        for path, view in views.items()
+        for basis in [fields["basis"][path]]
+    }
+    kernels, others = _inner.divide(rule, leaves, params)
+    inner = rule.inner.init({**kernels, **coordinates})
+    paths = frozenset(coordinates)
+    _transport.check_table(inner, paths, rule.transport)
+    inner = _inner.map_moments(
+        rule, inner, paths, lambda x, name: x.astype(rule.moment_dtype)
+    )
+    return SpectralProjectionState(
+        **_stored_basis(rule, fields),
+        inner=inner,
+        residual=_init_residual(rule, views, fields["basis"]),
+        fallback=() if rule.fallback is None else rule.fallback.init(others),
+    )
+
+
+def _update(
+    rule: Rule,
+    refresh_step: RefreshStep,
+    updates: PyTree,
+    state: SpectralProjectionState,
+    params: PyTree | None = None,
+    *,
+    statistics: Mapping[str, Any] | None = None,
+    **extra: Any,
+) -> tuple[PyTree, SpectralProjectionState]:
+    """One step."""
+    _spectral.check_extra_args(extra)
+    if not jax.tree.leaves(updates):
+        return updates, state
+    step, inner = _begin(rule, refresh_step, updates, state, statistics)
+    coordinates = _combine.coordinates(step)
+    gradients = _inner.divide(rule, step.gradients, updates)
+    gradients.kernels.update(_combine.filtered(rule, step, coordinates))
+    # A number that is not finite spreads into the coordinates: no pass of its own.
+    finite = _spectral.all_finite({**step.gradients, **coordinates})
+    changes, held = _inner.inner_update(
+        rule,
+        finite,
+        gradients,
+        _inner.Pair(inner, state.fallback),
+        _inner.Pair(state.inner, state.fallback),
+        params,
+        _inner.store_moments(rule, frozenset(state.basis), state.step),
+        extra,
+    )
+    rows = {}
+    if not _eigenbasis.is_zero(rule.sharpness):
+        rows = sharpness_rows(rule.sharpness, step, params, state.step)
+    combined = {
+        path: _combine.combine(
+            rule, step, path, changes[path], coordinates[path], state.residual, rows
+        )
+        for path in step.views
+    }
+    changes |= {path: matrix for path, (matrix, _) in combined.items()}
+    residual = state.residual
+    if residual:
+        kept = {path: rest for path, (_, rest) in combined.items()}
+        residual = _spectral.select(finite, kept, residual)
+    changes = _combine.directed(rule, step, changes, updates)
+    return to_updates(step, changes, finite), SpectralProjectionState(
+        **_stored_basis(rule, end_step(state, step, rule.refresh, finite)),
+        inner=held.kernels,
+        residual=residual,
+        fallback=held.others,
+    )
+
+
+def _begin(
+    rule: Rule,
+    refresh_step: RefreshStep,
+    updates: PyTree,
+    state: SpectralProjectionState,
+    statistics: Mapping[str, Any] | None,
+) -> tuple[Step, PyTree]:
+    """The step, and the inner optimizer's state in the coordinates of its bases."""
+    paths = frozenset(state.basis)
+    widened = _inner.map_moments(rule, state.inner, paths, _inner.widened(updates))
+    fields, moments = _transport.split(widened, paths, rule.transport)
+    step = begin_step(
+        rule.choices, refresh_step, state, updates, statistics, fields, moments
+    )
+    inner = _transport.restore(widened, step.moments, paths, rule.transport)
+    return _with_feedback(rule, step, state), inner
+
+
+def _with_feedback(rule: Rule, step: Step, state: SpectralProjectionState) -> Step:
+    """The step with what earlier ones left out added to its gradients."""
+    feedback = rule.residual.feedback
+    if feedback is None:
+        return step
+    fed = {
+        path: matrix + feedback(state.residual[path])
+        for path, matrix in step.matrices.items()
+    }
+    return step._replace(matrices=fed)
+
+
+def _init_residual(
+    rule: Rule, views: Mapping[str, _layout.MatrixView], bases: Mapping[str, Array]
+) -> dict[str, PyTree]:
+    """State of the residual rule by path; empty where it keeps none."""
+    held = {
+        path: rule.residual.init(
+            jnp.zeros((*view.batch_shape, *view.matrix_shape), bases[path].dtype)
+        )
+        for path, view in views.items()
+    }
+    return held if jax.tree.leaves(held) else {}
+
+
+def _stored_basis(rule: Rule, fields: dict[str, Any]) -> dict[str, Any]:
+    """The bases in the dtype that they are stored in."""
+    if rule.basis_dtype is None:
+        return fields
+    stored = {p: v.astype(rule.basis_dtype) for p, v in fields["basis"].items()}
+    return {**fields, "basis": stored}

@@ -1,16 +1,23 @@
-"""The command line: demo, run, tune, list, speed."""
+"""The command line: demo, run, campaign, report, speed, list."""
 
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from benchmarks import records, report, speed, tune
-from benchmarks.data import DataError, Split
-from benchmarks.experiment import Result, Settings, run_experiment, to_record
+from benchmarks import compare, records, report, speed, workers
+from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remaining
+from benchmarks.compare import Entry
+from benchmarks.data import Data, DataError
+from benchmarks.experiment import Order, Record, carry_out
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.plots import plot_curves, plot_memory
+from benchmarks.plots import plot_comparison
+from benchmarks.train import build
 from benchmarks.workloads import WORKLOADS, Workload
 
 app = typer.Typer(
@@ -22,42 +29,52 @@ app = typer.Typer(
 console = Console()
 
 _RUNS = Path("runs")
+_DEMO = ("dsbp", "dsbp_sgd", "dsbp_adamw", "sgd", "adamw", "galore", "muon")
+_USUAL = [name for name, entry in WORKLOADS.items() if not entry.heavy]
 _Entry = TypeVar("_Entry")
 
 WorkloadName = Annotated[str, typer.Argument(help="see `list`")]
+WorkloadNames = Annotated[
+    list[str] | None, typer.Argument(help="default: all but those for accelerators")
+]
 OptimizerName = Annotated[str, typer.Option("--optimizer", help="see `list`")]
+OptimizerNames = Annotated[
+    list[str] | None, typer.Option("--optimizer", help="repeat it; default: all")
+]
 DataDir = Annotated[Path | None, typer.Option(help="folder of the data files")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="default: the workload's")]
-Seeds = Annotated[int, typer.Option(min=1, help="runs, from seed 0 upwards")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="default: the workload's")]
+Steps = Annotated[int | None, typer.Option(min=1, help="default: the workload's")]
+Seeds = Annotated[int, typer.Option(min=1, help="final runs, from seed 0 upwards")]
 Rate = Annotated[float | None, typer.Option(min=0, help="default: the tuned one")]
 Limit = Annotated[int | None, typer.Option(min=1, help="train on the first N samples")]
 Json = Annotated[Path | None, typer.Option("--json", help="write a record here")]
+Quick = Annotated[bool, typer.Option("--quick", help="at most 3 minutes a run")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar, no table")]
+Records = Annotated[Path, typer.Option(help="folder of a campaign's records")]
 
 
 @app.command()
 def demo(
     seeds: Seeds = 3,
-    epochs: Epochs = None,
-    out: Annotated[Path, typer.Option(help="folder of the record and plots")] = _RUNS,
+    steps: Steps = None,
+    out: Annotated[Path, typer.Option(help="folder of the record and plot")] = _RUNS,
     quiet: Quiet = False,
 ) -> None:
-    """All optimizers on the embedded digits: table, plots and record in `runs/`."""
+    """Optimizers on the embedded digits: tables, plot and record in `runs/`."""
     workload = WORKLOADS["digits_cnn"]
-    settings = _settings(workload, epochs, seeds)
-    split = workload.load(None)
-    results = _train(workload, list(CONTENDERS), split, settings, quiet)
-    files = [out / f"demo{end}" for end in (".json", "-curves.png", "-memory.png")]
-    records.write(files[0], to_record(workload, settings, split, results))
-    title = (
-        f"{workload.name}: {settings.epochs} epochs, batch {settings.batch_size}, "
-        f"{seeds} seed{'s' * (seeds > 1)}"
-    )
-    plot_curves(results, f"{title} (band: range over seeds)", files[1])
-    plot_memory(results, f"{title} (bar: range over seeds)", files[2])
+    with _failures():
+        data = workload.load(None)
+        found = [
+            record
+            for name in _DEMO
+            for record in _train(workload, name, data, seeds, steps, quiet=quiet)
+        ]
+    files = [out / "demo.json", out / "demo.png"]
+    records.write(files[0], {"records": found})
+    entries = compare.entries(workload, found)
+    title = f"{workload.name}: {found[0]['steps']} steps, {seeds} seed(s)"
+    plot_comparison(entries, title, files[1])
     if not quiet:
-        _show(title, results)
+        _show(title, entries)
         report.written(console, files)
 
 
@@ -66,62 +83,90 @@ def run(
     workload: WorkloadName,
     optimizer: OptimizerName = "dsbp_sgd",
     data_dir: DataDir = None,
-    epochs: Epochs = None,
+    steps: Steps = None,
     seeds: Seeds = 1,
     json: Json = None,
-    batch_size: BatchSize = None,
     learning_rate: Rate = None,
     limit: Limit = None,
+    quick: Quick = False,
+    tuned: Records = RESULTS,
     quiet: Quiet = False,
 ) -> None:
-    """Train one optimizer on one workload."""
+    """Train one optimizer on one workload, judged on its test samples."""
     chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
     _lookup(CONTENDERS, optimizer, "--optimizer")
-    settings = _settings(chosen, epochs, seeds, batch_size, learning_rate, limit)
-    split = _load(chosen, data_dir)
-    results = _train(chosen, [optimizer], split, settings, quiet)
-    _save(json, to_record(chosen, settings, split, results), quiet)
+    with _failures():
+        data = chosen.load(data_dir).limited(limit)
+        found = _train(
+            *(chosen, optimizer, data, seeds, steps, learning_rate, quick, tuned),
+            quiet=quiet,
+        )
+    _save(json, {"records": found}, quiet)
     if not quiet:
-        _show(f"{workload}: {settings.epochs} epochs", results)
+        _show(f"{workload}: {found[0]['steps']} steps", compare.entries(chosen, found))
 
 
-@app.command("tune")
-def tune_command(
-    workload: WorkloadName,
-    optimizer: OptimizerName = "dsbp_sgd",
+@app.command()
+def campaign(
+    workload: WorkloadNames = None,
+    optimizer: OptimizerNames = None,
     data_dir: DataDir = None,
-    epochs: Epochs = None,
-    seeds: Seeds = 2,
-    json: Json = None,
-    batch_size: BatchSize = None,
-    limit: Limit = None,
+    out: Records = RESULTS,
+    hours: Annotated[float, typer.Option(min=0, help="start no run after")] = 1.0,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    worker_count: Annotated[
+        int, typer.Option("--workers", min=1, help="processes, one core each")
+    ] = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Try an optimizer's whole grid of learning rates on held-out training data."""
-    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
-    contender = _lookup(CONTENDERS, optimizer, "--optimizer")
-    settings = _settings(chosen, epochs, seeds, batch_size, None, limit)
-    split = _load(chosen, data_dir)
-    try:
-        with report.make_progress(console, quiet) as progress:
-            rows = tune.run_grid(chosen, contender, split, settings, progress)
-    except DataError as error:
-        raise _failure(error) from error
-    record = {
-        **records.environment(),
-        "workload": workload,
-        "optimizer": optimizer,
-        "hyperparameters": contender.hyperparameters(),
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "seeds": settings.seeds,
-        "held_out_share": tune.HELD_OUT,
-        "grid": rows,
-    }
-    _save(json, record, quiet)
+    """Tune on validation samples, then train from fresh seeds; can be continued."""
+    deadline = time.monotonic() + 3600 * hours
+    lanes = [
+        Lane(out, chosen, contender, seeds, quick)
+        for chosen in _several(WORKLOADS, workload or _USUAL, "WORKLOAD")
+        for contender in _several(CONTENDERS, optimizer, "--optimizer")
+    ]
+    failed: list[str] = []
+    with _failures(), report.make_progress(console, quiet) as progress:
+        if worker_count > 1:
+            failed = workers.run_lanes(
+                lanes, worker_count, data_dir, deadline, progress
+            )
+        else:
+            runner = Runner(data_dir, deadline, progress)
+            for lane in lanes:
+                if not runner.run(lane):
+                    break
     if not quiet:
-        title = f"{optimizer} on {workload}: {settings.epochs} epochs"
-        console.print(report.tuning_table(title, rows, tune.HELD_OUT))
+        for line in remaining(lanes) or ["all done"]:
+            console.print(line, soft_wrap=True)
+    if failed:
+        typer.echo(f"error: failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    workload: WorkloadNames = None,
+    optimizer: OptimizerNames = None,
+    out: Records = RESULTS,
+    plots: Annotated[Path, typer.Option(help="folder of the PNG files")] = _RUNS,
+) -> None:
+    """Tables and a picture for each workload that has final records."""
+    names = [c.name for c in _several(CONTENDERS, optimizer, "--optimizer")]
+    for chosen in _several(WORKLOADS, workload or _USUAL, "WORKLOAD"):
+        with _failures():
+            entries = compare.read_entries(chosen, out, names)
+        if not entries:
+            console.print(f"{chosen.name}: no final records in {out}", soft_wrap=True)
+            continue
+        first = entries[0].records[0]
+        title = f"{chosen.name}: {first['steps']} steps, batch {first['batch_size']}"
+        path = plots / f"{chosen.name}.png"
+        plot_comparison(entries, f"{title} (bands and bars: range over seeds)", path)
+        _show(title, entries)
+        report.written(console, [path])
 
 
 @app.command("list")
@@ -131,8 +176,40 @@ def list_command() -> None:
 
 
 @app.command("speed")
-def speed_command(json: Json = None, quiet: Quiet = False) -> None:
-    """Three figures of speed against plain Adam and SGD."""
+def speed_command(
+    workload: Annotated[
+        str | None, typer.Argument(help="default: three fixed figures")
+    ] = None,
+    optimizer: OptimizerNames = None,
+    baseline: Annotated[str, typer.Option(help="what ratios are against")] = "sgd",
+    rounds: Annotated[int, typer.Option(min=2, help="steps of each")] = speed.PERIOD,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time updates and steps, the contenders taking turns.
+
+    `report` takes its times from OUT/WORKLOAD/speed.json where that exists.
+    """
+    if workload is None:
+        rows = _fixed_figures(quiet)
+        table: Callable[[], Any] = lambda: report.speed_table(rows)  # noqa: E731
+    else:
+        chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+        against = _lookup(CONTENDERS, baseline, "--baseline")
+        contenders = _several(CONTENDERS, optimizer, "--optimizer")
+        with report.make_progress(console, quiet) as progress:
+            task = progress.add_task(f"steps of {workload}", total=rounds)
+            rows = speed.whole_steps(
+                chosen, contenders, against, rounds, lambda: progress.advance(task)
+            )
+        title = f"{workload}: whole steps; ratios against {baseline}"
+        table = lambda: report.steps_table(title, rows)  # noqa: E731
+    _save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
+    if not quiet:
+        console.print(table())
+
+
+def _fixed_figures(quiet: bool) -> list[speed.Row]:
     rows: list[speed.Row] = []
     with report.make_progress(console, quiet) as progress:
         task = progress.add_task("", total=len(speed.FIGURES))
@@ -140,61 +217,62 @@ def speed_command(json: Json = None, quiet: Quiet = False) -> None:
             progress.update(task, description=f"figure {name}")
             rows += measure(rounds)
             progress.advance(task)
-    _save(json, {**records.environment(), "rows": rows}, quiet)
-    if not quiet:
-        console.print(report.speed_table(rows))
-
-
-def _settings(
-    workload: Workload,
-    epochs: int | None,
-    seeds: int,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    limit: int | None = None,
-) -> Settings:
-    return Settings(
-        epochs or workload.epochs,
-        batch_size or workload.batch_size,
-        tuple(range(seeds)),
-        learning_rate,
-        limit,
-    )
+    return rows
 
 
 def _train(
     workload: Workload,
-    names: list[str],
-    split: Split,
-    settings: Settings,
+    name: str,
+    data: Data,
+    seeds: int,
+    steps: int | None,
+    learning_rate: float | None = None,
+    quick: bool = False,
+    tuned: Path = RESULTS,
+    *,
     quiet: bool,
-) -> list[Result]:
-    contenders = [CONTENDERS[name] for name in names]
+) -> list[Record]:
+    """Final runs of one contender."""
+    contender = CONTENDERS[name]
+    rate, source = learning_rate, "given"
+    if rate is None:
+        rate, source = learning_rate_for(workload, contender, tuned)
+    steps = steps or (workload.quick_steps if quick else workload.steps)
+    order = Order("final", rate, 0, steps, quick, source=source)
+    with report.make_progress(console, quiet) as progress:
+        task = progress.add_task(f"{name}: compile", total=seeds * steps)
+        program = build(workload, contender)
+        progress.update(task, description=name)
+        return [
+            carry_out(
+                *(program, data, dataclasses.replace(order, seed=seed)),
+                lambda: progress.advance(task),
+            )
+            for seed in range(seeds)
+        ]
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
     try:
-        with report.make_progress(console, quiet) as progress:
-            return run_experiment(workload, contenders, split, settings, progress)
+        yield
     except DataError as error:
-        raise _failure(error) from error
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
-def _load(workload: Workload, data_dir: Path | None) -> Split:
-    try:
-        return workload.load(data_dir)
-    except DataError as error:
-        raise _failure(error) from error
-
-
-def _failure(error: DataError) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)
-
-
-def _lookup(table: dict[str, _Entry], name: str, argument: str) -> _Entry:
+def _lookup(table: Mapping[str, _Entry], name: str, argument: str) -> _Entry:
     if name not in table:
         raise typer.BadParameter(
             f"got '{name}', expected one of {', '.join(table)}.", param_hint=argument
         )
     return table[name]
+
+
+def _several(
+    table: Mapping[str, _Entry], names: Sequence[str] | None, argument: str
+) -> list[_Entry]:
+    return [_lookup(table, name, argument) for name in names or table]
 
 
 def _save(path: Path | None, record: dict[str, Any], quiet: bool) -> None:
@@ -205,11 +283,14 @@ def _save(path: Path | None, record: dict[str, Any], quiet: bool) -> None:
         report.written(console, [path])
 
 
-def _show(title: str, results: list[Result]) -> None:
-    console.print(report.results_table(title, results))
-    for result in results:
-        console.print(
-            f"{result.name}: learning rate {result.program.learning_rate:g}, "
-            f"{result.source}",
-            style="dim",
-        )
+def _show(title: str, entries: list[Entry]) -> None:
+    """All tables, and where the learning rates come from."""
+    console.print(report.results_table(title, entries))
+    console.print(report.cost_table(title, entries))
+    timed = report.time_table(title, entries)
+    if timed is not None:
+        console.print(timed)
+    for entry in entries:
+        source = entry.records[0]["learning_rate_source"]
+        rate = entry.records[0]["learning_rate"]
+        console.print(f"{entry.name}: learning rate {rate:g}, {source}", style="dim")

@@ -1,159 +1,124 @@
-"""Several contenders, several seeds, one workload: results and their record."""
+"""One run and its record."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
-from benchmarks import records
-from benchmarks.data import DataError, Split, batches
-from benchmarks.optimizers import Contender, learning_rate_for
-from benchmarks.train import Program, Run, build, train
-from benchmarks.workloads import Workload
+from benchmarks import kernels, records, timing
+from benchmarks.data import Data, DataError
+from benchmarks.train import Program, Run, train
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one experiment is told.
+class Order:
+    """One run as it is asked for.
 
     Attributes:
-      epochs: length of a run.
-      batch_size: samples a step.
-      seeds: one run each.
-      learning_rate: for every contender; None for each its own.
-      limit: train on the first so many samples; None for all.
+      phase: "tune" or "final": judged on validation or on test samples.
+      rate: the learning rate.
+      seed: of parameters and data order.
+      steps: length.
+      quick: whether lengths are those of ``--quick``.
+      round: of the tuning, from 1; 0 for final runs.
+      source: where the learning rate comes from.
     """
 
-    epochs: int
-    batch_size: int
-    seeds: tuple[int, ...]
-    learning_rate: float | None = None
-    limit: int | None = None
+    phase: str
+    rate: float
+    seed: int
+    steps: int
+    quick: bool = False
+    round: int = 0
+    source: str = "tuned"
 
 
-@dataclass
-class Result:
-    """All runs of one contender."""
-
-    program: Program
-    source: str
-    runs: list[Run] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The contender's name."""
-        return self.program.contender.name
-
-    def final_accuracies(self) -> np.ndarray:
-        """Test accuracy at the end, by seed."""
-        return np.asarray([run.test_accuracy[-1] for run in self.runs])
-
-    def step_median(self, refreshing: bool) -> float | None:
-        """Median seconds of the steps that refresh, or of those that do not."""
-        seconds = np.concatenate([run.step_seconds for run in self.runs])
-        flags = np.concatenate([run.refreshing for run in self.runs])
-        chosen = seconds[flags == refreshing]
-        return float(np.median(chosen)) if chosen.size else None
-
-
-def run_experiment(
-    workload: Workload,
-    contenders: Sequence[Contender],
-    split: Split,
-    settings: Settings,
-    progress: Progress,
-) -> list[Result]:
-    """Train every contender from every seed, the contenders taking turns.
+def carry_out(
+    program: Program,
+    data: Data,
+    order: Order,
+    after_step: Callable[[], None] = lambda: None,
+) -> Record:
+    """Train once.
 
     Args:
-      workload: what to train.
-      contenders: the optimizers.
-      split: the data.
-      settings: how.
-      progress: bars to advance.
+      program: workload and contender, compiled.
+      data: of the workload.
+      order: what to do.
+      after_step: called after each step.
 
     Raises:
       DataError: when there are fewer training samples than one batch.
     """
-    split = split.limited(settings.limit)
-    steps = len(split.train_labels) // settings.batch_size
-    if steps == 0:
+    workload = program.workload
+    if len(data.train) < workload.batch_size:
         raise DataError(
-            f"training set: got {len(split.train_labels)} samples, expected at least "
-            f"one batch of {settings.batch_size}. Remedy: a smaller --batch-size or a "
-            "larger --limit."
+            f"training set: got {len(data.train)} samples, expected at least one batch "
+            f"of {workload.batch_size}. Remedy: more data, or a larger --limit."
         )
-    example = next(batches(split, settings.batch_size, np.random.default_rng(0)))
-    total = len(contenders) * (1 + len(settings.seeds) * settings.epochs)
-    task = progress.add_task("", total=total)
-    results = []
-    for contender in contenders:
-        progress.update(task, description=f"compile {contender.name}")
-        default, source = learning_rate_for(contender, workload.name)
-        rate = settings.learning_rate
-        rate, source = (default, source) if rate is None else (rate, "given")
-        program = build(workload, contender, rate, steps * settings.epochs, example)
-        results.append(Result(program, source))
-        progress.advance(task)
-    for seed in settings.seeds:
-        for result in results:
-            progress.update(task, description=f"{result.name}, seed {seed}")
-            run = train(
-                workload,
-                result.program,
-                split,
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                seed=seed,
-                after_epoch=lambda run: progress.advance(task),
-            )
-            result.runs.append(run)
-    return results
+    final = order.phase == "final"
+    start = time.perf_counter()
+    run = train(
+        program,
+        data,
+        data.test if final else data.validation,
+        rate=order.rate,
+        steps=order.steps,
+        seed=order.seed,
+        after_step=after_step,
+    )
+    record = _describe(program, order, run)
+    if final:
+        value = workload.measure(run.params, data.validation, None)
+        record["validation_value"] = value
+    seconds = time.perf_counter() - start
+    return {**record, "seconds": seconds, "train_samples": len(data.train)}
 
 
-def to_record(
-    workload: Workload, settings: Settings, split: Split, results: Sequence[Result]
-) -> dict[str, Any]:
-    """Everything about an experiment, ready for JSON."""
-    limited = split.limited(settings.limit)
+def _describe(program: Program, order: Order, run: Run) -> Record:
+    workload, contender = program.workload, program.contender
+    final, value = order.phase == "final", run.curve[-1]["value"]
+    metric = workload.metric.final_key if final else workload.metric.tuning_key
     return {
-        **records.environment(),
         "workload": workload.name,
-        "schedule": workload.schedule_name,
-        "train_samples": len(limited.train_labels),
-        "test_samples": len(limited.test_labels),
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "seeds": settings.seeds,
-        "optimizers": {result.name: _result_record(result) for result in results},
+        "optimizer": contender.name,
+        "phase": order.phase,
+        "round": order.round,
+        "learning_rate": order.rate,
+        "learning_rate_source": order.source,
+        "seed": order.seed,
+        "steps": order.steps,
+        "quick": order.quick,
+        "batch_size": workload.batch_size,
+        "schedule": workload.schedule.__doc__,
+        "clip": workload.clip,
+        "hyperparameters": contender.hyperparameters(),
+        "judged_on": "test" if final else "validation",
+        "metric": metric,
+        metric: None if run.diverged else value,
+        "train_loss": run.curve[-1]["train_loss"],
+        "diverged": run.diverged,
+        "curve": run.curve,
+        **_times(run),
+        **program.figures,
+        "projected_state_counts": kernels.COUNTED,
+        **records.environment(),
     }
 
 
-def _result_record(result: Result) -> dict[str, Any]:
-    program, final = result.program, result.final_accuracies()
+def _times(run: Run) -> dict[str, float | None]:
+    """Medians in milliseconds; the mean step weighs refresh steps by their share."""
+    seconds, refreshing = np.asarray(run.step_seconds), np.asarray(run.refreshing)
     return {
-        "learning_rate": program.learning_rate,
-        "learning_rate_source": result.source,
-        "learning_rate_grid": program.contender.grid,
-        "hyperparameters": program.contender.hyperparameters(),
-        "test_accuracy_mean": float(final.mean()),
-        "test_accuracy_std": float(final.std(ddof=1)) if len(final) > 1 else None,
-        "step_seconds_median": result.step_median(False),
-        "refresh_step_seconds_median": result.step_median(True),
-        "compile_seconds": program.compile_seconds,
-        "state_bytes": program.state_bytes,
-        "runs": [
-            {
-                "seed": run.seed,
-                "diverged": run.diverged,
-                "train_loss": run.train_loss,
-                "test_accuracy": run.test_accuracy,
-                "steps": len(run.step_seconds),
-                "refresh_steps": sum(run.refreshing),
-                "step_seconds_total": sum(run.step_seconds),
-            }
-            for run in result.runs
-        ],
+        "step_ms": _median(seconds[~refreshing]),
+        "refresh_step_ms": _median(seconds[refreshing]),
+        "mean_step_ms": 1e3 * timing.stratified_median(seconds, refreshing),
     }
+
+
+def _median(seconds: np.ndarray) -> float | None:
+    return float(1e3 * np.median(seconds)) if seconds.size else None

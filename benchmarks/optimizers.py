@@ -1,18 +1,22 @@
-"""The contenders, their settings, and the learning rates that were tried."""
+"""The contenders: their settings, and the learning rates that are tried.
+
+A new contender is one `Contender` in `CONTENDERS`.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import optax
 
 import dsbp_optax
+from benchmarks.kernels import map_kernels
 
 #: Rank and period of every low-rank contender but the paper's own rule.
 _RANK, _PERIOD, _ITERATIONS = 16, 100, 5
 
+#: Learning rates that are tried: as many for every contender.
 _COARSE = (0.01, 0.03, 0.1, 0.3, 1.0)
 _FINE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _MUON = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -26,10 +30,11 @@ class Contender:
       name: as typed on the command line.
       summary: one line for people.
       factory: ``(learning_rate, **settings) -> optimizer``.
-      grid: learning rates tried; as many for every contender.
-      learning_rate: workload -> the best of the grid; see FINDINGS.md.
-      fixed_rate: used in its place where the rule prescribes one.
-      settings: keywords for the factory.
+      grid: learning rates tried first; tuning extends it where the best is at an edge.
+      default_rate: used where no tuning record exists.
+      settings: keywords for the factory; the rest keeps the factory's defaults, weight
+        decay included.
+      ours: whether it is of this package; the others are its peers.
       period: steps between refreshes of a basis, 0 for optimizers without one.
       window: steps at the start of each period that refresh.
       warm_start: whether all iterations of the first refresh happen on the first
@@ -40,9 +45,9 @@ class Contender:
     summary: str
     factory: Callable[..., optax.GradientTransformation]
     grid: tuple[float, ...]
-    learning_rate: Mapping[str, float]
+    default_rate: float
     settings: Mapping[str, Any] = field(default_factory=dict)
-    fixed_rate: float | None = None
+    ours: bool = False
     period: int = 0
     window: int = 0
     warm_start: bool = False
@@ -73,7 +78,15 @@ def _sam(
     """SAM over SGD: the gradient of the true step is taken ``rho`` uphill."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     descent = optax.sgd(learning_rate, momentum)
-    return optax.contrib.sam(descent, ascent, sync_period=2, opaque_mode=True)
+    tx = optax.contrib.sam(descent, ascent, sync_period=2, opaque_mode=True)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, grad_fn: Any, **others: Any
+    ) -> Any:
+        del others  # SAM tolerates none.
+        return tx.update(updates, state, params, grad_fn=grad_fn)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _galore(
@@ -81,11 +94,9 @@ def _galore(
     rank: int = _RANK,
     update_proj_gap: int = _PERIOD,
 ) -> optax.GradientTransformation:
-    """GaLore over Adam, on dense and convolution kernels where it saves memory."""
+    """GaLore over Adam, on the kernels where it saves memory; Adam on the rest."""
 
     def axes(kernel: Any) -> optax.contrib.GaLoreDimensionNumbers | None:
-        if kernel.ndim < 2:
-            return None
         outputs = kernel.shape[-1]
         inputs = kernel.size // outputs
         low = rank * (max(inputs, outputs) + 2 * min(inputs, outputs))
@@ -99,18 +110,16 @@ def _galore(
         learning_rate,
         rank=rank,
         update_proj_gap=update_proj_gap,
-        weight_dimension_numbers=lambda params: jax.tree.map(axes, params),
+        weight_dimension_numbers=lambda params: map_kernels(axes, params),
     )
 
 
 def _muon(
     learning_rate: optax.ScalarOrSchedule, beta: float = 0.95
 ) -> optax.GradientTransformation:
-    """Muon on every dense and convolution kernel, Adam on the rest."""
+    """Muon on the kernels, Adam at the same learning rate on the rest."""
 
-    def axes(kernel: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        if kernel.ndim < 2:
-            return None
+    def axes(kernel: Any) -> optax.contrib.MuonDimensionNumbers:
         return optax.contrib.MuonDimensionNumbers(
             tuple(range(kernel.ndim - 1)), kernel.ndim - 1
         )
@@ -118,7 +127,7 @@ def _muon(
     return optax.contrib.muon(
         learning_rate,
         beta=beta,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(axes, params),
+        muon_weight_dimension_numbers=lambda params: map_kernels(axes, params),
     )
 
 
@@ -127,56 +136,53 @@ _REFRESH = {
     "update_every": _PERIOD,
     "power_iterations": _ITERATIONS,
 }
+_OURS: Any = {"ours": True, "period": _PERIOD, "window": _ITERATIONS}
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender(
             "dsbp",
-            "the paper's rule with the paper's defaults, learning rate included",
+            "the paper's rule with the paper's settings",
             dsbp_optax.dsbp,
             _COARSE,
-            {"digits_cnn": 0.1},
-            fixed_rate=0.01,
-            period=100,
-            window=5,
+            0.01,
             warm_start=True,
+            **_OURS,
         ),
         Contender(
             "dsbp_sgd",
             "momentum in the activation eigenbasis, normalised residual",
             dsbp_optax.dsbp_sgd,
             _COARSE,
-            {"digits_cnn": 0.1},
+            0.1,
             {"momentum": 0.9, **_REFRESH},
-            period=_PERIOD,
-            window=_ITERATIONS,
+            **_OURS,
         ),
         Contender(
             "dsbp_adamw",
             "AdamW in the activation eigenbasis, normalised residual",
             dsbp_optax.dsbp_adamw,
             _FINE,
-            {"digits_cnn": 3e-3},
+            3e-3,
             _REFRESH,
-            period=_PERIOD,
-            window=_ITERATIONS,
+            **_OURS,
         ),
         Contender(
             "sgd",
             "optax.sgd with momentum",
             optax.sgd,
             _COARSE,
-            {"digits_cnn": 0.1},
+            0.1,
             {"momentum": 0.9},
         ),
-        Contender("adam", "optax.adam", optax.adam, _FINE, {"digits_cnn": 1e-2}),
+        Contender("adamw", "optax.adamw", optax.adamw, _FINE, 1e-2),
         Contender(
             "sam",
             "optax.contrib.sam over SGD with momentum, two gradients a step",
             _sam,
             _COARSE,
-            {"digits_cnn": 0.1},
+            0.1,
             {"momentum": 0.9, "rho": 0.05},
         ),
         Contender(
@@ -184,7 +190,7 @@ CONTENDERS = {
             "optax.contrib.galore over Adam, rank and period as dsbp_adamw",
             _galore,
             _FINE,
-            {"digits_cnn": 1e-2},
+            1e-2,
             {"rank": _RANK, "update_proj_gap": _PERIOD},
             period=_PERIOD,
             window=1,
@@ -194,30 +200,17 @@ CONTENDERS = {
             "optax.contrib.muon on kernels, Adam on the rest",
             _muon,
             _MUON,
-            {"digits_cnn": 1e-2},
+            1e-2,
             {"beta": 0.95},
+        ),
+        Contender(
+            "sophia",
+            "optax.contrib.sophia, Hutchinson's diagonal every 10 steps",
+            optax.contrib.sophia,
+            _FINE,
+            3e-3,
+            period=10,
+            window=1,
         ),
     )
 }
-
-
-def learning_rate_for(contender: Contender, workload: str) -> tuple[float, str]:
-    """The learning rate to use when none is given, and where it comes from.
-
-    Args:
-      contender: the optimizer.
-      workload: name of the workload.
-
-    Returns:
-      The one that the rule prescribes, else the tuned one of this workload, else
-      that of the digits; and words that say so.
-    """
-    known = contender.learning_rate
-    tuned_on = workload if workload in known else "digits_cnn"
-    tuned = known[tuned_on]
-    words = f"tuned on {tuned_on}"
-    if tuned_on != workload:
-        words += f", not on {workload}"
-    if contender.fixed_rate is not None:
-        return contender.fixed_rate, f"prescribed; {tuned:g} is the one {words}"
-    return tuned, words

@@ -1,114 +1,121 @@
-"""Pictures of an experiment, as PNG."""
+"""Pictures of a comparison, as PNG."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from benchmarks.experiment import Result
-from benchmarks.train import Run
+from benchmarks.compare import Entry
+from benchmarks.optimizers import CONTENDERS
 
 #: Warm and solid: this package. Cold and dashed: the others.
-_STYLES = {
-    "dsbp": ("#f0a04b", "-", "s"),
-    "dsbp_sgd": ("#d1495b", "-", "o"),
-    "dsbp_adamw": ("#7d1128", "-", "D"),
-    "sgd": ("#30638e", "--", "o"),
-    "adam": ("#003d5b", "--", "D"),
-    "sam": ("#00a6a6", "--", "^"),
-    "galore": ("#6a994e", "--", "v"),
-    "muon": ("#7a7a7a", "--", "P"),
-}
+_WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
+_COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
+_MARKERS = "oD^vPsX"
+_LEAST_ERROR = 1e-3
 
-_LEAST_ERROR = 0.1
+Style = dict[str, Any]
 
 
-def plot_curves(results: Sequence[Result], title: str, path: Path) -> None:
-    """Training loss and test accuracy by epoch; the band spans the seeds.
+def plot_comparison(found: Sequence[Entry], title: str, path: Path) -> None:
+    """The metric by step and by time, and the final one by bytes of state.
 
     Args:
-      results: one a contender.
-      title: above both panels.
+      found: one a contender; bands and bars span the seeds.
+      title: above the panels.
       path: the PNG.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for result in results:
-        _curve(left, result, lambda run: run.train_loss)
-        _curve(right, result, lambda run: _errors(run.test_accuracy))
-    left.set(yscale="log", xlabel="epoch", ylabel="training loss (epoch mean)")
-    right.set(xlabel="epoch", ylabel="test accuracy, %")
-    _accuracy_axis(right)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(17, 5.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for entry in found:
+        steps, values = entry.curves()
+        style = _style(entry)
+        _curve(panels[0], steps, entry, values, style)
+        _curve(panels[1], steps * entry.step_seconds, entry, values, style)
+        _point(panels[2], entry, style)
+    panels[0].set(xlabel="step", ylabel=found[0].metric.label)
+    panels[1].set(xlabel="training time, s")
+    panels[2].set(xlabel="optimizer state, KiB", xscale="log")
+    panels[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[2].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[2].xaxis.set_minor_formatter(lambda value, _: "")
+    for axes, everything in zip(panels, (True, True, False), strict=True):
+        _value_axis(axes, found, everything)
+        axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = left.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
-def plot_memory(results: Sequence[Result], title: str, path: Path) -> None:
-    """Final test accuracy against the bytes of optimizer state.
-
-    Args:
-      results: one a contender.
-      title: above the picture.
-      path: the PNG.
-    """
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for result in results:
-        errors = _errors(result.final_accuracies())
-        mean = errors.mean()
-        color, _, marker = _STYLES[result.name]
-        axes.errorbar(
-            result.program.state_bytes / 1024,
-            mean,
-            yerr=[[mean - errors.min()], [errors.max() - mean]],
-            color=color,
-            marker=marker,
-            markersize=9,
-            capsize=4,
-            linestyle="none",
-            label=f"{result.name}: {100 - mean:.1f} %",
-        )
-    axes.set(
-        xscale="log", xlabel="optimizer state, KiB", ylabel="final test accuracy, %"
-    )
-    _accuracy_axis(axes)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+def _style(entry: Entry) -> Style:
+    """The same in every picture: by the place among `CONTENDERS`."""
+    alike = [name for name, c in CONTENDERS.items() if c.ours == entry.ours]
+    number, colors = alike.index(entry.name), _WARM if entry.ours else _COLD
+    return {
+        "color": colors[number % len(colors)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": "-" if entry.ours else "--",
+    }
 
 
-def _curve(axes: Any, result: Result, read: Callable[[Run], Any]) -> None:
-    color, line, _ = _STYLES[result.name]
-    values = np.asarray([read(run) for run in result.runs])
-    epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(
-        epochs, values.mean(0), color=color, linestyle=line, lw=2, label=result.name
-    )
+def _curve(
+    axes: Any, x: np.ndarray, entry: Entry, values: np.ndarray, style: Style
+) -> None:
+    shown = _shown(entry, values)
+    axes.plot(x, shown.mean(0), lw=2, markersize=5, label=entry.name, **style)
     axes.fill_between(
-        epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0
+        x, shown.min(0), shown.max(0), color=style["color"], alpha=0.12, lw=0
     )
 
 
-def _errors(accuracies: Any) -> np.ndarray:
-    """Percent of wrong answers, at least the least that the axis shows."""
-    return np.maximum(100 * (1 - np.asarray(accuracies)), _LEAST_ERROR)
+def _point(axes: Any, entry: Entry, style: Style) -> None:
+    shown = _shown(entry, np.asarray(list(entry.finals.values())))
+    mean = shown.mean()
+    axes.errorbar(
+        (entry.median("state_bytes") or np.nan) / 1024,
+        mean,
+        yerr=[[mean - shown.min()], [shown.max() - mean]],
+        markersize=9,
+        capsize=4,
+        **{**style, "linestyle": "none"},
+    )
 
 
-def _accuracy_axis(axes: Any) -> None:
+def _shown(entry: Entry, values: np.ndarray) -> np.ndarray:
+    """Accuracies as errors, so that the axis can be logarithmic."""
+    return np.maximum(1 - values, _LEAST_ERROR) if entry.metric.higher else values
+
+
+def _value_axis(axes: Any, found: Sequence[Entry], everything: bool) -> None:
+    """From the best value to the worst one early on (curves) or at the end."""
+    metric = found[0].metric
+    finals = np.concatenate([_shown(e, e.curves()[1])[:, -1] for e in found])
+    early = np.asarray([_shown(e, e.curves()[1]).mean(0)[0] for e in found])
+    values = np.concatenate([finals, early]) if everything else finals
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return
+    low, high = values.min(), values.max()
+    if metric.higher:
+        _accuracy_axis(axes, low / 1.15, min(1.0, high * 1.15))
+    else:
+        high = np.quantile(values, 0.9) if everything else high
+        margin = 0.05 * max(high - low, 0.1)
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _accuracy_axis(axes: Any, low: float, high: float) -> None:
     """Logarithmic in the error, labelled in accuracy: 98 and 99 % stay apart."""
     axes.set_yscale("log")
-    axes.invert_yaxis()
-    axes.set_yticks([80, 50, 20, 10, 5, 2, 1, 0.5])
-    axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}")
+    axes.set_ylim(high, low)
+    nice = np.outer([1e-3, 1e-2, 1e-1, 1], [1, 1.5, 2, 3, 4, 5, 6, 8]).ravel()
+    axes.set_yticks([error for error in nice if low <= error <= high])
+    axes.yaxis.set_major_formatter(lambda error, _: f"{100 * (1 - error):.4g}")
     axes.yaxis.set_minor_formatter(lambda error, _: "")
     axes.tick_params(axis="y", which="minor", length=0)

@@ -1,6 +1,7 @@
 """JSON records: everything that a published number needs beside itself."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -14,16 +15,22 @@ from typing import Any
 import jax
 
 import dsbp_optax
+from benchmarks.data import DataError
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit of this run."""
+    """Date, machine, versions and commit of this run."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": now, **_surroundings()}
+
+
+@functools.cache
+def _surroundings() -> dict[str, Any]:
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "system": platform.system(),
             "architecture": platform.machine(),
@@ -44,10 +51,31 @@ def environment() -> dict[str, Any]:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Save a record; numbers that are not finite become null."""
+    """Save a record, whole or not at all; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(record), indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record that `write` saved.
+
+    Raises:
+      DataError: when it is no JSON object.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(_foreign(path, f"no JSON ({error})")) from error
+    if not isinstance(record, dict):
+        raise DataError(_foreign(path, "no JSON object"))
+    return record
+
+
+def _foreign(path: Path, got: str) -> str:
+    return f"{path}: got {got}, expected a record. Remedy: delete it; it is made again."
 
 
 def _plain(value: Any) -> Any:

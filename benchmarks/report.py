@@ -17,7 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks.experiment import Result
+from benchmarks import compare
+from benchmarks.compare import Entry
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
@@ -35,75 +36,85 @@ def make_progress(console: Console, quiet: bool) -> Progress:
     )
 
 
-def spread(values: np.ndarray) -> str:
-    """Percent, mean +- standard deviation."""
-    text = f"{100 * values.mean():.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * values.std(ddof=1):.1f}"
-    return text
-
-
-def results_table(title: str, results: Sequence[Result]) -> Table:
-    """One row a contender, in the order given."""
-    table = _table(title)
-    table.add_column("optimizer", no_wrap=True)
-    for heading in (
-        "rate",
-        "test acc. %",
-        "loss",
-        "step ms",
-        "refresh ms",
-        "compile s",
-        "state B",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        losses = [run.train_loss[-1] for run in result.runs]
-        diverged = any(run.diverged for run in result.runs)
+def results_table(title: str, found: Sequence[Entry]) -> Table:
+    """After as many steps for all: the metric, and what it is against the best peer."""
+    metric, peer = found[0].metric, compare.best_peer(found)
+    against = f"against {peer.name} (95 %)" if peer else "against"
+    table = _table(f"{title}: equal steps")
+    _columns(table, "rate", metric.label, "runs", against, "train loss")
+    for entry in found:
         table.add_row(
-            result.name,
-            f"{result.program.learning_rate:g}",
-            spread(result.final_accuracies()),
-            "diverged" if diverged else f"{np.mean(losses):.4f}",
-            _milliseconds(result.step_median(False)),
-            _milliseconds(result.step_median(True)),
-            f"{result.program.compile_seconds:.1f}",
-            f"{result.program.state_bytes:,}",
+            entry.name,
+            f"{entry.records[0]['learning_rate']:g}",
+            _spread(entry),
+            f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
+            _difference(entry, peer),
+            _number(entry.median("train_loss"), ".4f"),
         )
     return table
 
 
-def tuning_table(title: str, rows: Sequence[Mapping[str, Any]], share: float) -> Table:
-    """One row a learning rate.
-
-    Args:
-      title: above the table.
-      rows: as `tune.run_grid` gives them.
-      share: of the training set that was held out.
-    """
-    table = _table(title)
-    table.add_column("learning rate", justify="right")
-    table.add_column(f"accuracy % on {share:.0%} held out", justify="right")
-    table.add_column("final loss", justify="right")
-    best = max(row["accuracy_mean"] for row in rows)
-    for row in rows:
-        mark = " *" if row["accuracy_mean"] == best else ""
+def cost_table(title: str, found: Sequence[Entry]) -> Table:
+    """Memory and times; the ratio is of the kernels' state, to the best peer's."""
+    peer = compare.best_peer(found)
+    table = _table(f"{title}: cost")
+    source = "the runs themselves" if found[0].speed is None else "`speed`, in turns"
+    table.caption = f"Times: from {source}"
+    _columns(
+        table,
+        *("state KiB", "kernels KiB", "ratio", "temp MiB"),
+        *("step ms", "refresh ms", "mean ms", "compile s"),
+    )
+    for entry in found:
+        times, mine = entry.milliseconds, entry.median("projected_state_bytes")
+        theirs = peer.median("projected_state_bytes") if peer else None
         table.add_row(
-            f"{row['learning_rate']:g}",
-            spread(np.asarray(row["accuracies"])) + mark,
-            "diverged" if row["diverged"] else f"{row['final_loss']:.4f}",
+            entry.name,
+            _number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
+            _number(mine, ",.1f", 1 / 2**10),
+            _number(mine / theirs if mine is not None and theirs else None, ".3f"),
+            _number(entry.median("temporary_bytes"), ",.1f", 1 / 2**20),
+            *(_number(times[key], ".2f") for key in ("step", "refresh", "mean")),
+            _number(entry.median("compile_seconds"), ".1f"),
+        )
+    return table
+
+
+def time_table(title: str, found: Sequence[Entry]) -> Table | None:
+    """In as much time for all, and the time to the target; None without a peer."""
+    metric, peer = found[0].metric, compare.best_peer(found)
+    if peer is None or not np.isfinite(peer.mean):
+        return None
+    goal = compare.target(metric, peer)
+    seconds = peer.curves()[0][-1] * peer.step_seconds
+    table = _table(f"{title}: equal time")
+    table.caption = (
+        f"In the {seconds:.1f} s of {peer.name}, the best peer; the target "
+        f"{metric.show(goal)} must hold at two evaluations on end"
+    )
+    _columns(table, metric.label, "steps to target", "s to target", "ratio")
+    base = _seconds_to(peer, goal)
+    for entry in found:
+        steps, needed = compare.steps_to(entry, goal), _seconds_to(entry, goal)
+        value = compare.value_after(entry, seconds)
+        table.add_row(
+            entry.name,
+            "-" if value is None else metric.show(value),
+            "-" if steps is None else str(steps),
+            _number(needed, ".1f"),
+            _number(needed / base if needed and base else None, ".2f"),
         )
     return table
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a comparison of `benchmarks.speed`."""
-    table = _table("Speed: times are medians, ratios have a 95 % bootstrap interval")
-    table.add_column("figure", no_wrap=True)
-    table.add_column("contender", no_wrap=True)
-    table.add_column("against", no_wrap=True)
-    for heading in ("ms", "vs ms", "ratio", "95 % interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(
+        "Speed: times are medians, ratios have a 95 % bootstrap interval", "figure"
+    )
+    for heading in ("contender", "against"):
+        table.add_column(heading, no_wrap=True)
+    _columns(table, "ms", "vs ms", "ratio", "95 % interval")
     for row in rows:
         ratio = row["ratio"]
         table.add_row(
@@ -118,12 +129,35 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def steps_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a contender of `speed.whole_steps`."""
+    table = _table(title)
+    _columns(
+        table,
+        *("mean ms", "step ms", "refresh ms", "dearest/median", "ratio"),
+        *("95 % interval", "compile s"),
+    )
+    for row in rows:
+        ratio = row["ratio"]
+        table.add_row(
+            row["contender"],
+            f"{1e3 * row['seconds']:.2f}",
+            f"{1e3 * row['step_seconds']:.2f}",
+            _number(row["refresh_seconds"], ".2f", 1e3),
+            f"{row['dearest_to_median']:.2f}",
+            f"{ratio['value']:.3f}",
+            f"{ratio['low']:.3f}-{ratio['high']:.3f}",
+            f"{row['compile_seconds']:.1f}",
+        )
+    return table
+
+
 def list_names(console: Console) -> None:
     """Workloads and optimizers, one line each."""
     for heading, table in (("workloads", WORKLOADS), ("optimizers", CONTENDERS)):
         console.print(heading, style="bold")
         for name, entry in table.items():
-            console.print(f"  {name:18} {entry.summary}", soft_wrap=True)
+            console.print(f"  {name:21} {entry.summary}", soft_wrap=True)
 
 
 def written(console: Console, paths: Sequence[Path]) -> None:
@@ -132,16 +166,49 @@ def written(console: Console, paths: Sequence[Path]) -> None:
         console.print(f"wrote {path}", style="dim", soft_wrap=True)
 
 
-def _table(title: str) -> Table:
-    return Table(
+def _table(title: str, first: str = "optimizer") -> Table:
+    table = Table(
         title=title,
         title_justify="left",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
+    table.add_column(first, no_wrap=True)
+    return table
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
+def _columns(table: Table, *headings: str) -> None:
+    for heading in headings:
+        table.add_column(heading, justify="right")
+
+
+def _spread(entry: Entry) -> str:
+    """Mean, and standard deviation where there are several seeds."""
+    metric, finals = entry.metric, list(entry.finals.values())
+    text = metric.show(entry.mean)
+    if len(finals) > 1:
+        text += f" ± {metric.show(float(np.std(finals, ddof=1)))}"
+    return text
+
+
+def _difference(entry: Entry, peer: Entry | None) -> str:
+    if peer is None or entry is peer:
+        return "-"
+    gap = compare.difference(entry, peer)
+    if gap is None:
+        return "-"
+    mean, low, high = (entry.metric.factor * x for x in gap)
+    digits = entry.metric.digits
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _seconds_to(entry: Entry, goal: float) -> float | None:
+    steps = compare.steps_to(entry, goal)
+    return None if steps is None else steps * entry.step_seconds
+
+
+def _number(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "-" if value is None else format(factor * value, form)

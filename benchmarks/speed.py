@@ -1,22 +1,25 @@
-"""Three figures of speed, reported and not asserted.
+"""Speed, reported and not asserted: three fixed figures, and any workload's steps.
 
 (a) `update` alone on large kernels, no refresh, against `optax.adam`;
 (b) a whole training step with capture, averaged over a period of 100 steps, against
     plain `optax.sgd`;
 (c) a step that refreshes every basis, against the same plain step.
+
+`whole_steps` times the training steps of any contenders on any workload.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import dsbp_optax
 from benchmarks import timing
-from benchmarks.train import make_step
+from benchmarks.optimizers import Contender
+from benchmarks.train import make_init, make_step, train_step
 from benchmarks.workloads import WORKLOADS, Workload
 
 KERNELS = ((512, 512),) * 4 + ((1024, 1024),) * 2
@@ -110,6 +113,65 @@ def refresh_step(rounds: int) -> list[Row]:
     return _rows("c: refresh", "optax.sgd", seconds, loops)
 
 
+def whole_steps(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    baseline: Contender,
+    rounds: int = PERIOD,
+    after_round: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Whole training steps, the contenders taking turns, on one random batch.
+
+    Args:
+      workload: what to train.
+      contenders: in the order of the rows.
+      baseline: what the ratios are against; joined in where it is missing.
+      rounds: steps of each that are timed; those of a whole period by default.
+      after_round: called after each.
+    """
+    everyone = [*contenders, *([] if baseline in contenders else [baseline])]
+    loops = {c.name: _loop(workload, c) for c in everyone}
+    warmup = max(2 * WINDOW, 1)
+    seconds = timing.interleave(loops, rounds, warmup, after_round)
+    flags = {
+        c.name: np.asarray([c.refreshes(warmup + n) for n in range(rounds)], int)
+        for c in everyone
+    }
+    base = seconds[baseline.name]
+    rows = []
+    for name, values in seconds.items():
+        mine = flags[name]
+        # Rounds in which neither, one or both refresh.
+        strata = 2 * mine + flags[baseline.name]
+        rows.append(
+            {
+                "contender": name,
+                "against": baseline.name,
+                "rounds": rounds,
+                "seconds": timing.stratified_median(values, mine),
+                "step_seconds": float(np.median(values[mine == 0])),
+                "refresh_seconds": _refresh_median(values, mine),
+                "dearest_to_median": float(values.max() / np.median(values)),
+                "ratio": timing.ratio_of_medians(values, base, strata)._asdict(),
+                "compile_seconds": loops[name].compile_seconds,
+            }
+        )
+    return rows
+
+
+def _loop(workload: Workload, contender: Contender) -> Loop:
+    batch = jax.device_put(workload.example(workload.batch_size))
+    params = workload.init(0)
+    opt_state = make_init(workload, contender)(params, batch)
+    numbers = np.float32(1e-4), np.float32(1e6)
+    step = make_step(workload, contender)
+    return Loop(step, [params, opt_state], [batch, *numbers])
+
+
+def _refresh_median(values: np.ndarray, flags: np.ndarray) -> float | None:
+    return float(np.median(values[flags == 1])) if flags.any() else None
+
+
 #: Figure -> function of a number of rounds, and that number.
 FIGURES: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "a": (update_alone, 100),
@@ -128,24 +190,17 @@ def _kernels(seed: int) -> dict[str, Any]:
 
 def _training_loops(optimizers: Optimizers) -> dict[str, Loop]:
     workload = WORKLOADS["fashion_mnist_cnn"]
-    batch = _random_batch(workload)
+    batch = jax.device_put(workload.example(BATCH))
     loops = {}
     for name, optimizer in optimizers.items():
         tx = optax.with_extra_args_support(optimizer)
         params = workload.init(0)
         opt_state = jax.jit(tx.init)(params)
-        step = make_step(workload.loss, tx)
+        function = functools.partial(train_step, workload.loss, None, tx)
+        step = jax.jit(function, donate_argnums=(0, 1))
         # Parameters are donated, so each loop gets its own.
         loops[name] = Loop(step, [params, opt_state], [batch])
     return loops
-
-
-def _random_batch(workload: Workload) -> tuple[jax.Array, jax.Array]:
-    images, labels = jax.random.split(jax.random.key(0))
-    return (
-        jax.random.uniform(images, (BATCH, *workload.image_shape)),
-        jax.random.randint(labels, (BATCH,), 0, 10, jnp.int32),
-    )
 
 
 def _rows(

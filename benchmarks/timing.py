@@ -33,6 +33,22 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float]:
     return program, time.perf_counter() - start
 
 
+def cost(program: Any) -> dict[str, float | None]:
+    """What the compiler says of a program; None where it says nothing.
+
+    Returns:
+      ``temporary_bytes``: beyond arguments and results. ``flops``: of one call, every
+      branch of a conditional counted as if taken.
+    """
+    memory, costs = program.memory_analysis(), program.cost_analysis()
+    if isinstance(costs, list):
+        costs = costs[0] if costs else None
+    return {
+        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+        "flops": (costs or {}).get("flops"),
+    }
+
+
 def interleave(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,

@@ -1,43 +1,44 @@
-"""One training run: a jitted step with donated state, every step timed."""
+"""One training run: a step compiled once for every rate and length, each step timed."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import dsbp_optax
-from benchmarks import timing
-from benchmarks.data import Split, batches
+from benchmarks import kernels, timing
+from benchmarks.data import Data, Samples
 from benchmarks.optimizers import Contender
-from benchmarks.workloads import Batch, Params, Workload
+from benchmarks.workloads import Params, Workload
 
-_EVALUATION_BATCH = 1000
+EVALUATIONS = 12
 
-Step = Callable[[Params, Any, Batch], tuple[Params, Any, jax.Array]]
+Loss = Callable[[Params, Any], jax.Array]
 
 
 @dataclass
 class Program:
-    """One contender, compiled for one workload and batch size.
+    """One contender, compiled for one workload.
 
     Attributes:
+      workload: what it trains.
       contender: what it is.
-      learning_rate: at its start.
-      init: fresh parameters of a seed and a first batch -> optimizer state.
-      step: the compiled step.
-      compile_seconds: of the step.
-      state_bytes: size of the optimizer state.
+      init: fresh parameters and a first batch -> optimizer state.
+      step: ``(params, opt_state, batch, rate, steps) -> (params, opt_state, loss)``.
+      figures: ``compile_seconds``, ``state_bytes``, ``projected_state_bytes``,
+        ``temporary_bytes`` and ``flops`` of the step.
     """
 
+    workload: Workload
     contender: Contender
-    learning_rate: float
-    init: Callable[[Params, Batch], Any]
-    step: Step
-    compile_seconds: float
-    state_bytes: int
+    init: Callable[[Params, Any], Any]
+    step: Callable[..., Any]
+    figures: dict[str, Any]
 
 
 @dataclass
@@ -45,75 +46,75 @@ class Run:
     """What one seed gave.
 
     Attributes:
-      seed: of the parameters and of the order of the data.
-      train_loss: mean over each epoch.
-      test_accuracy: after each epoch.
+      curve: ``step``, ``train_loss`` (mean since the last evaluation) and ``value``
+        (the metric) of each evaluation.
       step_seconds: of every step.
       refreshing: for every step, whether it refreshed a basis.
+      diverged: whether some loss was not finite; the run then ends.
+      params: the trained parameters.
     """
 
-    seed: int
-    train_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     refreshing: list[bool] = field(default_factory=list)
-
-    @property
-    def diverged(self) -> bool:
-        """Whether some loss was not finite."""
-        return not bool(np.isfinite(self.train_loss).all())
+    diverged: bool = False
+    params: Params = None
 
 
-def make_step(
-    loss: Callable[[Params, Batch], jax.Array],
+def train_step(
+    loss: Loss,
+    clip: float | None,
     tx: optax.GradientTransformationExtraArgs,
-) -> Any:
-    """The jitted step ``(params, opt_state, batch) -> (params, opt_state, loss)``.
+    params: Params,
+    opt_state: Any,
+    batch: Any,
+) -> tuple[Params, Any, jax.Array]:
+    """One step, the same for every contender.
 
-    The same for every contender: statistics exist only where `tx` asks for them, and
-    only SAM uses `grad_fn`.
-
-    Args:
-      loss: ``(params, batch) -> loss``.
-      tx: any optimizer that tolerates extra arguments.
+    Statistics exist only where `tx` asks for them; only SAM uses `grad_fn` and only
+    Sophia `obj_fn`. The gradients of SAM's second point are clipped alike.
     """
+    clipped = _clipper(clip)
     value_and_grad = dsbp_optax.linen.value_and_grad(loss)
+    value, grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
+    extra = {"statistics": statistics} if statistics else {}
+    updates, opt_state = tx.update(
+        clipped(grads),
+        opt_state,
+        params,
+        grad_fn=lambda params, _: clipped(jax.grad(loss)(params, batch)),
+        obj_fn=lambda params: loss(params, batch),
+        **extra,
+    )
+    return optax.apply_updates(params, updates), opt_state, value
 
-    def step(params: Params, opt_state: Any, batch: Batch) -> Any:
-        value, grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
-        extra = {"statistics": statistics} if statistics else {}
-        updates, opt_state = tx.update(
-            grads,
-            opt_state,
-            params,
-            grad_fn=jax.grad(lambda params, _: loss(params, batch)),
-            **extra,
-        )
-        return optax.apply_updates(params, updates), opt_state, value
+
+def make_step(workload: Workload, contender: Contender) -> Any:
+    """The jitted step of a `Program`; rate and length are arguments, not constants."""
+
+    def step(params: Params, opt_state: Any, batch: Any, rate: Any, steps: Any) -> Any:
+        tx = contender.build(lambda count: workload.schedule(count, rate, steps))
+        return train_step(workload.loss, workload.clip, tx, params, opt_state, batch)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def make_init(
-    workload: Workload,
-    contender: Contender,
-    tx: optax.GradientTransformationExtraArgs,
-) -> Callable[[Params, Batch], Any]:
+def make_init(workload: Workload, contender: Contender) -> Callable[[Params, Any], Any]:
     """``(params, first batch) -> optimizer state``, jitted.
 
     A warm start is made of single iterations, so that only one is compiled.
     """
-    init = jax.jit(tx.init)
+    init = jax.jit(contender.build(lambda count: jnp.zeros(())).init)
     if not contender.warm_start:
         return lambda params, batch: init(params)
 
     @jax.jit
-    def iterate(params: Params, batch: Batch, opt_state: Any) -> Any:
+    def iterate(params: Params, batch: Any, opt_state: Any) -> Any:
         return dsbp_optax.linen.warm_start(
             workload.loss, params, batch, opt_state=opt_state, power_iterations=2
         )
 
-    def warm(params: Params, batch: Batch) -> Any:
+    def warm(params: Params, batch: Any) -> Any:
         opt_state = init(params)
         for _ in range(contender.window - 1):
             opt_state = iterate(params, batch, opt_state)
@@ -122,84 +123,88 @@ def make_init(
     return warm
 
 
-def build(
-    workload: Workload,
-    contender: Contender,
-    learning_rate: float,
-    steps: int,
-    batch: Batch,
-    warmup: int = 2,
-) -> Program:
-    """Compile everything and run it a few times, so that training is timed warm.
-
-    Args:
-      workload: what to train.
-      contender: the optimizer.
-      learning_rate: at the start of the schedule.
-      steps: length of the schedule.
-      batch: any batch of the size to come.
-      warmup: untimed steps.
-    """
-    tx = contender.build(workload.schedule(learning_rate, steps))
-    init = make_init(workload, contender, tx)
+def build(workload: Workload, contender: Contender, warmup: int = 2) -> Program:
+    """Compile everything and run it a few times, so that training is timed warm."""
+    batch = jax.device_put(workload.example(workload.batch_size))
+    init = make_init(workload, contender)
     params = workload.init(0)
     opt_state = init(params, batch)
-    state_bytes = dsbp_optax.diagnostics.state_bytes(opt_state)
+    figures: dict[str, Any] = {
+        "state_bytes": dsbp_optax.diagnostics.state_bytes(opt_state),
+        "projected_state_bytes": kernels.kernel_bytes(opt_state, params),
+    }
+    numbers = np.float32(0), np.float32(1)
     step, seconds = timing.compiled(
-        make_step(workload.loss, tx), params, opt_state, batch
+        make_step(workload, contender), params, opt_state, batch, *numbers
     )
+    figures |= {"compile_seconds": seconds, **timing.cost(step)}
     for _ in range(warmup):
-        params, opt_state, _ = jax.block_until_ready(step(params, opt_state, batch))
-    return Program(contender, learning_rate, init, step, seconds, state_bytes)
+        params, opt_state, _ = jax.block_until_ready(
+            step(params, opt_state, batch, *numbers)
+        )
+    return Program(workload, contender, init, step, figures)
 
 
 def train(
-    workload: Workload,
     program: Program,
-    split: Split,
+    data: Data,
+    judge: Samples,
     *,
-    epochs: int,
-    batch_size: int,
+    rate: float,
+    steps: int,
     seed: int,
-    after_epoch: Callable[[Run], None] = lambda run: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Train from one seed and test after each epoch.
+    """Train from one seed; evaluate `EVALUATIONS` times, the last time at the end.
 
     Args:
-      workload: what to train.
-      program: the contender, built for the same batch size.
-      split: the data.
-      epochs: how long.
-      batch_size: samples a step.
-      seed: of the parameters and of the order of the data.
-      after_epoch: told about each epoch.
+      program: workload and contender, compiled.
+      data: its training part is used, and pretrained parameters if there are any.
+      judge: the samples of the evaluations.
+      rate: the largest learning rate of the schedule.
+      steps: how long.
+      seed: of fresh parameters and of the order of the data.
+      after_step: called after each step.
     """
-    run, rng = Run(seed), np.random.default_rng(seed)
-    params, opt_state = workload.init(seed), None
-    for _ in range(epochs):
-        losses = []
-        for host_batch in batches(split, batch_size, rng):
-            batch = jax.device_put(host_batch)
-            if opt_state is None:
-                opt_state = program.init(params, batch)
-            jax.block_until_ready((params, opt_state, batch))
-            run.refreshing.append(program.contender.refreshes(len(run.refreshing)))
-            (params, opt_state, loss), seconds = timing.timed(
-                lambda p=params, s=opt_state, b=batch: program.step(p, s, b)
-            )
-            run.step_seconds.append(seconds)
-            losses.append(float(loss))
-        run.train_loss.append(float(np.mean(losses)))
-        run.test_accuracy.append(accuracy(workload, params, split))
-        after_epoch(run)
+    workload, run = program.workload, Run()
+    batches = workload.sampler(
+        data.train, workload.batch_size, np.random.default_rng(seed)
+    )
+    params, opt_state = workload.init(seed, data.pretrained), None
+    numbers = np.float32(rate), np.float32(steps)
+    stops, losses = set(evaluation_steps(steps)), []
+    for number in range(1, steps + 1):
+        batch = jax.device_put(next(batches))
+        if opt_state is None:
+            opt_state = program.init(params, batch)
+        jax.block_until_ready((params, opt_state, batch))
+        run.refreshing.append(program.contender.refreshes(number - 1))
+        call = functools.partial(program.step, params, opt_state, batch, *numbers)
+        (params, opt_state, loss), seconds = timing.timed(call)
+        run.step_seconds.append(seconds)
+        losses.append(float(loss))
+        after_step()
+        if number in stops:
+            run.diverged = not np.isfinite(losses).all()
+            count = None if number == steps else workload.curve_samples
+            count = None if count is None else min(count, len(judge))
+            point = {"step": number, "train_loss": float(np.mean(losses))}
+            run.curve.append({**point, "value": workload.measure(params, judge, count)})
+            losses = []
+            if run.diverged:
+                break
+    run.params = params
     return run
 
 
-def accuracy(workload: Workload, params: Params, split: Split) -> float:
-    """Share of the test set that is classified rightly."""
-    right = 0
-    for start in range(0, len(split.test_labels), _EVALUATION_BATCH):
-        chosen = slice(start, start + _EVALUATION_BATCH)
-        batch = split.test_images[chosen], split.test_labels[chosen]
-        right += int(workload.correct(params, batch))
-    return right / len(split.test_labels)
+def evaluation_steps(steps: int) -> list[int]:
+    """At most `EVALUATIONS` step numbers, evenly spaced, the last step included."""
+    numbers = np.linspace(0, steps, EVALUATIONS + 1)[1:]
+    return sorted({max(1, round(number)) for number in numbers})
+
+
+def _clipper(norm: float | None) -> Callable[[Any], Any]:
+    if norm is None:
+        return lambda grads: grads
+    tx = optax.clip_by_global_norm(norm)
+    return lambda grads: tx.update(grads, tx.init(grads))[0]

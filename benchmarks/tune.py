@@ -1,52 +1,71 @@
-"""The grid of learning rates, judged on data held out of the training set."""
+"""Successive halving over learning rates, as a pure function of what is known.
 
-from typing import Any
+Every contender starts with the same number of rates. While the best of a round lies
+at the edge of all that were tried, one more rate beyond that edge is tried.
+"""
 
-import numpy as np
-from rich.progress import Progress
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from benchmarks.data import Split
-from benchmarks.experiment import Settings, run_experiment
-from benchmarks.optimizers import Contender
-from benchmarks.workloads import Workload
+#: Seed of every tuning run; final runs count up from 0.
+SEED = 100
 
-#: Share of the training set that judges; the test set is never looked at.
-HELD_OUT = 0.2
+#: Share of the full length, and how many rates it leaves.
+ROUNDS = ((1 / 3, 3), (2 / 3, 2), (1.0, 1))
+
+#: Most rates beyond the grid, over all rounds.
+EXTENSIONS = 6
 
 
-def run_grid(
-    workload: Workload,
-    contender: Contender,
-    split: Split,
-    settings: Settings,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Train at every learning rate of the contender's grid.
+class Trial(NamedTuple):
+    """A run that is still to be made: the round, from 0, and the learning rate."""
+
+    round: int
+    rate: float
+
+
+class Choice(NamedTuple):
+    """The end of tuning."""
+
+    rate: float
+
+
+Scores = Mapping[Trial, float]
+
+
+def next_trial(grid: Sequence[float], scores: Scores) -> Trial | Choice:
+    """What to run next, or the rate to use.
 
     Args:
-      workload: what to train.
-      contender: the optimizer.
-      split: the data, test set included.
-      settings: how; its learning rate is replaced.
-      progress: bars to advance.
-
-    Returns:
-      One row a learning rate: ``learning_rate``, ``accuracies`` by seed,
-      ``accuracy_mean``, ``final_loss``, ``diverged``.
+      grid: the rates that are tried first.
+      scores: of the runs that were made; more is better, ``-inf`` is a failure.
     """
-    kept = split.limited(settings.limit).held_out(HELD_OUT)
-    rows = []
-    for rate in contender.grid:
-        tried = Settings(settings.epochs, settings.batch_size, settings.seeds, rate)
-        (result,) = run_experiment(workload, [contender], kept, tried, progress)
-        accuracies = result.final_accuracies()
-        rows.append(
-            {
-                "learning_rate": rate,
-                "accuracies": accuracies.tolist(),
-                "accuracy_mean": float(accuracies.mean()),
-                "final_loss": float(np.mean([r.train_loss[-1] for r in result.runs])),
-                "diverged": any(run.diverged for run in result.runs),
-            }
-        )
-    return rows
+    entrants = list(grid)
+    for number, (_, survivors) in enumerate(ROUNDS):
+        # Rates beyond the grid enter in the round that asked for them.
+        extra = [t.rate for t in scores if t.round == number and t.rate not in entrants]
+        tried = {t.rate for t in scores if t.round <= number} | {*entrants}
+        entrants += extra
+        for rate in entrants:
+            if Trial(number, rate) not in scores:
+                return Trial(number, rate)
+        entrants.sort(key=lambda rate: (-scores[Trial(number, rate)], rate))
+        further = beyond(entrants[0], tried | {*grid})
+        if further is not None and len(tried | {*grid}) < len(grid) + EXTENSIONS:
+            return Trial(number, further)
+        entrants = entrants[:survivors]
+    return Choice(entrants[0])
+
+
+def beyond(rate: float, tried: set[float]) -> float | None:
+    """The next rate outwards if `rate` is at an edge of those tried, else None."""
+    if rate == max(tried):
+        return shifted(rate, 1)
+    return shifted(rate, -1) if rate == min(tried) else None
+
+
+def shifted(rate: float, half_decades: int) -> float:
+    """A rate of the series 1, 3, 10, 30, ... so many places further on."""
+    place = round(2 * math.log10(rate)) + half_decades
+    return float(f"{3 if place % 2 else 1}e{place // 2}")

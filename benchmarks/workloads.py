@@ -1,7 +1,7 @@
-"""What is trained: model, data, schedule, and the loss ``(params, batch) -> loss``."""
+"""What is trained: model, data, schedule, length; and the loss of a batch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,65 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from benchmarks.data import Split, load_digits, load_fashion_mnist
-from benchmarks.models import DigitsCnn, FashionCnn, Mlp
+from benchmarks import data, models
+from benchmarks.data import Batch, Data, Samples
+from benchmarks.metrics import ACCURACY, LOSS, Metric
 
 Params = Any
-Batch = tuple[Any, Any]
-Schedule = Callable[[float, int], optax.ScalarOrSchedule]
+Schedule = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Sampler = Callable[[Samples, int, np.random.Generator], Iterator[Batch]]
+
+_WARM_UP = 1 / 12
+
+
+def constant(step: jax.Array, rate: jax.Array, steps: jax.Array) -> jax.Array:
+    """constant"""  # noqa: D403, D415
+    del step, steps
+    return rate
+
+
+def cosine(step: jax.Array, rate: jax.Array, steps: jax.Array) -> jax.Array:
+    """linear over the first twelfth, then a cosine to 0"""  # noqa: D403, D415
+    warm = _WARM_UP * steps
+    share = jnp.clip((step - warm) / (steps - warm), 0, 1)
+    return rate * jnp.minimum(step / warm, 0.5 * (1 + jnp.cos(jnp.pi * share)))
+
+
+def images(height: int, channels: int, classes: int = 10) -> Callable[[int], Batch]:
+    """Random square images and labels, so many a batch: right in shape and type."""
+
+    def example(size: int) -> Batch:
+        rng = np.random.default_rng(0)
+        pixels = rng.random((size, height, height, channels), np.float32)
+        return pixels, rng.integers(0, classes, size, np.int32)
+
+    return example
+
+
+def tokens(context: int, vocabulary: int = 65) -> Callable[[int], Batch]:
+    """Random tokens and the tokens after them."""
+
+    def example(size: int) -> Batch:
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(0, vocabulary, (size, context + 1), np.int32)
+        return drawn[:, :-1], drawn[:, 1:]
+
+    return example
+
+
+def vectors(length: int, width: int) -> Callable[[int], Batch]:
+    """Random word vectors without padding, and two classes."""
+
+    def example(size: int) -> Batch:
+        rng = np.random.default_rng(0)
+        words = rng.standard_normal((size, length, width), np.float32)
+        inputs = words, np.ones((size, length), bool)
+        return inputs, rng.integers(0, 2, size, np.int32)
+
+    return example
 
 
 @dataclass(frozen=True)
@@ -26,62 +77,113 @@ class Workload:
     Attributes:
       name: as typed on the command line.
       summary: one line for people.
-      model: images to logits.
-      image_shape: shape of one image.
+      model: inputs to logits.
+      example: number of samples -> a random batch of the right shapes.
       load: data folder -> data.
-      schedule: ``(learning rate, number of steps) -> learning rate or schedule``.
-      schedule_name: for the record.
-      epochs: default length.
-      batch_size: default size.
+      batch_size: samples a step.
+      steps: length of a run.
+      quick_steps: length with ``--quick``: at most three minutes on two cores.
+      metric: what judges.
+      sampler: ``(training samples, batch size, rng) -> batches`` without end.
+      schedule: ``(step, rate, steps) -> learning rate``; its docstring names it.
+      clip: largest norm of the whole gradient, for every contender; None for any.
+      grid_shift: half decades by which every grid of learning rates is moved.
+      curve_samples: samples that judge along the way; None for all. The last
+        evaluation always takes all.
+      heavy: for accelerators; a campaign leaves it out unless it is named.
     """
 
     name: str
     summary: str
     model: nn.Module
-    image_shape: tuple[int, int, int]
-    load: Callable[[Path | None], Split]
-    schedule: Schedule
-    schedule_name: str
-    epochs: int
+    example: Callable[[int], Batch]
+    load: Callable[[Path | None], Data]
     batch_size: int
+    steps: int
+    quick_steps: int
+    metric: Metric = ACCURACY
+    sampler: Sampler = data.shuffled
+    schedule: Schedule = cosine
+    clip: float | None = None
+    grid_shift: int = 0
+    curve_samples: int | None = None
+    heavy: bool = False
 
-    def init(self, seed: int) -> Params:
-        """Fresh parameters."""
-        return _init(self.model, self.image_shape, seed)
+    def init(self, seed: int, pretrained: Params = None) -> Params:
+        """Fresh parameters, those in `pretrained` replaced by theirs."""
+        inputs, _ = self.example(1)
+        params = _init(self.model, seed, inputs)
+        return params if pretrained is None else _replaced(params, pretrained)
 
-    def loss(self, params: Params, batch: Batch) -> jax.Array:
+    def loss(self, params: Params, batch: Any) -> jax.Array:
         """Mean cross entropy of a batch."""
-        images, labels = batch
-        logits = self.model.apply({"params": params}, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        inputs, targets = batch
+        logits = self.model.apply({"params": params}, inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return losses.mean()
 
-    def correct(self, params: Params, batch: Batch) -> jax.Array:
-        """How many samples of a batch are classified rightly; jitted."""
-        return _correct(self.model, params, batch)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> Params:
-    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+    def measure(self, params: Params, samples: Samples, count: int | None) -> float:
+        """The metric over the first `count` samples (None: all)."""
+        total, count = 0.0, len(samples) if count is None else count
+        size = 4 * self.batch_size
+        for start in range(0, count, size):
+            batch = samples.take(np.arange(start, min(start + size, count)))
+            mean = _measure(self.model, self.metric, params, batch)
+            total += float(mean) * len(batch[1])
+        return total / count
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _correct(model: nn.Module, params: Params, batch: Batch) -> jax.Array:
-    images, labels = batch
-    logits = model.apply({"params": params}, images)
-    return (logits.argmax(-1) == labels).sum()
+def _init(model: nn.Module, seed: int, inputs: Any) -> Params:
+    return model.init(jax.random.key(seed), inputs)["params"]
 
 
-def constant(learning_rate: float, steps: int) -> optax.ScalarOrSchedule:
-    """The same learning rate at every step."""
-    del steps
-    return learning_rate
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(model: nn.Module, metric: Metric, params: Params, batch: Any) -> jax.Array:
+    inputs, targets = batch
+    return metric.function(model.apply({"params": params}, inputs), targets)
 
 
-def cosine(learning_rate: float, steps: int) -> optax.ScalarOrSchedule:
-    """From the learning rate down to 0 along a cosine."""
-    return optax.cosine_decay_schedule(learning_rate, steps)
+def _replaced(params: Params, pretrained: Params) -> Params:
+    if not isinstance(pretrained, dict):
+        if pretrained.shape != params.shape:
+            raise data.DataError(
+                f"pretrained weights: got shape {pretrained.shape}, expected "
+                f"{params.shape}. Remedy: the weights of the named model."
+            )
+        return jnp.array(pretrained)  # A copy: the step donates its parameters.
+    known = {name: _replaced(params[name], value) for name, value in pretrained.items()}
+    return {**params, **known}
+
+
+def _gpt(name: str, summary: str, model: models.Gpt, **settings: Any) -> Workload:
+    return Workload(
+        name=name,
+        summary=f"{summary} on Tiny Shakespeare's characters",
+        model=model,
+        example=tokens(model.context),
+        load=data.load_shakespeare(model.context),
+        batch_size=24,
+        metric=LOSS,
+        sampler=data.drawn,
+        clip=1.0,
+        curve_samples=96,
+        **settings,
+    )
+
+
+def _cifar(name: str, summary: str, model: models.ResNet, **settings: Any) -> Workload:
+    return Workload(
+        name=name,
+        summary=f"{summary} on CIFAR-10, flips and crops",
+        model=model,
+        example=images(32, 3),
+        load=data.load_cifar10,
+        batch_size=128,
+        sampler=data.augmented,
+        curve_samples=2_000,
+        **settings,
+    )
 
 
 WORKLOADS = {
@@ -90,35 +192,75 @@ WORKLOADS = {
         Workload(
             name="digits_cnn",
             summary="2 conv + 2 dense on scikit-learn's 8x8 digits; no files needed",
-            model=DigitsCnn(),
-            image_shape=(8, 8, 1),
-            load=lambda data_dir: load_digits(),
-            schedule=constant,
-            schedule_name="constant",
-            epochs=14,
+            model=models.DigitsCnn(),
+            example=images(8, 1),
+            load=data.load_digits,
             batch_size=64,
+            steps=300,
+            quick_steps=300,
+            schedule=constant,
+        ),
+        Workload(
+            name="fashion_mnist_mlp",
+            summary="784-512-256-10 on Fashion-MNIST",
+            model=models.Mlp(),
+            example=images(28, 1),
+            load=data.load_fashion_mnist,
+            batch_size=128,
+            steps=3_440,
+            quick_steps=860,
         ),
         Workload(
             name="fashion_mnist_cnn",
             summary="3 conv with GroupNorm + 2 dense on Fashion-MNIST",
-            model=FashionCnn(),
-            image_shape=(28, 28, 1),
-            load=load_fashion_mnist,
-            schedule=constant,
-            schedule_name="constant",
-            epochs=2,
+            model=models.FashionCnn(),
+            example=images(28, 1),
+            load=data.load_fashion_mnist,
             batch_size=128,
+            steps=2_150,
+            quick_steps=860,
+        ),
+        _cifar(
+            "cifar10_resnet",
+            "ResNet-8 of 16-32-64 channels with GroupNorm",
+            models.ResNet(),
+            steps=3_510,
+            quick_steps=400,
+        ),
+        _cifar(
+            "cifar10_resnet18",
+            "ResNet-18 with GroupNorm, for accelerators,",
+            models.ResNet(widths=(64, 128, 256, 512), blocks=2),
+            steps=10_530,
+            quick_steps=1_053,
+            heavy=True,
+        ),
+        _gpt(
+            "shakespeare_gpt",
+            "GPT of 4 layers, width 128,",
+            models.Gpt(),
+            steps=600,
+            quick_steps=600,
+        ),
+        _gpt(
+            "shakespeare_gpt_wide",
+            "GPT of 6 layers, width 256, context 128,",
+            models.Gpt(width=256, layers=6, heads=8, context=128),
+            steps=600,
+            quick_steps=50,
         ),
         Workload(
-            name="fashion_mnist_mlp",
-            summary="784-512-256-10 on Fashion-MNIST, cosine schedule",
-            model=Mlp(),
-            image_shape=(28, 28, 1),
-            load=load_fashion_mnist,
-            schedule=cosine,
-            schedule_name="cosine to 0",
-            epochs=8,
-            batch_size=128,
+            name="minilm_mail",
+            summary="fine-tuned MiniLM (6 layers), spam or ham, headers stripped",
+            model=models.MailClassifier(),
+            example=vectors(64, 384),
+            load=data.load_mail,
+            batch_size=16,
+            steps=600,
+            quick_steps=80,
+            clip=1.0,
+            grid_shift=-2,
+            curve_samples=128,
         ),
     )
 }

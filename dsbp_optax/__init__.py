@@ -20,7 +20,7 @@ from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
-from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
+from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_muon, dsbp_sgd
 from dsbp_optax._residual import (
     Residual,
     error_feedback,
@@ -68,6 +68,7 @@ __all__ = [
     "diagnostics",
     "dsbp",
     "dsbp_adamw",
+    "dsbp_muon",
     "dsbp_sgd",
     "eigh",
     "error_feedback",

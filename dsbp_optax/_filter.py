@@ -55,8 +55,8 @@ def whiten(exponent: Scalar = 0.5, damping: Scalar = 1.0) -> Filter:
 
     def factors(eigenvalues: Array, rest: Array) -> Array:
         shift = damping * rest
-        ratio = (rest + shift) / jnp.maximum(eigenvalues + shift, rest)
-        return jnp.minimum(ratio, 1) ** exponent
+        damped = jnp.maximum(eigenvalues, rest) + shift
+        return jnp.where(damped > 0, (rest + shift) / damped, 1) ** exponent
 
     return factors
 

@@ -1,17 +1,22 @@
 """The optimizers that users call."""
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _eigenbasis, _plan, _residual
+from dsbp_optax import _eigenbasis, _filter, _orthogonal, _plan, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
+from dsbp_optax._residual import Factor, Residual
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
+Fallback: TypeAlias = optax.GradientTransformation | None
+#: A share for `normalize_residual`, "momentum" for `residual_momentum`, a rule of
+#: one's own, or None to drop the residual.
+ResidualChoice: TypeAlias = Scalar | Literal["momentum"] | Residual | Factor | None
 
 
 def dsbp(
@@ -96,17 +101,22 @@ def dsbp_sgd(
     momentum: Scalar = 0.9,
     *,
     nesterov: bool = False,
-    rank: PerPath[int] = 16,
-    residual: Scalar = 0.5,
+    rank: PerPath[int] = 8,
+    whitening: Scalar = 0.5,
+    residual: ResidualChoice = "momentum",
+    bits: int = 4,
     side: PerPath[Side] = "input",
     update_every: Scalar = 100,
     power_iterations: Scalar = 5,
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
+    fallback: Fallback = None,
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    moment_dtype: Any = None,
+    basis_dtype: Any = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum in the activation eigenbasis, with a normalised residual.
@@ -119,16 +129,23 @@ def dsbp_sgd(
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, a mapping from glob pattern, or a callable.
-      residual: c, RMS of the residual's part as a share of the subspace's; 0 drops it.
+      whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
+      residual: "momentum" keeps the residual's momentum in a few bits, see
+        `residual_momentum`; a number is the share of `normalize_residual`; a rule;
+        None drops the residual.
+      bits: of the residual's momentum, a number.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes.
       power_iterations: q, power iterations a refresh.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
+      fallback: transformation for parameters that are no kernels; None: the same.
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
+      moment_dtype: dtype that moments in the subspace are stored in.
+      basis_dtype: dtype that bases are stored in.
       statistics_in_state: reserve a place for `put_statistics`.
 
     Returns:
@@ -153,7 +170,8 @@ def dsbp_sgd(
         weight_decay,
         mask,
         rank=rank,
-        residual=_residual_rule(residual),
+        spectral_filter=_whitening(whitening),
+        residual=_residual_rule(residual, momentum, bits, nesterov),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -161,6 +179,9 @@ def dsbp_sgd(
         centered=centered,
         decay=decay,
         axes=axes,
+        fallback=fallback,
+        moment_dtype=moment_dtype,
+        basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
 
@@ -176,14 +197,18 @@ def dsbp_adamw(
     mu_dtype: Any = None,
     nesterov: bool = False,
     rank: PerPath[int] = 16,
-    residual: Scalar = 0.5,
+    residual: ResidualChoice = 0.5,
+    bits: int = 4,
     side: PerPath[Side] = "input",
     update_every: Scalar = 100,
     power_iterations: Scalar = 5,
+    fallback: Fallback = None,
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    moment_dtype: Any = None,
+    basis_dtype: Any = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in the activation eigenbasis, with a normalised residual.
@@ -198,10 +223,14 @@ def dsbp_adamw(
       eps: added to the root of the second moment.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
+      fallback: transformation for parameters that are no kernels; None: the same.
       mu_dtype: dtype of the first moment, None for the coordinates' own.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, a mapping from glob pattern, or a callable.
-      residual: c, RMS of the residual's part as a share of the subspace's; 0 drops it.
+      residual: a number is the share of `normalize_residual`; "momentum" keeps the
+        residual's momentum in a few bits at half the RMS, see `residual_momentum`; a
+        rule; None drops the residual.
+      bits: of the residual's momentum, a number.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes.
       power_iterations: q, power iterations a refresh.
@@ -209,6 +238,8 @@ def dsbp_adamw(
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
+      moment_dtype: dtype that moments in the subspace are stored in.
+      basis_dtype: dtype that bases are stored in.
       statistics_in_state: reserve a place for `put_statistics`.
 
     Returns:
@@ -233,7 +264,7 @@ def dsbp_adamw(
         weight_decay,
         mask,
         rank=rank,
-        residual=_residual_rule(residual),
+        residual=_residual_rule(residual, b1, bits, nesterov, fraction=0.5),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -241,6 +272,114 @@ def dsbp_adamw(
         centered=centered,
         decay=decay,
         axes=axes,
+        fallback=fallback,
+        moment_dtype=moment_dtype,
+        basis_dtype=basis_dtype,
+        statistics_in_state=statistics_in_state,
+    )
+
+
+def dsbp_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar = 0.95,
+    *,
+    nesterov: bool = True,
+    rank: PerPath[int] = 8,
+    whitening: Scalar = 0.5,
+    residual: ResidualChoice = "momentum",
+    bits: int = 4,
+    scale: _orthogonal.Scale = "muon",
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    mask: Mask = None,
+    side: PerPath[Side] = "input",
+    update_every: Scalar = 100,
+    power_iterations: Scalar = 5,
+    fallback: Fallback = None,
+    solver: Solver | None = None,
+    centered: bool = False,
+    decay: Scalar = 0.0,
+    axes: AxesRule | None = None,
+    moment_dtype: Any = None,
+    basis_dtype: Any = None,
+    statistics_in_state: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon whose momentum is split along the activation eigenbasis.
+
+        u = momentum(f V^T G),   r = momentum(G - V V^T G) in a few bits a number
+        W <- W - eta (orthogonalize(V u + r) + weight_decay W)
+
+    The coordinates in the basis are exact and whitened by the activations' spectrum;
+    what is outside takes half a byte. Parameters that are no kernels get Adam with the
+    same learning rate, as in `optax.contrib.muon`.
+
+    Args:
+      learning_rate: eta, a number or a schedule; Muon's own (or, with
+        ``scale="adam"``, AdamW's).
+      momentum: decay of the momentum.
+      nesterov: whether to use Nesterov momentum.
+      rank: k, an integer, a mapping from glob pattern, or a callable.
+      whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
+      residual: "momentum" keeps the residual's momentum in a few bits, see
+        `residual_momentum`; a number is the share of `normalize_residual`; a rule;
+        None drops the residual.
+      bits: of the residual's momentum, a number.
+      scale: size of the orthogonalised update, see `orthogonalize`.
+      b1: decay of the first moment of Adam, for parameters that are no kernels.
+      b2: decay of its second moment.
+      eps: added to the root of its second moment.
+      weight_decay: decoupled weight decay, in full space.
+      mask: which parameters decay, as in `optax.adamw`.
+      side: side of the kernel that carries the basis.
+      update_every: p, steps between refreshes.
+      power_iterations: q, power iterations a refresh.
+      fallback: transformation for parameters that are no kernels, in place of Adam.
+      solver: eigensolver, None for block power iteration.
+      centered: use the covariance about the mean.
+      decay: share of the past kept in the statistic.
+      axes: per-path `Axes` where the heuristics misread a kernel.
+      moment_dtype: dtype that moments in the subspace are stored in.
+      basis_dtype: dtype that bases are stored in.
+      statistics_in_state: reserve a place for `put_statistics`.
+
+    Returns:
+      An optimizer; call ``update(grads, state, params, statistics=...)``.
+
+    Raises:
+      ValueError, TypeError: on bad arguments, naming them.
+
+    Cost: ``k (d + m)`` floats and ``d m / 2`` bytes of state a projected kernel instead
+    of ``d m`` floats; the FLOPs of Muon.
+
+    Reference: Jordan et al., Muon (2024), in the eigenbasis of arXiv 2505.23369.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_muon(0.02, rank=4)
+      >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+    """
+    return _recipe(
+        optax.trace(momentum, nesterov),
+        learning_rate,
+        weight_decay,
+        mask,
+        rank=rank,
+        spectral_filter=_whitening(whitening),
+        residual=_residual_rule(residual, momentum, bits, nesterov),
+        direction=_orthogonal.orthogonalize(scale=scale),
+        side=side,
+        update_every=update_every,
+        power_iterations=power_iterations,
+        solver=solver,
+        centered=centered,
+        decay=decay,
+        axes=axes,
+        fallback=fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
+        moment_dtype=moment_dtype,
+        basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
 
@@ -274,8 +413,31 @@ def _recipe(
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _residual_rule(share: Scalar) -> _residual.Factor | None:
-    _plan.check_number("residual", share, 0.0)
-    if _eigenbasis.is_zero(share):
+def _residual_rule(
+    choice: ResidualChoice,
+    decay: Scalar,
+    bits: int,
+    nesterov: bool,
+    fraction: Scalar | None = None,
+) -> Residual | Factor | None:
+    """The rule that a choice stands for, see `ResidualChoice`."""
+    if choice is None or _eigenbasis.is_zero(choice):
         return None
-    return _residual.normalize_residual(share)
+    if isinstance(choice, str):
+        if choice != "momentum":
+            raise ValueError(
+                f"residual: got {choice!r}, expected 'momentum', a number of at least "
+                "0, a rule such as dsbp_optax.sign_residual(), or None to drop it."
+            )
+        return _residual.residual_momentum(
+            decay, bits, nesterov=nesterov, fraction=fraction
+        )
+    if isinstance(choice, Residual) or callable(choice):
+        return choice
+    _plan.check_number("residual", choice, 0.0)
+    return _residual.normalize_residual(choice)
+
+
+def _whitening(exponent: Scalar) -> _filter.Filter | None:
+    _plan.check_number("whitening", exponent, 0.0)
+    return None if _eigenbasis.is_zero(exponent) else _filter.whiten(exponent)

@@ -225,7 +225,11 @@ def sign_residual(fraction: Scalar = 0.5) -> Residual:
 
 
 def residual_momentum(
-    decay: Scalar = 0.9, bits: int = 2, *, nesterov: bool = False
+    decay: Scalar = 0.9,
+    bits: int = 4,
+    *,
+    nesterov: bool = False,
+    fraction: Scalar | None = None,
 ) -> Residual:
     """Momentum of the residual, kept in a few bits a number.
 
@@ -238,6 +242,8 @@ def residual_momentum(
       decay: of the momentum, that of the inner optimizer; may be traced.
       bits: 1, 2, 4 or 8 bits a number; 32 keeps the floats.
       nesterov: as in `optax.trace`.
+      fraction: RMS of the momentum's part as a share of the subspace update's, for
+        inner optimizers that change the scale, as Adam does; None leaves it.
 
     Returns:
       A rule for ``scale_by_spectral_projection(residual=...)``.
@@ -251,7 +257,7 @@ def residual_momentum(
     Example:
       >>> import optax, dsbp_optax
       >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.trace(0.9), residual=dsbp_optax.residual_momentum(0.9, bits=2))
+      ...     optax.trace(0.9), residual=dsbp_optax.residual_momentum(0.9))
     """
     known = (*_quantization.STEPS, 32)
     if bits not in known:
@@ -270,6 +276,10 @@ def residual_momentum(
         rate = jnp.asarray(decay, fresh.dtype)
         momentum = rate * past + fresh
         used = rate * momentum + fresh if nesterov else momentum
+        if fraction is not None:
+            size = squared_norm(used)
+            ratio = squared_norm(seen.update) / jnp.where(size > 0, size, 1)
+            used = fraction * jnp.sqrt(ratio) * used
         return Contribution(addition=used), encode(momentum)
 
     return Residual(init, update)

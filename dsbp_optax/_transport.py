@@ -82,9 +82,6 @@ TABLE: Table = {
     ("ScaleByAmsgradState", "nu_max"): "second",
     ("ScaleBySimplifiedAdEMAMixState", "m"): "first",
     ("ScaleBySimplifiedAdEMAMixState", "n"): "second",
-    ("ScaleByNovogradState", "mu"): "first",
-    ("ScaleByNovogradState", "nu"): "invariant",
-    ("MuonState", "mu"): "first",
 }
 
 _RULES: Mapping[str, Custom] = {

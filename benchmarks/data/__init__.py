@@ -1,15 +1,27 @@
 """Data sets: read from files or embedded, never fetched, never unpickled."""
 
+from benchmarks.data.cifar10 import augmented, load_cifar10
 from benchmarks.data.digits import load_digits
 from benchmarks.data.fashion_mnist import load_fashion_mnist
-from benchmarks.data.idx import DataError, read_idx
-from benchmarks.data.split import Split, batches
+from benchmarks.data.files import DataError
+from benchmarks.data.idx import read_idx
+from benchmarks.data.mail import load_mail
+from benchmarks.data.shakespeare import load_shakespeare
+from benchmarks.data.split import Batch, Data, Samples, drawn, hold_out, shuffled
 
 __all__ = [
+    "Batch",
+    "Data",
     "DataError",
-    "Split",
-    "batches",
+    "Samples",
+    "augmented",
+    "drawn",
+    "hold_out",
+    "load_cifar10",
     "load_digits",
     "load_fashion_mnist",
+    "load_mail",
+    "load_shakespeare",
     "read_idx",
+    "shuffled",
 ]

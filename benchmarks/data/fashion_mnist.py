@@ -4,8 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data.idx import DataError, read_idx
-from benchmarks.data.split import Split
+from benchmarks.data.files import locate
+from benchmarks.data.idx import read_idx
+from benchmarks.data.split import Data, Samples, hold_out
+
+_VALIDATION = 5_000
+_SOURCE = (
+    "the four IDX files of Fashion-MNIST (Debian package dataset-fashion-mnist, or "
+    "github.com/zalandoresearch/fashion-mnist)"
+)
 
 #: File name -> shape and SHA-256 of the uncompressed bytes.
 FILES = {
@@ -28,8 +35,8 @@ FILES = {
 }
 
 
-def load_fashion_mnist(data_dir: Path | None) -> Split:
-    """60 000 training and 10 000 test images of 28 x 28 in grey.
+def load_fashion_mnist(data_dir: Path | None) -> Data:
+    """55 000 training, 5 000 validation, 10 000 test images of 28 x 28 in grey.
 
     Args:
       data_dir: folder of the four files.
@@ -38,19 +45,13 @@ def load_fashion_mnist(data_dir: Path | None) -> Split:
       DataError: when the folder is not given, or a file is missing or not the
         published one.
     """
-    if data_dir is None:
-        raise DataError(
-            "Fashion-MNIST: got no folder, expected one that holds "
-            f"{', '.join(FILES)}. Remedy: pass --data-dir DIR."
-        )
-    arrays = [read_idx(data_dir / name, *checks) for name, checks in FILES.items()]
-    train_images, train_labels, test_images, test_labels = arrays
-    return Split(
-        _images(train_images),
-        train_labels.astype(np.int32),
-        _images(test_images),
-        test_labels.astype(np.int32),
-    )
+    arrays = [
+        read_idx(locate(data_dir, name, _SOURCE), *checks)
+        for name, checks in FILES.items()
+    ]
+    train = Samples(_images(arrays[0]), arrays[1].astype(np.int32))
+    test = Samples(_images(arrays[2]), arrays[3].astype(np.int32))
+    return hold_out(train, test, _VALIDATION)
 
 
 def _images(raw: np.ndarray) -> np.ndarray:

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.data.files import DataError, damaged
+
 _UNSIGNED_BYTE = 0x08
-_REMEDY = "Remedy: get the file again from its source; it must not be edited."
-
-
-class DataError(ValueError):
-    """A data file that is missing, truncated or altered; says which and what to do."""
 
 
 def read_idx(
@@ -39,18 +36,18 @@ def read_idx(
     content = _decompress(path)
     found = _shape_of(path, content)
     if shape is not None and found != shape:
-        raise _error(path, f"an array of shape {found}", f"{shape}")
+        raise damaged(path, f"an array of shape {found}", f"{shape}")
     header = 4 + 4 * len(found)
     expected = header + int(np.prod(found, dtype=np.int64))
     if len(content) != expected:
-        raise _error(
+        raise damaged(
             path,
             f"{len(content)} bytes (uncompressed)",
             f"{expected}, from its header {found}",
         )
     digest = hashlib.sha256(content).hexdigest()
     if sha256 is not None and digest != sha256:
-        raise _error(path, f"content with SHA-256 {digest}", sha256)
+        raise damaged(path, f"content with SHA-256 {digest}", sha256)
     return np.frombuffer(content, np.uint8, offset=header).reshape(found)
 
 
@@ -64,22 +61,18 @@ def _decompress(path: Path) -> bytes:
         with gzip.open(path, "rb") as file:
             return file.read()
     except EOFError as error:
-        raise _error(path, "a gzip stream that ends early", "a whole file") from error
+        raise damaged(path, "a gzip stream that ends early", "a whole file") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise _error(path, f"damaged gzip data ({error})", "intact gzip") from error
+        raise damaged(path, f"damaged gzip data ({error})", "intact gzip") from error
 
 
 def _shape_of(path: Path, content: bytes) -> tuple[int, ...]:
     wanted = f"00 00 {_UNSIGNED_BYTE:02x} and the rank (IDX of unsigned bytes)"
     if len(content) < 4:
-        raise _error(path, f"{len(content)} bytes (uncompressed)", wanted)
+        raise damaged(path, f"{len(content)} bytes (uncompressed)", wanted)
     zeros, kind, rank = struct.unpack(">HBB", content[:4])
     if zeros != 0 or kind != _UNSIGNED_BYTE or rank == 0:
-        raise _error(path, f"leading bytes {content[:4].hex(' ')}", wanted)
+        raise damaged(path, f"leading bytes {content[:4].hex(' ')}", wanted)
     if len(content) < 4 + 4 * rank:
-        raise _error(path, "a header cut short", f"{rank} sizes of 4 bytes")
+        raise damaged(path, "a header cut short", f"{rank} sizes of 4 bytes")
     return struct.unpack_from(f">{rank}I", content, 4)
-
-
-def _error(path: Path, got: str, expected: str) -> DataError:
-    return DataError(f"{path}: got {got}, expected {expected}. {_REMEDY}")

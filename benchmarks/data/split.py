@@ -1,58 +1,78 @@
-"""Train and test arrays, and mini-batches shuffled on the host."""
+"""Train, validation and test samples, and mini-batches drawn on the host."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Batch = tuple[np.ndarray, np.ndarray]
+Batch = tuple[Any, np.ndarray]
 
 
-class Split(NamedTuple):
-    """Images ``(n, height, width, channels)`` in [0, 1] and labels ``(n,)``.
+class Samples(NamedTuple):
+    """Inputs and targets, one row a sample.
 
     Attributes:
-      train_images: float32.
-      train_labels: int32.
-      test_images: float32.
-      test_labels: int32.
+      inputs: an array, or anything that an index array turns into model inputs.
+      targets: int32, ``(n,)`` labels or ``(n, t)`` tokens.
     """
 
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    inputs: Any
+    targets: np.ndarray
 
-    def limited(self, count: int | None) -> "Split":
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.targets)
+
+    def take(self, chosen: Any) -> Batch:
+        """The batch of some rows."""
+        return self.inputs[chosen], self.targets[chosen]
+
+    def part(self, chosen: slice) -> "Samples":
+        """The samples of a slice."""
+        return Samples(self.inputs[chosen], self.targets[chosen])
+
+
+class Data(NamedTuple):
+    """A data set in three parts.
+
+    Attributes:
+      train: what gradients see.
+      validation: what tuning sees.
+      test: what the final figures see.
+      pretrained: parameters that replace those of a fresh model; a nested dict.
+    """
+
+    train: Samples
+    validation: Samples
+    test: Samples
+    pretrained: Any = None
+
+    def limited(self, count: int | None) -> "Data":
         """The same with only the first `count` training samples."""
-        return self._replace(
-            train_images=self.train_images[:count],
-            train_labels=self.train_labels[:count],
-        )
-
-    def held_out(self, share: float = 0.2) -> "Split":
-        """The end of the training set in the place of the test set: for tuning."""
-        kept = round(len(self.train_labels) * (1 - share))
-        return Split(
-            self.train_images[:kept],
-            self.train_labels[:kept],
-            self.train_images[kept:],
-            self.train_labels[kept:],
-        )
+        return self._replace(train=self.train.part(slice(count)))
 
 
-def batches(split: Split, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """One epoch of full training batches in an order drawn from `rng`.
+def hold_out(train: Samples, test: Samples, count: int) -> Data:
+    """The last `count` training samples become the validation set."""
+    kept = len(train) - count
+    return Data(train.part(slice(kept)), train.part(slice(kept, None)), test)
+
+
+def shuffled(train: Samples, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Full batches without end; each epoch in an order drawn from `rng`.
 
     Args:
-      split: the data.
+      train: the samples.
       size: samples a batch; the remainder of an epoch is left out.
       rng: source of the order.
-
-    Yields:
-      Images and labels.
     """
-    order = rng.permutation(len(split.train_labels))
-    for start in range(0, len(order) - size + 1, size):
-        chosen = order[start : start + size]
-        yield split.train_images[chosen], split.train_labels[chosen]
+    while True:
+        order = rng.permutation(len(train))
+        for start in range(0, len(order) - size + 1, size):
+            yield train.take(order[start : start + size])
+
+
+def drawn(train: Samples, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Full batches without end, drawn with replacement."""
+    while True:
+        yield train.take(rng.integers(0, len(train), size))

@@ -1,4 +1,4 @@
-"""The Flax Linen models of the workloads."""
+"""Convolutional networks and a perceptron for images of ten classes."""
 
 from collections.abc import Sequence
 
@@ -53,4 +53,49 @@ class Mlp(nn.Module):
         x = jnp.reshape(x, (x.shape[0], -1))
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(_CLASSES)(x)
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, pre-activation, with GroupNorm.
+
+    Attributes:
+      features: channels out.
+      stride: of the first convolution.
+    """
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(n, h, w, c)`` to ``(n, h / stride, w / stride, features)``."""
+        strides = (self.stride, self.stride)
+        h = nn.relu(nn.GroupNorm(num_groups=8)(x))
+        if x.shape[-1] != self.features or self.stride != 1:
+            x = nn.Conv(self.features, (1, 1), strides, use_bias=False)(h)
+        h = nn.Conv(self.features, (3, 3), strides, use_bias=False)(h)
+        h = nn.relu(nn.GroupNorm(num_groups=8)(h))
+        return x + nn.Conv(self.features, (3, 3), use_bias=False)(h)
+
+
+class ResNet(nn.Module):
+    """A residual network for 32 x 32 images.
+
+    Attributes:
+      widths: channels of each stage; all but the first halve the image.
+      blocks: residual blocks a stage.
+    """
+
+    widths: Sequence[int] = (16, 32, 64)
+    blocks: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Images ``(n, 32, 32, 3)`` to logits ``(n, 10)``."""
+        x = nn.Conv(self.widths[0], (3, 3), use_bias=False)(x)
+        for stage, features in enumerate(self.widths):
+            for block in range(self.blocks):
+                x = Residual(features, 2 if stage and not block else 1)(x)
+        x = nn.relu(nn.GroupNorm(num_groups=8)(x)).mean((1, 2))
         return nn.Dense(_CLASSES)(x)

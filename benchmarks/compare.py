@@ -1,0 +1,185 @@
+"""What the final records of one workload say: means, differences, times to a target."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from benchmarks import records
+from benchmarks.campaign import learning_rate_for
+from benchmarks.experiment import Record
+from benchmarks.metrics import Metric
+from benchmarks.optimizers import CONTENDERS
+from benchmarks.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Entry:
+    """All final runs of one contender at one learning rate.
+
+    Attributes:
+      name: of the contender.
+      metric: of the workload.
+      records: one a seed.
+      speed: its row of an interleaved speed record; None to use the runs' own times,
+        which other work on the machine may have disturbed.
+    """
+
+    name: str
+    metric: Metric
+    records: Sequence[Record]
+    speed: Record | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the contender is of this package."""
+        return self.name in CONTENDERS and CONTENDERS[self.name].ours
+
+    @property
+    def finals(self) -> dict[int, float]:
+        """Seed -> the metric on the test part; NaN where the run diverged."""
+        key = self.metric.final_key
+        values = {record["seed"]: record[key] for record in self.records}
+        return {s: np.nan if v is None else v for s, v in values.items()}
+
+    @property
+    def mean(self) -> float:
+        """Of the finals."""
+        return float(np.mean(list(self.finals.values())))
+
+    @property
+    def diverged(self) -> int:
+        """Number of runs that diverged."""
+        return sum(record["diverged"] for record in self.records)
+
+    def curves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps ``(e,)`` of the evaluations, and the metric ``(seeds, e)``.
+
+        After a divergence the metric is NaN.
+        """
+        longest = max((record["curve"] for record in self.records), key=len)
+        values = np.full((len(self.records), len(longest)), np.nan)
+        for row, record in zip(values, self.records, strict=True):
+            known = [
+                np.nan if p["value"] is None else p["value"] for p in record["curve"]
+            ]
+            row[: len(known)] = known
+            if record["diverged"]:
+                row[len(known) - 1 :] = np.nan
+        return np.asarray([point["step"] for point in longest]), values
+
+    def median(self, key: str) -> float | None:
+        """Of a figure over the runs that have it."""
+        values = [r[key] for r in self.records if r[key] is not None]
+        return float(np.median(values)) if values else None
+
+    @property
+    def milliseconds(self) -> dict[str, float | None]:
+        """Medians of a "step", a "refresh" step, and the "mean" over a period."""
+        if self.speed is None:
+            keys = {"step": "step_ms", "refresh": "refresh_step_ms"}
+            keys["mean"] = "mean_step_ms"
+            return {name: self.median(key) for name, key in keys.items()}
+        keys = {"step": "step_seconds", "refresh": "refresh_seconds", "mean": "seconds"}
+        found = {name: self.speed[key] for name, key in keys.items()}
+        return {n: None if v is None else 1e3 * v for n, v in found.items()}
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean step: refresh steps weigh by their share."""
+        return (self.milliseconds["mean"] or np.nan) / 1e3
+
+
+def read_entries(
+    workload: Workload, out: Path, names: Sequence[str] = ()
+) -> list[Entry]:
+    """Entries of a campaign, in the order of `CONTENDERS`.
+
+    Runs at a rate that later tuning has replaced are left out.
+    """
+    found = []
+    for name in names or CONTENDERS:
+        folder = out / workload.name / name
+        known = [records.read(path) for path in sorted(folder.glob("final-*.json"))]
+        rate, _ = learning_rate_for(workload, CONTENDERS[name], out)
+        found += [record for record in known if record["learning_rate"] == rate]
+    path = speed_path(out, workload.name)
+    rows = records.read(path)["rows"] if path.exists() else []
+    return entries(workload, found, {row["contender"]: row for row in rows})
+
+
+def speed_path(out: Path, workload: str) -> Path:
+    """Where a campaign's folder holds the speed record of a workload."""
+    return out / workload / "speed.json"
+
+
+def entries(
+    workload: Workload,
+    found: Sequence[Record],
+    speeds: Mapping[str, Record] | None = None,
+) -> list[Entry]:
+    """Final records grouped by contender, in the order in which these occur.
+
+    Speeds count only where every contender has one, so that like is compared with
+    like.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in found:
+        groups.setdefault(record["optimizer"], []).append(record)
+    known = speeds if speeds and groups.keys() <= speeds.keys() else {}
+    return [
+        Entry(name, workload.metric, runs, known.get(name))
+        for name, runs in groups.items()
+    ]
+
+
+def best_peer(found: Sequence[Entry]) -> Entry | None:
+    """The best by mean among the contenders of other packages."""
+    peers = [entry for entry in found if not entry.ours]
+    return max(peers, key=lambda e: e.metric.score(e.mean), default=None)
+
+
+def difference(entry: Entry, other: Entry) -> tuple[float, float, float] | None:
+    """Mean difference, paired by seed, and its 95 % t interval.
+
+    None with fewer than two common seeds; NaN where one of the runs diverged.
+    """
+    seeds = sorted(entry.finals.keys() & other.finals.keys())
+    if len(seeds) < 2:
+        return None
+    gaps = np.asarray([entry.finals[s] - other.finals[s] for s in seeds])
+    error = gaps.std(ddof=1) / np.sqrt(len(gaps))
+    reach = stats.t.ppf(0.975, len(gaps) - 1) * error
+    mean = float(gaps.mean())
+    return mean, float(mean - reach), float(mean + reach)
+
+
+def target(metric: Metric, peer: Entry) -> float:
+    """The best peer's final mean less the tolerance."""
+    return peer.mean - metric.tolerance * (1 if metric.higher else -1)
+
+
+def steps_to(entry: Entry, goal: float) -> int | None:
+    """First evaluation at which the mean over seeds meets the goal, and at the next.
+
+    None where it never does at two evaluations on end.
+    """
+    steps, values = entry.curves()
+    scores = [entry.metric.score(value) for value in values.mean(0)]
+    met = [score >= entry.metric.score(goal) for score in scores]
+    for number in range(len(met) - 1):
+        if met[number] and met[number + 1]:
+            return int(steps[number])
+    return None
+
+
+def value_after(entry: Entry, seconds: float) -> float | None:
+    """The mean over seeds at the last evaluation within so much training time.
+
+    None before the first one. A contender that ends sooner keeps its final value.
+    """
+    steps, values = entry.curves()
+    within = np.flatnonzero(steps * entry.step_seconds <= seconds * (1 + 1e-9))
+    return float(values.mean(0)[within[-1]]) if within.size else None

@@ -1,0 +1,46 @@
+"""Which parameters count as kernels, and how much state belongs to them."""
+
+import re
+from typing import Any
+
+import jax
+
+#: What the records say about ``projected_state_bytes``.
+COUNTED = (
+    "leaves of the optimizer state whose path holds the path of a parameter with two "
+    "or more axes and neither 'embed' nor 'head' in its path; the same set for every "
+    "optimizer, whether it projects them all or not"
+)
+_OTHERS = re.compile("embed|head")
+
+
+def path_of(keys: Any) -> str:
+    """A key path as ``a/b/c``."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def is_kernel(path: str, parameter: Any) -> bool:
+    """Whether this is a dense or convolution kernel, no embedding and no head of text.
+
+    Muon orthogonalises these and GaLore projects them; the rest gets Adam.
+    """
+    return parameter.ndim >= 2 and not _OTHERS.search(path)
+
+
+def map_kernels(function: Any, params: Any) -> Any:
+    """`function` of each kernel, None in the place of other parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function(leaf) if is_kernel(path_of(keys), leaf) else None,
+        params,
+    )
+
+
+def kernel_bytes(opt_state: Any, params: Any) -> int:
+    """Bytes of the state that belongs to kernels; see `COUNTED`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path_of(keys) for keys, leaf in leaves if is_kernel(path_of(keys), leaf)]
+    return sum(
+        leaf.nbytes
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if any(f"/{path}/" in f"/{path_of(keys)}/" for path in paths)
+    )

@@ -1,0 +1,7 @@
+"""The Flax Linen models of the workloads."""
+
+from benchmarks.models.gpt import Gpt
+from benchmarks.models.minilm import MailClassifier
+from benchmarks.models.vision import DigitsCnn, FashionCnn, Mlp, ResNet
+
+__all__ = ["DigitsCnn", "FashionCnn", "Gpt", "MailClassifier", "Mlp", "ResNet"]

@@ -1,0 +1,631 @@
+"""Residual rules, filters, orthogonalisation, transport and storage: laws of each.
+
+Every law is shown to reject a planted wrong answer.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dsbp_optax
+from dsbp_optax import (
+    Activations,
+    _filter,
+    _orthogonal,
+    _precision,
+    _quantization,
+    _residual,
+    _subspace,
+    _transport,
+)
+
+D, M, K = 24, 16, 4
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape: int, seed: int = 0) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def basis(seed: int = 1, d: int = D, k: int = K) -> Any:
+    return jnp.linalg.qr(draw(d, k, seed=seed))[0]
+
+
+def make_params() -> Any:
+    return {
+        "embed": draw(7, D, seed=2),
+        "layer": {"kernel": draw(D, M, seed=3), "bias": draw(M, seed=4)},
+        "tall": {"kernel": draw(40, D, seed=5)},
+    }
+
+
+def gradients(step: int) -> Any:
+    rng = np.random.default_rng(100 + step)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), make_params()
+    )
+
+
+def statistics(step: int) -> Any:
+    return {
+        "layer/kernel": Activations(draw(64, D, seed=200 + step)),
+        "tall/kernel": Activations(draw(64, 40, seed=300 + step)),
+    }
+
+
+def run(tx: Any, steps: int = 8) -> list[Any]:
+    """Updates of a run on random gradients."""
+    params = make_params()
+    state, found = tx.init(params), []
+    ours = "statistics" in str(type(state)) or _is_ours(state)
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        extra = {"statistics": statistics(step)} if ours else {}
+        updates, state = update(gradients(step), state, params, **extra)
+        found.append(updates)
+    return found
+
+
+def _is_ours(state: Any) -> bool:
+    from dsbp_optax._spectral import find_states
+
+    return bool(find_states(state))
+
+
+def difference(left: Any, right: Any) -> float:
+    gaps = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), left, right)
+    return max(jax.tree.leaves(gaps))
+
+
+# --- what a complete residual must be equal to
+
+FIXED = {"rank": K, "update_every": 10**6, "residual": "momentum", "whitening": 0.0}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_exact_residual_momentum_is_momentum_of_the_whole_gradient(nesterov) -> None:
+    """While the basis stands, exact coordinates and an exact residual lose nothing."""
+    tx = dsbp_optax.dsbp_sgd(0.1, 0.9, nesterov=nesterov, bits=32, **FIXED)
+    frozen = [{**s} for s in run(_warm(tx))]
+    plain = run(optax.sgd(0.1, 0.9, nesterov))
+    assert difference(frozen, plain) < 1e-4
+    planted = dsbp_optax.dsbp_sgd(
+        0.1, 0.9, nesterov=nesterov, **{**FIXED, "residual": None}
+    )
+    assert difference(run(_warm(planted)), plain) > 1e-2
+
+
+def _warm(tx: Any) -> Any:
+    """`tx` whose bases are past their first refresh, so that they stand still."""
+
+    def init(params: Any) -> Any:
+        state = tx.init(params)
+        head = state[0]
+        spectrum = {
+            path: s._replace(iterations=s.iterations + 5)
+            for path, s in head.spectrum.items()
+        }
+        head = head._replace(step=head.step + 7, spectrum=spectrum)
+        return (head, *state[1:])
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def test_with_an_exact_residual_dsbp_muon_is_muon() -> None:
+    kernels = {
+        "embed": None,
+        "layer": {"kernel": 1, "bias": None},
+        "tall": {"kernel": 1},
+    }
+    numbers = jax.tree.map(
+        lambda x: x and optax.contrib.MuonDimensionNumbers(),
+        kernels,
+        is_leaf=lambda x: x is None,
+    )
+    muon = optax.contrib.muon(
+        0.02, nesterov=False, muon_weight_dimension_numbers=numbers
+    )
+    ours = functools.partial(dsbp_optax.dsbp_muon, 0.02, nesterov=False)
+    expected = run(muon)
+    got = run(_warm(ours(bits=32, **FIXED)))
+    assert difference(got, expected) < 2e-3 * 0.02 * 10
+    assert difference(run(_warm(ours(bits=32, scale="adam", **FIXED))), expected) > 1e-3
+    dropped = {**FIXED, "residual": None}
+    assert difference(run(_warm(ours(**dropped))), expected) > 1e-3
+
+
+# --- residual rules against their formulas
+
+
+def seen(seed: int = 0, flipped: bool = False) -> _residual.Outside:
+    v, g, u = basis(seed + 1), draw(D, M, seed=seed + 2), draw(K, M, seed=seed + 3)
+    p = v.T @ g
+    pair = (u.T, p.T) if flipped else (u, p)
+    g = g.T if flipped else g
+    return _residual.Outside(*pair, _subspace.squared_norm(g), g, v, flipped)
+
+
+def total(rule: Any, state: Any, step: _residual.Outside) -> tuple[Any, Any]:
+    """``V u`` plus what the rule adds, as a ``(d, m)`` matrix."""
+    added, state = rule.update(step, state)
+    whole = _subspace.lift(step.basis, step.update, step.flipped)
+    if added.factor is not None:
+        whole = whole + added.factor * step.residual()
+    if added.addition is not None:
+        whole = whole + added.addition
+    return (whole.T if step.flipped else whole), state
+
+
+RULES = {
+    "none": None,
+    "scaled": dsbp_optax.scale_residual(3.0),
+    "normalised": dsbp_optax.normalize_residual(0.5),
+    "by column": dsbp_optax.scale_residual_by_column(),
+    "sign": dsbp_optax.sign_residual(0.5),
+    "momentum": dsbp_optax.residual_momentum(0.9, 32),
+    "momentum of a share": dsbp_optax.residual_momentum(0.9, 32, fraction=0.5),
+    "feedback": dsbp_optax.error_feedback(),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_both_orientations_of_a_kernel_give_one_update(name) -> None:
+    rule = _residual.as_residual(RULES[name])
+    straight, turned = seen(), seen(flipped=True)
+    left, _ = total(rule, rule.init(jnp.zeros((D, M))), straight)
+    right, _ = total(rule, rule.init(jnp.zeros((M, D))), turned)
+    np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_column_scaling_is_fira_with_its_limiter() -> None:
+    rule = dsbp_optax.scale_residual_by_column(1.01)
+    state, last = rule.init(jnp.zeros((D, M))), None
+    limited = 0
+    for step in range(6):
+        now = seen(seed=7 * step)
+        got, state = total(rule, state, now)
+        v, g, u = (
+            np.asarray(x, np.float64) for x in (now.basis, now.matrix, now.update)
+        )
+        p = v.T @ g
+        outside = (g - v @ p) * np.linalg.norm(u, axis=0) / np.linalg.norm(p, axis=0)
+        norm = np.linalg.norm(outside)
+        if last is not None and norm > 1.01 * last:
+            outside, norm = outside * 1.01 * last / norm, 1.01 * last
+            limited += 1
+        last = norm
+        np.testing.assert_allclose(got, v @ u + outside, rtol=2e-4, atol=2e-4)
+        unlimited = dsbp_optax.scale_residual_by_column(1e9)
+        loose, _ = total(unlimited, unlimited.init(jnp.zeros((D, M))), now)
+        assert (np.abs(loose - got).max() > 1e-3) == (
+            norm < np.linalg.norm(loose - v @ u) - 1e-3
+        )
+    assert limited, "the limiter must act"
+
+
+def test_sign_and_shares_have_the_size_they_say() -> None:
+    now = seen()
+    lifted = _subspace.lift(now.basis, now.update)
+    for name in ("sign", "normalised", "momentum of a share"):
+        rule = _residual.as_residual(RULES[name])
+        got, _ = total(rule, rule.init(jnp.zeros((D, M))), now)
+        ratio = jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)
+        assert abs(float(ratio) - 0.5) < 1e-3, name
+    unscaled = _residual.as_residual(RULES["momentum"])
+    got, _ = total(unscaled, unscaled.init(jnp.zeros((D, M))), now)
+    assert (
+        abs(float(jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)) - 0.5) > 0.1
+    )
+
+
+def test_error_feedback_loses_nothing_when_the_basis_turns() -> None:
+    """What was applied plus what is held back is the sum of the gradients."""
+
+    def held_back(residual: Any) -> float:
+        tx = dsbp_optax.scale_by_spectral_projection(
+            rank=K,
+            update_every=2,
+            power_iterations=1,
+            residual=residual,
+            project="always",
+            project_cold=True,
+        )
+        params = make_params()
+        state, applied, given = tx.init(params), 0.0, 0.0
+        for step in range(7):
+            grads = gradients(step)
+            updates, state = tx.update(grads, state, statistics=statistics(step))
+            applied = applied + updates["layer"]["kernel"]
+            given = given + grads["layer"]["kernel"]
+        kept = state.residual.get("layer/kernel", 0.0)
+        return float(jnp.abs(applied + kept - given).max())
+
+    assert held_back(dsbp_optax.error_feedback()) < 1e-4
+    assert held_back(None) > 0.1
+
+
+@pytest.mark.parametrize("bad", [3, 0, 16, 2.5])
+def test_unknown_bits(bad) -> None:
+    with pytest.raises(ValueError, match="bits"):
+        dsbp_optax.residual_momentum(0.9, bad)
+
+
+def test_a_rule_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"residual: got 0\.5 of type float"):
+        dsbp_optax.scale_by_spectral_projection(residual=0.5)
+
+
+# --- quantisation
+
+
+@pytest.mark.parametrize(
+    ("bits", "error"), [(1, 0.3634), (2, 0.1188), (4, 0.01154), (8, 8.2e-5)]
+)
+@pytest.mark.parametrize("rows", [512, 511])
+def test_quantisation_error_is_that_of_the_best_uniform_levels(
+    bits, error, rows
+) -> None:
+    x = draw(rows, 64, seed=9)
+    held = _quantization.quantize(x, bits)
+    got = float(jnp.sum((_quantization.dequantize(held) - x) ** 2) / jnp.sum(x * x))
+    assert held.codes.dtype == jnp.uint8
+    assert held.codes.shape == (-(-rows * bits // 8), 64)
+    assert got < 1.15 * error
+    assert got > 0.8 * error, "a smaller error is not possible: the test is wrong"
+
+
+def test_quantised_zeros_stay_zero_and_scale_carries() -> None:
+    x = jnp.zeros((16, 3))
+    assert not _quantization.dequantize(_quantization.quantize(x, 4)).any()
+    assert not _quantization.dequantize(_quantization.empty(x, 4)).any()
+    y = draw(64, 3)
+    one, big = (_quantization.quantize(c * y, 4) for c in (1.0, 1e6))
+    np.testing.assert_array_equal(one.codes, big.codes)
+    np.testing.assert_allclose(1e6 * one.scale, big.scale, rtol=1e-5)
+    stacked = _quantization.quantize(jnp.stack([y, 2 * y]), 2)
+    np.testing.assert_array_equal(
+        _quantization.dequantize(stacked)[0],
+        _quantization.dequantize(_quantization.quantize(y, 2)),
+    )
+
+
+def test_residual_in_four_bits_follows_the_exact_one() -> None:
+    def updates(bits: int) -> Any:
+        return run(_warm(dsbp_optax.dsbp_sgd(0.1, bits=bits, **FIXED)))[-1]["tall"][
+            "kernel"
+        ]
+
+    exact = updates(32)
+    gaps = {
+        b: float(jnp.linalg.norm(updates(b) - exact) / jnp.linalg.norm(exact))
+        for b in (1, 2, 4, 8)
+    }
+    assert gaps[8] < 0.03
+    assert gaps[4] < 0.25
+    assert gaps[8] < gaps[4] < gaps[2] < gaps[1]
+
+
+# --- filters
+
+
+def test_whitening_is_its_formula_and_amplifies_nothing() -> None:
+    values = jnp.asarray([8.0, 4.0, 2.0, 0.5])
+    rest = jnp.asarray([1.0])
+    got = dsbp_optax.whiten(0.5, 0.25)(values, rest)
+    np.testing.assert_allclose(
+        got, np.minimum(np.sqrt(1.25 / (np.asarray(values) + 0.25)), 1.0), rtol=1e-6
+    )
+    assert float(got[-1]) == 1.0, "an eigenvalue under the rest is not amplified"
+    np.testing.assert_array_equal(dsbp_optax.whiten(0.0)(values, rest), jnp.ones(4))
+    assert not jnp.isnan(dsbp_optax.whiten()(jnp.zeros(4), jnp.zeros(1))).any()
+
+
+def test_the_rest_of_a_spectrum_is_its_mean_and_never_negative() -> None:
+    full = np.linspace(5, 1, D)
+    values, trace = jnp.asarray(full[:K]), jnp.asarray([full.sum()])
+    rest = _filter.remaining_mean(values, trace, D)
+    np.testing.assert_allclose(rest, [full[K:].mean()], rtol=1e-5)
+    stale = _filter.remaining_mean(values, jnp.asarray([full[:K].sum() * 0.9]), D)
+    assert float(stale[0]) > 0
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_filter_acts_on_the_coordinates_of_either_side(side) -> None:
+    tx = dsbp_optax.scale_by_spectral_projection(
+        rank=K,
+        side=side,
+        spectral_filter=dsbp_optax.whiten(1.0),
+        residual=dsbp_optax.scale_residual(1.0),
+        project="always",
+        project_cold=True,
+    )
+    params, grads = make_params(), gradients(0)
+    seen_side = {
+        "layer/kernel": Activations(draw(64, D if side == "input" else M) * 3.0)
+    }
+    updates, state = tx.update(grads, tx.init(params), statistics=seen_side)
+    v = np.asarray(state.basis["layer/kernel"], np.float64).reshape(-1, K)
+    spectrum = state.spectrum["layer/kernel"]
+    values = np.asarray(spectrum.eigenvalues, np.float64).ravel()
+    rest = (float(spectrum.trace.ravel()[0]) - values.sum()) / (len(v) - K)
+    f = np.minimum(2 * rest / (values + rest), 1)
+    g = np.asarray(grads["layer"]["kernel"], np.float64)
+    g = g if side == "input" else g.T
+    expected = g - v @ ((1 - f)[:, None] * (v.T @ g))
+    got = (
+        updates["layer"]["kernel"] if side == "input" else updates["layer"]["kernel"].T
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.abs(got - g).max() > 1e-2, "the filter must do something"
+
+
+def test_complement_protects_the_basis() -> None:
+    tx = dsbp_optax.scale_by_spectral_projection(
+        rank=K,
+        spectral_filter=dsbp_optax.complement(),
+        project="always",
+        residual=dsbp_optax.scale_residual(1.0),
+        project_cold=True,
+    )
+    grads = gradients(0)
+    updates, state = tx.update(grads, tx.init(make_params()), statistics=statistics(0))
+    v = state.basis["layer/kernel"][:, 0]
+    assert float(jnp.abs(v.T @ updates["layer"]["kernel"]).max()) < 1e-5
+    assert float(jnp.abs(v.T @ grads["layer"]["kernel"]).max()) > 0.1
+
+
+# --- orthogonalisation
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16), (3, 8, 24)])
+def test_newton_schulz_keeps_the_singular_vectors(shape) -> None:
+    x = draw(*shape)
+    y = _orthogonal.newton_schulz(x)
+    values = np.linalg.svd(np.asarray(y), compute_uv=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    u, _, vt = np.linalg.svd(np.asarray(x), full_matrices=False)
+    inside = np.swapaxes(u, -1, -2) @ np.asarray(y) @ np.swapaxes(vt, -1, -2)
+    off = inside - np.einsum("...ii->...i", inside)[..., None] * np.eye(
+        inside.shape[-1]
+    )
+    assert np.abs(off).max() < 1e-2
+    spread = np.linalg.svd(np.asarray(x), compute_uv=False)
+    assert spread.max() / spread.min() > 1.5, "the input must not be orthogonal itself"
+
+
+def test_newton_schulz_of_zero_is_zero_with_a_finite_derivative() -> None:
+    zero = jnp.zeros((4, 6))
+    assert not _orthogonal.newton_schulz(zero).any()
+    for scale in ("muon", "adam"):
+        direction = dsbp_optax.orthogonalize(scale=scale)
+        assert jnp.isfinite(direction(zero, 4, 6)).all()
+
+
+def test_the_two_scales_of_an_orthogonalised_update() -> None:
+    x = draw(16, 64)
+    muon = dsbp_optax.orthogonalize()(x, 16, 64)
+    adam = dsbp_optax.orthogonalize(scale="adam")(x, 16, 64)
+    np.testing.assert_allclose(muon, 2 * _orthogonal.newton_schulz(x), rtol=1e-5)
+    assert abs(float(jnp.sqrt(jnp.mean(adam**2))) - 0.2) < 0.03
+    with pytest.raises(ValueError, match="scale: got 'lion'"):
+        dsbp_optax.orthogonalize(scale="lion")
+
+
+def test_experts_without_tokens_do_not_move_and_do_not_spread() -> None:
+    """A stack of kernels, one of which has a zero gradient and no samples."""
+    params = {"experts": {"kernel": draw(3, D, M)}}
+    rows = draw(3, 32, D, seed=6).at[1].set(0)
+    grads = {"experts": {"kernel": draw(3, D, M, seed=7).at[1].set(0)}}
+    for factory in (dsbp_optax.dsbp_sgd, dsbp_optax.dsbp_adamw, dsbp_optax.dsbp_muon):
+        tx = factory(0.1, rank=K, weight_decay=0.0)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(7):
+            updates, state = update(
+                grads, state, params, statistics={"experts/kernel": Activations(rows)}
+            )
+        moved = updates["experts"]["kernel"]
+        assert jnp.isfinite(moved).all()
+        assert not moved[1].any()
+        assert jnp.abs(moved[0]).max() > 0
+
+
+# --- what else is told to a projection
+
+
+def test_fallback_gets_what_is_no_kernel_and_direction_every_kernel() -> None:
+    def factory(**more: Any) -> Any:
+        return dsbp_optax.scale_by_spectral_projection(
+            optax.trace(0.9),
+            rank={"layer/*": K, "tall/*": 40},
+            direction=dsbp_optax.orthogonalize(),
+            **more,
+        )
+
+    tx = factory(fallback=optax.scale_by_sign())
+    state = tx.init(make_params())
+    assert set(state.inner.trace) == {"layer/kernel", "tall/kernel"}
+    assert set(state.basis) == {"layer/kernel"}
+    updates = run(tx, 1)[0]
+    np.testing.assert_array_equal(updates["embed"], jnp.sign(gradients(0)["embed"]))
+    np.testing.assert_array_equal(
+        updates["layer"]["bias"], jnp.sign(gradients(0)["layer"]["bias"])
+    )
+    values = np.linalg.svd(np.asarray(updates["tall"]["kernel"]), compute_uv=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    without = run(factory(), 1)[0]
+    np.testing.assert_allclose(without["embed"], gradients(0)["embed"], rtol=1e-6)
+
+
+def test_fallback_may_use_parameters() -> None:
+    fallback = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+    tx = dsbp_optax.dsbp_muon(0.1, fallback=fallback)
+    params = make_params()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["embed"], -0.01 * params["embed"], rtol=1e-5)
+    assert not updates["layer"]["kernel"].any()
+
+
+@pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon"])
+def test_half_precision_storage_changes_little(name) -> None:
+    make = functools.partial(getattr(dsbp_optax, name), 0.01, rank=8, residual=0.5)
+    half = make(moment_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16)
+    whole, low = run(make(), 12), run(half, 12)
+    state = half.init(make_params())[0]
+    assert state.basis["layer/kernel"].dtype == jnp.bfloat16
+    kept = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.shape == (8, M)}
+    assert kept == {"bfloat16"}
+    left, right = (np.asarray(r[-1]["layer"]["kernel"]) for r in (whole, low))
+    assert 0 < np.linalg.norm(left - right) < 0.05 * np.linalg.norm(left)
+
+
+def test_stochastic_rounding_is_unbiased_where_nearest_stands_still() -> None:
+    """An average with decay 0.999 towards 1 from 0.9: steps below half a unit."""
+
+    def average(store: Any) -> float:
+        def step(held: Any, key: Any) -> tuple[Any, None]:
+            exact = held.astype(jnp.float32)
+            return store(exact + 1e-3 * (1 - exact), key), None
+
+        start = jnp.full(256, 0.9, jnp.bfloat16)
+        keys = jax.random.split(jax.random.key(0), 2000)
+        return float(jax.lax.scan(step, start, keys)[0].astype(jnp.float32).mean())
+
+    exact = 1 - 0.1 * (1 - 1e-3) ** 2000
+    stored = average(lambda x, key: _precision.store(x, jnp.bfloat16, key))
+    nearest = average(lambda x, key: x.astype(jnp.bfloat16))
+    assert abs(stored - exact) < 2e-3
+    assert abs(nearest - exact) > 5e-2
+
+
+def test_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite() -> None:
+    x = jnp.asarray([0.0, 1.0, -2.5, jnp.inf, -jnp.inf, 3.0e38])
+    got = _precision.store(x, jnp.bfloat16, jax.random.key(0))
+    np.testing.assert_array_equal(got[:5].astype(jnp.float32), x[:5])
+    assert jnp.isfinite(got[5])
+    assert _precision.store(x, jnp.float16, jax.random.key(0)).dtype == jnp.float16
+
+
+# --- transport
+
+
+def rotation(seed: int = 0, k: int = K) -> _transport.Rotation:
+    matrix = jnp.linalg.qr(draw(k, k, seed=seed))[0]
+    return _transport.Rotation(matrix, False, jnp.asarray(50))
+
+
+def test_ldadam_turns_mean_and_variance_apart() -> None:
+    b1, b2 = 0.9, 0.99
+    by, mean = rotation(), draw(K, M, seed=1)
+    variance = draw(K, M, seed=2) ** 2
+    f1, f2 = 1 - b1**50, 1 - b2**50
+    held = {"mu": mean * f1, "nu": (variance + mean**2) * f2}
+    got = dsbp_optax.carry_adam_second_moment(b1, b2)(held["nu"], by, held)
+    r = np.asarray(by.matrix)
+    expected = f2 * ((r * r) @ np.asarray(variance) + (r @ np.asarray(mean)) ** 2)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
+    plain = _subspace.rotate_second_moment(by.matrix, held["nu"])
+    assert float(jnp.abs(plain - got).max()) > 1e-2, "the two rules differ"
+
+
+def test_no_mass_of_a_second_moment_is_lost_to_the_complement() -> None:
+    moment = draw(K, M, seed=3) ** 2
+    turned_away = jnp.zeros((K, K))
+    got = _subspace.rotate_second_moment(turned_away, moment)
+    np.testing.assert_allclose(got, jnp.broadcast_to(moment.mean(0), (K, M)), rtol=1e-6)
+    half = rotation().matrix * jnp.sqrt(0.5)
+    carried = _subspace.rotate_second_moment(half, moment)
+    np.testing.assert_allclose(carried.sum(0), moment.sum(0), rtol=1e-4)
+    flipped = _subspace.rotate_second_moment(half, moment.T, flipped=True)
+    np.testing.assert_allclose(flipped.T, carried, rtol=1e-5)
+    bare = (half * half) @ moment
+    assert float(jnp.abs(bare.sum(0) / moment.sum(0) - 0.5).max()) < 1e-4
+
+
+KINDS = {
+    "first": lambda m, r: r @ m,
+    "invariant": lambda m, r: m,
+    "reset": lambda m, r: 0 * m,
+    "custom": lambda m, r: m * 2,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_the_table(kind) -> None:
+    given = (lambda m, by, held: 2 * held["trace"]) if kind == "custom" else kind
+    table = _transport.make_table({("TraceState", "trace"): given})
+    state = optax.TraceState(trace={"a": draw(K, M), "b": draw(3)})
+    fields, moments = _transport.split(state, frozenset({"a"}), table)
+    by = rotation()
+    turned = _transport.rotate(fields, moments, {"a": by})
+    done = _transport.restore(state, turned, frozenset({"a"}), table)
+    np.testing.assert_allclose(
+        done.trace["a"], KINDS[kind](state.trace["a"], by.matrix), atol=1e-6
+    )
+    np.testing.assert_array_equal(done.trace["b"], state.trace["b"])
+
+
+def test_moments_of_two_states_are_not_mixed() -> None:
+    inner = optax.chain(optax.scale_by_adam(), optax.trace(0.9), optax.scale_by_adam())
+    state = inner.init({"a": jnp.ones((K, M))})
+    fields, _ = _transport.split(state, frozenset({"a"}), _transport.TABLE)
+    assert [f.name for f in fields] == ["mu", "nu", "trace", "mu", "nu"]
+    assert len({f.owner for f in fields}) == 3
+
+
+def test_reset_starts_the_moments_of_a_layer_anew() -> None:
+    def moment(transport: Any) -> Any:
+        tx = dsbp_optax.scale_by_spectral_projection(
+            optax.trace(0.9),
+            rank=K,
+            update_every=2,
+            power_iterations=1,
+            transport=transport,
+            project="always",
+            project_cold=True,
+        )
+        state = tx.init(make_params())
+        for step in range(3):
+            _, state = tx.update(gradients(step), state, statistics=statistics(step))
+        p = state.basis["layer/kernel"][:, 0].T @ gradients(2)["layer"]["kernel"]
+        return float(jnp.abs(state.inner.trace["layer/kernel"] - p).max())
+
+    assert moment("reset") < 1e-5
+    assert moment(None) > 0.1
+    with pytest.raises(ValueError, match="transport: got 'rotate'"):
+        dsbp_optax.scale_by_spectral_projection(transport="rotate")
+
+
+TABLED = {
+    "adan": optax.scale_by_adan(),
+    "ademamix": optax.contrib.scale_by_ademamix(),
+    "amsgrad": optax.scale_by_amsgrad(),
+    "belief": optax.scale_by_belief(),
+    "lion": optax.scale_by_lion(),
+    "optimistic": optax.scale_by_optimistic_gradient(),
+    "rms": optax.scale_by_rms(bias_correction=True),
+    "simplified": optax.contrib.scale_by_simplified_ademamix(),
+    "stddev": optax.scale_by_stddev(bias_correction=True),
+    "yogi": optax.scale_by_yogi(),
+    "ema": optax.ema(0.9),
+}
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_inner_optimizers_of_optax_and_their_moments(name) -> None:
+    tx = dsbp_optax.scale_by_spectral_projection(
+        TABLED[name],
+        rank=K,
+        update_every=3,
+        power_iterations=1,
+        fallback=optax.identity(),
+    )
+    for updates in run(tx, 5):
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))

@@ -15,8 +15,9 @@ from types import ModuleType
 
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Spectrum
-from dsbp_optax._layout import Axes
+from dsbp_optax._layout import Axes, Coordinates
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
 from dsbp_optax._residual import normalize_residual, scale_residual
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Axes",
+    "Coordinates",
     "Covariance",
     "Eigenpairs",
     "Operator",
@@ -58,6 +60,7 @@ __all__ = [
     "eigh",
     "normalize_residual",
     "power_iteration",
+    "project_gradients",
     "put_statistics",
     "randomized_svd",
     "scale_by_spectral_projection",

@@ -7,7 +7,7 @@ update = V u + s (G - V P)               s from the residual rule
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,12 @@ import optax
 
 from dsbp_optax import (
     _basis,
+    _coordinates,
     _eigenbasis,
     _layout,
     _plan,
     _residual,
+    _share,
     _spectral,
     _subspace,
     _transport,
@@ -70,6 +72,7 @@ def scale_by_spectral_projection(
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    share: Sequence[Sequence[str]] = (),
     project: When = "auto",
     project_cold: bool = False,
     transport: _transport.Table | None = None,
@@ -103,6 +106,10 @@ def scale_by_spectral_projection(
       decay: gamma in [0, 1), share of the past kept in the statistic.
       axes: which axes of a kernel are inputs, outputs, stacked: a mapping from
         glob pattern to `Axes`, or a callable ``(path, shape) -> Axes | None``.
+      share: groups of kernels with one and the same input, which keep one basis:
+        tuples of paths, as an adapter's ``find_shared_inputs`` returns them, or of
+        patterns such as ``("*/query/kernel", "*/key/kernel", "*/value/kernel")``,
+        which group the paths whose parts under each ``*`` are equal.
       project: "auto" projects a kernel only where the inner state then takes less
         memory, basis included; "always" wherever there is a rank.
       project_cold: whether to project before the first window of q iterations is
@@ -115,7 +122,8 @@ def scale_by_spectral_projection(
     Returns:
       A transformation whose ``update`` takes ``statistics=``, a flat mapping from
       parameter path to `Sketch`, `Activations` or `Covariance`. Kernels without
-      one use the basis of their own gradient.
+      one use the basis of their own gradient. Without a residual, gradients may be
+      `Coordinates`, see `project_gradients`.
 
     Raises:
       ValueError, TypeError: at construction, ``init`` or trace time, naming the
@@ -141,9 +149,10 @@ def scale_by_spectral_projection(
     solver = solver or _basis.power_iteration
     refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     _eigenbasis.check_refresh(refresh)
+    groups = _share.check_share(share)
     rule = Rule(
         inner=_transport.as_inner(inner),
-        choices=_plan.check_choices(Choices(rank, side, axes, project)),
+        choices=_plan.check_choices(Choices(rank, side, axes, project, groups)),
         refresh=refresh,
         refresh_step=make_refresh(refresh),
         residual=residual,
@@ -173,7 +182,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         path: jnp.zeros(choice.view.coordinate_shape(choice.rank), dtype)
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected
-        for dtype in [fields["basis"][path].dtype]
+        for dtype in [fields["basis"][choice.owner or path].dtype]
     }
     inner = rule.inner.init({**leaves, **coordinates})
     _transport.check_table(inner, frozenset(coordinates), rule.transport)
@@ -192,15 +201,18 @@ def _update(
     _spectral.check_extra_args(extra)
     if not jax.tree.leaves(updates):
         return updates, state
-    paths = frozenset(state.basis)
+    paths = frozenset(_spectral.owners_of(state))
     moments = _transport.split(state.inner, paths, rule.transport)
     step = begin_step(
         rule.choices, rule.refresh_step, state, updates, statistics, *moments
     )
+    if rule.residual is not None:
+        _coordinates.refuse(step.given, "a residual rule")
     coordinates = {
-        p: _subspace.project(step.bases[p], step.matrices[p], v.flipped)
-        for p, v in step.views.items()
+        p: _subspace.project(step.bases[p], matrix, step.views[p].flipped)
+        for p, matrix in step.matrices.items()
     }
+    coordinates |= step.given
     inner = _transport.restore(state.inner, step.moments, paths, rule.transport)
     gradients = {**step.gradients, **coordinates}
     # A number that is not finite spreads into the coordinates: no pass of its own.
@@ -270,13 +282,13 @@ def _combine(
     Returns:
       The update, shaped as the kernel.
     """
-    view, basis, matrix = step.views[path], step.bases[path], step.matrices[path]
-    energy = _subspace.squared_norm(matrix)
+    view, basis, matrix = step.views[path], step.bases[path], step.matrices.get(path)
     inside, factor = change, None
-    if rule.residual is not None:
+    energy = None if matrix is None else _subspace.squared_norm(matrix)
+    if rule.residual is not None and energy is not None:
         factor = rule.residual(change, coordinates, energy)
         inside = change - factor * coordinates
-    if not rule.project_cold:
+    if not rule.project_cold and energy is not None:
         done = _layout.from_kernel_form(step.layers[path].spectrum.iterations, view)
         warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
         cold = _residual.pass_through(change, coordinates, energy)
@@ -285,5 +297,6 @@ def _combine(
     if path in rows:
         inside = _subspace.add_leading(inside, rows[path], view.flipped)
     whole = _subspace.lift(basis, inside, view.flipped)
-    whole = whole if factor is None else whole + factor * matrix
+    if factor is not None and matrix is not None:
+        whole = whole + factor * matrix
     return _layout.from_matrices(whole, view)

@@ -82,11 +82,12 @@ def _project(
             f"the state holds a basis for '{path}', which is not among the gradients "
             f"({_plan.some(leaves)}). Remedy: pass the whole tree of gradients."
         )
-    gradient = leaves[path]
-    shape, form = jnp.shape(gradient), basis.shape[:-1]
+    gradient, form = leaves[path], basis.shape[:-1]
+    whole = not isinstance(gradient, Coordinates)
+    shape = jnp.shape(gradient) if whole else ()
     fits = all(n == d or d == 1 for n, d in zip(shape, form, strict=False))
-    if isinstance(gradient, Coordinates) or len(shape) != len(form) or not fits:
-        got = "Coordinates" if isinstance(gradient, Coordinates) else f"shape {shape}"
+    if len(shape) != len(form) or not fits:
+        got = f"shape {shape}" if whole else "Coordinates"
         raise ValueError(
             f"gradient of '{path}': got {got}, expected a whole gradient that fits the "
             f"state's basis {basis.shape}. Remedy: pass the gradients of the "

@@ -384,7 +384,11 @@ def check_patterns(paths: list[str], choices: Choices) -> None:
                     f"{some(paths)}.{did_you_mean(pattern, paths)}"
                 )
     for pattern in (p for group in choices.share for p in group):
-        if paths and all(_share.capture(path, pattern) is None for path in paths):
+        # A mask may hide a whole branch of the tree behind the path of its root.
+        if paths and not any(
+            _share.capture(path, pattern) is not None or pattern.startswith(f"{path}/")
+            for path in paths
+        ):
             raise ValueError(
                 f"share: '{pattern}' matches no parameter; there are {some(paths)}."
                 f"{did_you_mean(pattern, paths)}"

@@ -244,31 +244,15 @@ def refresh_layers(
         group: Layers, moments: list[Moments], seen: Any, gradients: Any
     ) -> tuple[Layers, list[Moments]]:
         finite = _spectral.all_finite(gradients)
-        new: Layers = {}
-        rotations: dict[str, Rotation] = {}
-        for path, layer in group.items():
-            kernels = {p: v for p, v in views.items() if owners[p] == path}
-            gradient = _joined(gradients, kernels)
-            new[path], turned = _eigenbasis.refresh_layer(
-                layer, seen.get(path), gradient, views[path], refresh
-            )
-            if gradient.size == 0:  # coordinates do not tell the energy outside
-                energy = layer.spectrum.energy
-                spectrum = new[path].spectrum._replace(energy=energy)
-                new[path] = new[path]._replace(spectrum=spectrum)
-            rotations |= dict.fromkeys(kernels, Rotation(turned, views[path].flipped))
+        new, rotations = _refresh_group(refresh, views, owners, group, seen, gradients)
         done = new, rotate(kinds, moments, rotations)
         return _spectral.select(finite, done, (group, moments))
 
     instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
     first = step % _eigenbasis.to_int(refresh.every) == 0
     spread = _eigenbasis.collects(step, refresh)
-    waiting = {
-        owner
-        for path, owner in owners.items()
-        if isinstance(gradients[path], Coordinates) and owner not in statistics
-    }
-    for paths, turn in ((instant, first), (layers.keys() - instant - waiting, spread)):
+    spread_paths = layers.keys() - instant - _waiting(owners, gradients, statistics)
+    for paths, turn in ((instant, first), (spread_paths, spread)):
         if paths:
             kernels = {path for path, owner in owners.items() if owner in paths}
             group, turned = jax.lax.cond(
@@ -283,6 +267,38 @@ def refresh_layers(
             layers = {**layers, **group}
             moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
     return layers, moments
+
+
+def _refresh_group(
+    refresh: Refresh,
+    views: Mapping[str, MatrixView],
+    owners: Mapping[str, str],
+    group: Layers,
+    seen: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+) -> tuple[Layers, dict[str, Rotation]]:
+    """One refresh of each layer, and how the coordinates of each kernel turn."""
+    new: Layers = {}
+    rotations: dict[str, Rotation] = {}
+    for path, layer in group.items():
+        kernels = {p: v for p, v in views.items() if owners[p] == path}
+        gradient = _joined(gradients, kernels)
+        new[path], turned = _eigenbasis.refresh_layer(
+            layer, seen.get(path), gradient, views[path], refresh
+        )
+        if gradient.size == 0:  # coordinates do not tell the energy outside
+            spectrum = new[path].spectrum._replace(energy=layer.spectrum.energy)
+            new[path] = new[path]._replace(spectrum=spectrum)
+        rotations |= dict.fromkeys(kernels, Rotation(turned, views[path].flipped))
+    return new, rotations
+
+
+def _waiting(
+    owners: Mapping[str, str], gradients: Mapping[str, Any], seen: Mapping[str, Any]
+) -> set[str]:
+    """Layers that cannot be refreshed: coordinates only, and no statistic."""
+    given = {o for p, o in owners.items() if isinstance(gradients[p], Coordinates)}
+    return given - seen.keys()
 
 
 def _joined(

@@ -15,9 +15,10 @@ from types import ModuleType
 
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Spectrum
 from dsbp_optax._filter import complement, whiten
-from dsbp_optax._layout import Axes
+from dsbp_optax._layout import Axes, Coordinates
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_muon, dsbp_sgd
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Activations",
     "Axes",
+    "Coordinates",
     "Covariance",
     "Eigenpairs",
     "Operator",
@@ -75,6 +77,7 @@ __all__ = [
     "normalize_residual",
     "orthogonalize",
     "power_iteration",
+    "project_gradients",
     "put_statistics",
     "randomized_svd",
     "residual_momentum",

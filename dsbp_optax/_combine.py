@@ -12,11 +12,12 @@ from dsbp_optax._types import Array, PyTree
 
 
 def coordinates(step: Step) -> dict[str, Array]:
-    """``P = V^T G`` of each projected kernel, by path."""
-    return {
-        path: _subspace.project(step.bases[path], step.matrices[path], view.flipped)
-        for path, view in step.views.items()
+    """``P = V^T G`` of each projected kernel, by path; as they came where they did."""
+    taken = {
+        path: _subspace.project(step.bases[path], matrix, step.views[path].flipped)
+        for path, matrix in step.matrices.items()
     }
+    return taken | step.given
 
 
 def combine(
@@ -42,24 +43,38 @@ def combine(
     Returns:
       The update as a matrix, and the state of the residual rule.
     """
-    view, basis, matrix = step.views[path], step.bases[path], step.matrices[path]
-    energy = _subspace.squared_norm(matrix)
-    seen = Outside(change, coordinates, energy, matrix, basis, view.flipped)
-    added, kept = rule.residual.update(seen, held.get(path, ()))
-    inside, factor = change, added.factor
-    if factor is not None:
-        inside = change - factor * coordinates
-    if rule.residual.stateless and not rule.project_cold:
-        done = _layout.from_kernel_form(step.layers[path].spectrum.iterations, view)
-        warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
-        cold = _residual.pass_through(change, coordinates, energy)
-        factor = jnp.where(warm, 0 if factor is None else factor, cold)
-        inside = jnp.where(warm, inside, 0)
+    view, basis = step.views[path], step.bases[path]
+    inside, factor, kept = change, None, held.get(path, ())
+    added = Contribution()
+    if path in step.matrices:
+        matrix = step.matrices[path]
+        energy = _subspace.squared_norm(matrix)
+        seen = Outside(change, coordinates, energy, matrix, basis, view.flipped)
+        added, kept = rule.residual.update(seen, kept)
+        inside, factor = _with_factor(rule, step, path, seen, added.factor)
     if path in rows:
         inside = _subspace.add_leading(inside, rows[path], view.flipped)
     whole = _subspace.lift(basis, inside, view.flipped)
-    whole = whole if factor is None else whole + factor * matrix
+    if factor is not None:
+        whole = whole + factor * step.matrices[path]
     return whole if added.addition is None else whole + added.addition, kept
+
+
+def _with_factor(
+    rule: Rule, step: Step, path: str, seen: Outside, factor: Array | None
+) -> tuple[Array, Array | None]:
+    """Coordinates to lift and the factor of the gradient; a cold layer passes it."""
+    inside = seen.update
+    if factor is not None:
+        inside = inside - factor * seen.coordinates
+    if not rule.residual.stateless or rule.project_cold:
+        return inside, factor
+    iterations = step.layers[path].spectrum.iterations
+    done = _layout.from_kernel_form(iterations, step.views[path])
+    warm = done >= _eigenbasis.to_int(rule.refresh.iterations)
+    cold = _residual.pass_through(seen.update, seen.coordinates, seen.energy)
+    factor = jnp.where(warm, 0 if factor is None else factor, cold)
+    return jnp.where(warm, inside, 0), factor
 
 
 def directed(

@@ -12,6 +12,7 @@ alone tells side and stacking, and the array is sharded, scanned and stacked alo
 whatever axes it shares with its kernel.
 """
 
+import dataclasses
 import fnmatch
 import math
 import operator
@@ -46,6 +47,29 @@ class Axes(NamedTuple):
     inputs: Shape
     outputs: Shape
     batch: Shape = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """The gradient of a kernel in the basis of an optimizer state, ``V^T G``.
+
+    Takes the kernel's place in a tree of gradients. Such trees add up and scale like
+    those of whole gradients, as long as the state, hence the basis, is the same; made
+    by `dsbp_optax.project_gradients`, consumed by ``update``.
+
+    Attributes:
+      values: float32, kernel form: the kernel's axes with length 1 in the place of
+        those that face the layer's input, and one trailing axis of length k. A Dense
+        kernel ``(d, m)`` has ``(1, m, k)``.
+    """
+
+    values: Array
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the coordinates, and of the update that comes from them."""
+        return self.values.dtype
 
 
 #: Per-path choice: one value, a mapping from glob pattern to value, or a callable.
@@ -129,6 +153,14 @@ def to_kernel_form(array: Array, view: MatrixView) -> Array:
     return split.transpose(*_inverse(order), len(order))
 
 
+def to_coordinates(values: Array, view: MatrixView) -> Array:
+    """``kernel form -> (*batch, k, m)``, flipped ``(*batch, m, k)``."""
+    order = (*view.batch, *view.columns, *view.rows, len(view.shape))
+    rank = values.shape[-1]
+    ordered = values.transpose(order).reshape(*view.batch_shape, view.other, rank)
+    return ordered if view.flipped else jnp.swapaxes(ordered, -1, -2)
+
+
 def from_kernel_form(array: Array, view: MatrixView) -> Array:
     """``kernel form -> (*batch, d or 1, c)``, the inverse of `to_kernel_form`."""
     order = view.batch + view.rows + view.columns
@@ -139,9 +171,32 @@ def from_kernel_form(array: Array, view: MatrixView) -> Array:
 def flatten_with_paths(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """A flat dict path -> leaf, in tree order, and the tree's structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    """A flat dict path -> leaf, in tree order, and the tree's structure.
+
+    `Coordinates` are leaves: they stand for an array.
+    """
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, Coordinates) or bool(is_leaf and is_leaf(node))
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_one)
     return {path_string(keys): leaf for keys, leaf in leaves}, treedef
+
+
+def kernel_shape(path: str, leaf: Any, basis: Any) -> Shape:
+    """The shape of the kernel whose gradient `leaf` is, or stands for."""
+    if not isinstance(leaf, Coordinates):
+        return jnp.shape(leaf)
+    form, got = basis.shape[:-1], leaf.values.shape
+    pairs = list(zip(form, got, strict=False))
+    fits = all(d == n or 1 in (d, n) for d, n in pairs)
+    if len(got) != basis.ndim or got[-1] != basis.shape[-1] or not fits:
+        raise ValueError(
+            f"the coordinates of '{path}' have shape {got}, which does not fit the "
+            f"state's basis {basis.shape}. Remedy: take them with project_gradients "
+            "from the state that update is given."
+        )
+    return tuple(d if n == 1 else n for d, n in pairs)
 
 
 def path_string(keys: Sequence[Any]) -> str:

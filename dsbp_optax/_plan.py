@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout
+from dsbp_optax import _layout, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._types import PyTree, Side
 
@@ -40,12 +40,14 @@ class Choices(NamedTuple):
       side: "input" or "output", per path if wished.
       axes: rule for kernels whose axes the heuristics misread; per path.
       when: "auto" projects where that saves memory; "always" wherever rank < d.
+      share: groups of patterns of paths whose kernels keep one basis.
     """
 
     rank: PerPath[Any]
     side: PerPath[Any]
     axes: AxesRule | None
     when: When
+    share: _share.Groups = ()
 
 
 class Decision(NamedTuple):
@@ -57,6 +59,7 @@ class Decision(NamedTuple):
       side: the side that carries the basis, or None.
       rank: number of basis vectors, or 0.
       view: how its axes form matrices, or None.
+      owner: the path whose basis it uses, where that is not its own, or None.
     """
 
     projected: bool
@@ -64,6 +67,17 @@ class Decision(NamedTuple):
     side: Side | None = None
     rank: int = 0
     view: MatrixView | None = None
+    owner: str | None = None
+
+
+class _Candidate(NamedTuple):
+    """A parameter that could have a basis, if that is worth its memory."""
+
+    path: str
+    dtype: Any
+    view: MatrixView
+    side: Side
+    rank: int
 
 
 def plan(
@@ -72,34 +86,43 @@ def plan(
     """A decision for each leaf of `params`, by path."""
     leaves, _ = _layout.flatten_with_paths(params)
     check_patterns(known_paths(params), choices)
-    decisions = {
-        path: _decide(path, leaf, leaves, choices, inner)
-        for path, leaf in leaves.items()
-    }
+    found = {path: _candidate(path, x, leaves, choices) for path, x in leaves.items()}
+    candidates = {p: c for p, c in found.items() if isinstance(c, _Candidate)}
+    decisions = {p: d for p, d in found.items() if isinstance(d, Decision)}
+    for group in _grouped(candidates, choices):
+        decisions |= _worthwhile(group, choices, inner)
+    decisions = {path: decisions[path] for path in leaves}
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
     return decisions
 
 
-def views(params: PyTree, choices: Choices, bases: Mapping[str, Any]) -> dict[str, Any]:
+def views(
+    params: PyTree,
+    choices: Choices,
+    bases: Mapping[str, Any],
+    owners: Mapping[str, str],
+) -> dict[str, Any]:
     """Views of the parameters that have a basis, for ``update``: shapes only.
 
     Args:
-      params: parameters or updates; leaves absent from `bases` are passed over.
+      params: parameters or updates; leaves absent from `owners` are passed over.
       choices: as at ``init``.
       bases: path -> basis in kernel form, checked against the rest.
+      owners: path of each projected parameter -> path of its basis.
     """
     leaves, _ = _layout.flatten_with_paths(params)
     found = {}
-    for path, basis in bases.items():
+    for path, owner in owners.items():
         if path not in leaves:
             raise ValueError(
                 f"the state holds a basis for '{path}', which is not among the "
                 f"updates ({some(leaves)}). Remedy: call update with the tree that "
                 "init saw, or init again."
             )
-        view, side = _view(path, jnp.shape(leaves[path]), leaves, choices)
-        _check_basis(path, basis, view, side, choices)
+        shape = _layout.kernel_shape(path, leaves[path], bases[owner])
+        view, side = _view(path, shape, leaves, choices)
+        _check_basis(path, bases[owner], view, side, choices)
         found[path] = view
     return found
 
@@ -152,13 +175,10 @@ def _check_basis(
         )
 
 
-def _decide(
-    path: str,
-    leaf: Any,
-    leaves: Mapping[str, Any],
-    choices: Choices,
-    inner: optax.GradientTransformation,
-) -> Decision:
+def _candidate(
+    path: str, leaf: Any, leaves: Mapping[str, Any], choices: Choices
+) -> _Candidate | Decision:
+    """What a parameter could be given, or why it is given nothing."""
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if (reason := _no_kernel(path, leaf, choices)) is not None:
         return Decision(False, reason)
@@ -166,33 +186,85 @@ def _decide(
     rank = check_rank(_layout.resolve(choices.rank, path, shape, None), path)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    return _worthwhile(path, dtype, view, side, min(rank, view.size), choices, inner)
+    if math.prod(shape) == 0:
+        return Decision(False, "it holds no numbers")
+    return _Candidate(path, dtype, view, side, min(rank, view.size))
+
+
+def _grouped(
+    candidates: Mapping[str, _Candidate], choices: Choices
+) -> list[tuple[_Candidate, ...]]:
+    """Candidates that keep one basis together; most are alone."""
+    groups = _share.resolve_groups(choices.share, candidates)
+    for owner, *others in groups:
+        for other in others:
+            _check_pair(candidates[owner], candidates[other])
+    shared = {path for group in groups for path in group}
+    alone = [(path,) for path in candidates if path not in shared]
+    return [tuple(candidates[path] for path in group) for group in (*groups, *alone)]
+
+
+def _check_pair(owner: _Candidate, other: _Candidate) -> None:
+    """One basis fits both kernels, or an error that says why not."""
+
+    def traits(one: _Candidate) -> dict[str, Any]:
+        return {
+            "side": one.side,
+            "shape of the basis": _layout.kernel_form_shape(one.view, True, one.rank),
+            "stacking axes": one.view.batch,
+            "input axes": one.view.rows,
+            "dtype": jnp.dtype(compute_dtype(one.dtype)).name,
+        }
+
+    left, right = traits(owner), traits(other)
+    wrong = [f"{k}: {left[k]} and {right[k]}" for k in left if left[k] != right[k]]
+    if owner.side != "input":
+        wrong.append("only the input side can be shared")
+    if wrong:
+        raise ValueError(
+            f"share: '{owner.path}' {owner.view.shape} and '{other.path}' "
+            f"{other.view.shape} cannot keep one basis ({'; '.join(wrong)}). Remedy: "
+            "share between kernels that have the same input, axes, rank and dtype."
+        )
 
 
 def _worthwhile(
-    path: str,
-    dtype: Any,
-    view: MatrixView,
-    side: Side,
-    rank: int,
-    choices: Choices,
-    inner: optax.GradientTransformation,
-) -> Decision:
-    size, other = view.size, view.other
-    if choices.when == "auto":
-        if size < 2 or other < 2:
-            return Decision(False, f"a {size} x {other} matrix has nothing to project")
-        if rank == size:
-            text = f"rank reaches d = {size}: the identity{_stacked(view)}"
-            return Decision(False, text)
-        stack = math.prod(view.batch_shape)
-        full = stack * inner_bytes(inner, (size, other), dtype)
-        basis = stack * size * rank * compute_dtype(dtype).itemsize
-        small = basis + stack * inner_bytes(inner, (rank, other), compute_dtype(dtype))
-        if full and small >= full:
-            return Decision(False, f"saves no memory: {small} >= {full} bytes")
-    text = f"{side} side, rank {rank} of {size}{_stacked(view)}"
-    return Decision(True, text, side, rank, view)
+    group: tuple[_Candidate, ...], choices: Choices, inner: optax.GradientTransformation
+) -> dict[str, Decision]:
+    """The decision for kernels that keep one basis, by path: all of them or none."""
+    first, *others = group
+    reason = _pointless(group, inner) if choices.when == "auto" else None
+    if reason is not None:
+        return {one.path: Decision(False, reason) for one in group}
+    side, rank, view = first.side, first.rank, first.view
+    text = f"{side} side, rank {rank} of {view.size}{_stacked(view)}"
+    decisions = {first.path: Decision(True, text, side, rank, view)}
+    for one in others:
+        text = f"shares the basis of '{first.path}', rank {rank} of {view.size}"
+        decisions[one.path] = Decision(True, text, side, rank, one.view, first.path)
+    return decisions
+
+
+def _pointless(
+    group: tuple[_Candidate, ...], inner: optax.GradientTransformation
+) -> str | None:
+    """Why the kernels of a group should not be projected, or None."""
+    view, rank = group[0].view, group[0].rank
+    size, other = view.size, sum(one.view.other for one in group)
+    if size < 2 or other < 2:
+        return f"a {size} x {other} matrix has nothing to project"
+    if rank == size:
+        return f"rank reaches d = {size}: the identity{_stacked(view)}"
+    stack, dtype = math.prod(view.batch_shape), compute_dtype(group[0].dtype)
+    small = stack * size * rank * dtype.itemsize
+    full = 0
+    for one in group:
+        full += stack * inner_bytes(inner, (size, one.view.other), one.dtype)
+        small += stack * inner_bytes(inner, (rank, one.view.other), dtype)
+    if full and small >= full:
+        jointly = " for all that share the basis" if len(group) > 1 else ""
+        return f"saves no memory{jointly}: {small} >= {full} bytes"
+    return None
 
 
 def _stacked(view: MatrixView) -> str:
@@ -339,6 +411,16 @@ def check_patterns(paths: list[str], choices: Choices) -> None:
                     f"{name}: pattern '{pattern}' matches no parameter; there are "
                     f"{some(paths)}.{did_you_mean(pattern, paths)}"
                 )
+    for pattern in (p for group in choices.share for p in group):
+        # A mask may hide a whole branch of the tree behind the path of its root.
+        if paths and not any(
+            _share.capture(path, pattern) is not None or pattern.startswith(f"{path}/")
+            for path in paths
+        ):
+            raise ValueError(
+                f"share: '{pattern}' matches no parameter; there are {some(paths)}."
+                f"{did_you_mean(pattern, paths)}"
+            )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

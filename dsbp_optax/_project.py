@@ -6,11 +6,20 @@ update = direction(V u + what the residual rule makes of G - V V^T G)
          + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
 
-from dsbp_optax import _basis, _eigenbasis, _plan, _residual, _transport, _update
+from dsbp_optax import (
+    _basis,
+    _eigenbasis,
+    _plan,
+    _residual,
+    _share,
+    _transport,
+    _update,
+)
 from dsbp_optax._eigenbasis import Refresh
 from dsbp_optax._filter import Filter
 from dsbp_optax._layout import AxesRule, PerPath
@@ -37,6 +46,7 @@ def scale_by_spectral_projection(
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    share: Sequence[Sequence[str]] = (),
     project: When = "auto",
     project_cold: bool = False,
     transport: _transport.Additions = None,
@@ -79,6 +89,10 @@ def scale_by_spectral_projection(
       decay: gamma in [0, 1), share of the past kept in the statistic.
       axes: which axes of a kernel are inputs, outputs, stacked: a mapping from
         glob pattern to `Axes`, or a callable ``(path, shape) -> Axes | None``.
+      share: groups of kernels with one and the same input, which keep one basis:
+        tuples of paths, as an adapter's ``find_shared_inputs`` returns them, or of
+        patterns such as ``("*/query/kernel", "*/key/kernel", "*/value/kernel")``,
+        which group the paths whose parts under each ``*`` are equal.
       project: "auto" projects a kernel only where the inner state then takes less
         memory, basis included; "always" wherever there is a rank.
       project_cold: whether to project before the first window of q iterations is
@@ -95,7 +109,8 @@ def scale_by_spectral_projection(
     Returns:
       A transformation whose ``update`` takes ``statistics=``, a flat mapping from
       parameter path to `Sketch`, `Activations` or `Covariance`. Kernels without
-      one use the basis of their own gradient.
+      one use the basis of their own gradient. Without a residual, gradients may be
+      `Coordinates`, see `project_gradients`.
 
     Raises:
       ValueError, TypeError: at construction, ``init`` or trace time, naming the
@@ -120,10 +135,11 @@ def scale_by_spectral_projection(
     """
     solver = solver or _basis.power_iteration
     refresh = Refresh(update_every, power_iterations, solver, centered, decay)
+    groups = _share.check_share(share)
     rule = Rule(
         inner=_transport.as_inner(inner),
         fallback=None if fallback is None else _transport.as_inner(fallback),
-        choices=_plan.check_choices(Choices(rank, side, axes, project)),
+        choices=_plan.check_choices(Choices(rank, side, axes, project, groups)),
         refresh=_eigenbasis.check_refresh(refresh),
         spectral_filter=spectral_filter,
         residual=_residual.as_residual(residual),

@@ -1,5 +1,6 @@
 """The optimizers that users call."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -115,6 +116,7 @@ def dsbp_sgd(
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
     basis_dtype: Any = None,
     statistics_in_state: bool = False,
@@ -144,6 +146,8 @@ def dsbp_sgd(
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
+      share: groups of kernels with one input, which keep one basis, see an
+        adapter's ``find_shared_inputs``.
       moment_dtype: dtype that moments in the subspace are stored in.
       basis_dtype: dtype that bases are stored in.
       statistics_in_state: reserve a place for `put_statistics`.
@@ -179,6 +183,7 @@ def dsbp_sgd(
         centered=centered,
         decay=decay,
         axes=axes,
+        share=share,
         fallback=fallback,
         moment_dtype=moment_dtype,
         basis_dtype=basis_dtype,
@@ -207,6 +212,7 @@ def dsbp_adamw(
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
     basis_dtype: Any = None,
     statistics_in_state: bool = False,
@@ -238,6 +244,8 @@ def dsbp_adamw(
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
+      share: groups of kernels with one input, which keep one basis, see an
+        adapter's ``find_shared_inputs``.
       moment_dtype: dtype that moments in the subspace are stored in.
       basis_dtype: dtype that bases are stored in.
       statistics_in_state: reserve a place for `put_statistics`.
@@ -272,6 +280,7 @@ def dsbp_adamw(
         centered=centered,
         decay=decay,
         axes=axes,
+        share=share,
         fallback=fallback,
         moment_dtype=moment_dtype,
         basis_dtype=basis_dtype,
@@ -302,6 +311,7 @@ def dsbp_muon(
     centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
+    share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
     basis_dtype: Any = None,
     statistics_in_state: bool = False,
@@ -340,6 +350,8 @@ def dsbp_muon(
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
+      share: groups of kernels with one input, which keep one basis, see an
+        adapter's ``find_shared_inputs``.
       moment_dtype: dtype that moments in the subspace are stored in.
       basis_dtype: dtype that bases are stored in.
       statistics_in_state: reserve a place for `put_statistics`.
@@ -377,6 +389,7 @@ def dsbp_muon(
         centered=centered,
         decay=decay,
         axes=axes,
+        share=share,
         fallback=fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
         moment_dtype=moment_dtype,
         basis_dtype=basis_dtype,

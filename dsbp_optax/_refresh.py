@@ -10,7 +10,7 @@ import optax
 
 from dsbp_optax import _eigenbasis, _layout, _plan, _spectral, _subspace
 from dsbp_optax._eigenbasis import Layer, Refresh
-from dsbp_optax._layout import MatrixView
+from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._spectral import SpectralState
 from dsbp_optax._transport import Field, Moments, Rotation, rotate
 from dsbp_optax._types import Array, PyTree
@@ -19,24 +19,30 @@ T = TypeVar("T")
 Layers: TypeAlias = dict[str, Layer]
 RefreshStep: TypeAlias = Callable[..., tuple[Layers, list[Moments]]]
 
+#: Gradients that come as coordinates turn with the basis like a first moment.
+_GIVEN = Field("first", "given", -1)
+
 
 class Step(NamedTuple):
     """What is known once the bases of a step stand.
 
     Attributes:
-      gradients: path -> incoming update, as it came.
+      gradients: path -> incoming update, as it came: an array or `Coordinates`.
       treedef: structure of the incoming updates.
       views: path -> view, of the projected parameters.
-      matrices: path -> gradient ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
-      layers: path -> layer, kernel form.
+      matrices: path -> gradient ``(*batch, d, m)``, flipped ``(*batch, m, d)``; of
+        those that came whole.
+      given: path -> coordinates of those that came so, in the bases of this step.
+      layers: path -> layer, kernel form; kernels that share a basis have one layer.
       bases: path -> basis ``(*batch, d, k)``.
       moments: of the inner optimizer, in the coordinates of the bases.
     """
 
-    gradients: dict[str, Array]
+    gradients: dict[str, Any]
     treedef: Any
     views: dict[str, MatrixView]
     matrices: dict[str, Array]
+    given: dict[str, Array]
     layers: Layers
     bases: dict[str, Array]
     moments: list[Moments]
@@ -66,21 +72,42 @@ def begin_step(
     gradients = {
         p: x if hasattr(x, "dtype") else jnp.asarray(x) for p, x in leaves.items()
     }
-    views = _plan.views(updates, choices, state.basis)
+    owners = _spectral.owners_of(state)
+    views = _plan.views(updates, choices, state.basis, owners)
     known = _plan.known_paths(updates)
     seen = _spectral.gather_statistics(statistics, state, views, known)
     matrices = _spectral.matrices(gradients, views)
-    layers, turned = refresh_step(
+    given = _given_coordinates(gradients, views)
+    layers, (*turned, given) = refresh_step(
         _spectral.split_layers(state),
-        list(moments),
+        [*moments, given],
         seen,
         gradients,
         state.step,
         views=views,
-        kinds=kinds,
+        kinds=[*kinds, _GIVEN],
+        owners=owners,
     )
+    layers = {path: layers[owners[path]] for path in views}
     bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
-    return Step(gradients, treedef, views, matrices, layers, bases, turned)
+    return Step(gradients, treedef, views, matrices, given, layers, bases, turned)
+
+
+def _given_coordinates(
+    gradients: Mapping[str, Array | Coordinates], views: Mapping[str, MatrixView]
+) -> dict[str, Array]:
+    """Incoming coordinates ``(*batch, k, m)``; they turn with the basis."""
+    given = {}
+    for path, gradient in gradients.items():
+        if isinstance(gradient, Coordinates):
+            if path not in views:
+                raise ValueError(
+                    f"updates: got Coordinates for '{path}', for which this state "
+                    "keeps no basis. Remedy: take them with project_gradients from "
+                    "the state that update is given."
+                )
+            given[path] = _layout.to_coordinates(gradient.values, views[path])
+    return given
 
 
 def end_step(
@@ -92,7 +119,8 @@ def end_step(
         "step": count,
         "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
         "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
-        **_spectral.join_layers(step.layers),
+        **_spectral.join_layers(_only(state.basis, step.layers)),
+        "shared": state.shared,
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
     }
 
@@ -100,7 +128,9 @@ def end_step(
 def to_updates(step: Step, changes: Mapping[str, Array], finite: Array) -> PyTree:
     """`changes` by path as the incoming tree, dtypes kept, zero if not finite."""
     return step.treedef.unflatten(
-        jnp.where(finite, changes[path], 0).astype(jnp.result_type(gradient))
+        jnp.where(finite, changes[path], 0).astype(
+            jnp.result_type(*jax.tree.leaves(gradient))
+        )
         for path, gradient in step.gradients.items()
     )
 
@@ -154,19 +184,25 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
       refresh: settings.
 
     Returns:
-      ``(layers, moments, statistics, gradients, step, views=, kinds=) -> (layers,
-      moments)``, see `refresh_layers`.
+      ``(layers, moments, statistics, gradients, step, views=, kinds=, owners=) ->
+      (layers, moments)``, see `refresh_layers`.
     """
 
-    @functools.partial(jax.jit, static_argnames=("views", "kinds"))
-    def step(*args: Any, views: Any, kinds: Any) -> tuple[Layers, list[Moments]]:
-        return refresh_layers(refresh, dict(views), list(kinds), *args)
+    @functools.partial(jax.jit, static_argnames=("views", "kinds", "owners"))
+    def step(*args: Any, views: Any, kinds: Any, owners: Any) -> Any:
+        return refresh_layers(refresh, dict(views), list(kinds), dict(owners), *args)
 
     def call(
-        *args: Any, views: Mapping[str, MatrixView], kinds: Sequence[Field]
+        *args: Any,
+        views: Mapping[str, MatrixView],
+        kinds: Sequence[Field],
+        owners: Mapping[str, str],
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
-            *args, views=tuple(views.items()), kinds=tuple(kinds)
+            *args,
+            views=tuple(views.items()),
+            kinds=tuple(kinds),
+            owners=tuple(owners.items()),
         )
         return done
 
@@ -177,10 +213,11 @@ def refresh_layers(
     refresh: Refresh,
     views: Mapping[str, MatrixView],
     kinds: list[Field],
+    owners: Mapping[str, str],
     layers: Layers,
     moments: list[Moments],
     statistics: Mapping[str, Any],
-    gradients: Mapping[str, Array],
+    gradients: Mapping[str, Array | Coordinates],
     step: Array,
 ) -> tuple[Layers, list[Moments]]:
     """Every layer whose turn it is, one `lax.cond` for each group of layers.
@@ -188,12 +225,14 @@ def refresh_layers(
     Layers with sketches (or with nothing, which use their gradient) take one power
     iteration on each of the first q steps of a period; layers with a whole matrix
     take all of them on the first. Gradients that are not finite change nothing; the
-    branch tests them itself, so that other steps need not wait for the test.
+    branch tests them itself, so that other steps need not wait for the test. A basis
+    whose gradients came as coordinates waits for a statistic.
 
     Args:
       refresh: settings.
       views: path -> view.
       kinds: how each field of `moments` follows a basis.
+      owners: path of each kernel -> path of its layer.
       layers: path -> layer, kernel form.
       moments: of the inner optimizer; they move with the bases.
       statistics: path -> statistic.
@@ -208,33 +247,81 @@ def refresh_layers(
         group: Layers, moments: list[Moments], seen: Any, gradients: Any
     ) -> tuple[Layers, list[Moments]]:
         finite = _spectral.all_finite(gradients)
-        matrices = _spectral.matrices(gradients, _only(group, views))
-        new, rotations = {}, {}
-        for path, layer in group.items():
-            new[path], turned = _eigenbasis.refresh_layer(
-                layer, seen.get(path), matrices[path], views[path], refresh
-            )
-            rotations[path] = Rotation(turned, views[path].flipped, step)
+        new, rotations = _refresh_group(
+            refresh, views, owners, group, seen, gradients, step
+        )
         done = new, rotate(kinds, moments, rotations)
         return _spectral.select(finite, done, (group, moments))
 
     instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
     first = step % _eigenbasis.to_int(refresh.every) == 0
     spread = _eigenbasis.collects(step, refresh)
-    for paths, turn in ((instant, first), (layers.keys() - instant, spread)):
+    spread_paths = layers.keys() - instant - _waiting(owners, gradients, statistics)
+    for paths, turn in ((instant, first), (spread_paths, spread)):
         if paths:
+            kernels = {path for path, owner in owners.items() if owner in paths}
             group, turned = jax.lax.cond(
                 turn,
                 refresh_branch,
                 _keep_branch,
                 _only(paths, layers),
-                [_only(paths, held) for held in moments],
+                [_only(kernels, held) for held in moments],
                 _only(paths, statistics),
                 dict(gradients),
             )
             layers = {**layers, **group}
             moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
     return layers, moments
+
+
+def _refresh_group(
+    refresh: Refresh,
+    views: Mapping[str, MatrixView],
+    owners: Mapping[str, str],
+    group: Layers,
+    seen: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    step: Array,
+) -> tuple[Layers, dict[str, Rotation]]:
+    """One refresh of each layer, and how the coordinates of each kernel turn."""
+    new: Layers = {}
+    rotations: dict[str, Rotation] = {}
+    for path, layer in group.items():
+        kernels = {p: v for p, v in views.items() if owners[p] == path}
+        gradient = _joined(gradients, kernels)
+        new[path], turned = _eigenbasis.refresh_layer(
+            layer, seen.get(path), gradient, views[path], refresh
+        )
+        if gradient.size == 0:  # coordinates do not tell the energy outside
+            spectrum = new[path].spectrum._replace(energy=layer.spectrum.energy)
+            new[path] = new[path]._replace(spectrum=spectrum)
+        rotations |= dict.fromkeys(kernels, Rotation(turned, views[path].flipped, step))
+    return new, rotations
+
+
+def _waiting(
+    owners: Mapping[str, str], gradients: Mapping[str, Any], seen: Mapping[str, Any]
+) -> set[str]:
+    """Layers that cannot be refreshed: coordinates only, and no statistic."""
+    given = {o for p, o in owners.items() if isinstance(gradients[p], Coordinates)}
+    return given - seen.keys()
+
+
+def _joined(
+    gradients: Mapping[str, Array | Coordinates], views: Mapping[str, MatrixView]
+) -> Array:
+    """Gradients of kernels that share a basis, side by side: ``(*batch, d, sum m)``.
+
+    Without columns where one of them came as coordinates.
+    """
+    matrices = list(_spectral.matrices(gradients, views).values())
+    view = next(iter(views.values()))
+    if len(matrices) < len(views):
+        size = (0, view.size) if view.flipped else (view.size, 0)
+        return jnp.zeros((*view.batch_shape, *size))
+    if len(matrices) == 1:
+        return matrices[0]
+    return jnp.concatenate(matrices, axis=-2 if view.flipped else -1)
 
 
 def _keep_branch(

@@ -77,14 +77,18 @@ class Residual(NamedTuple):
     stateless: bool = False
 
 
+#: No rule: what is outside the subspace is dropped.
+DROPPED = Residual(
+    lambda matrix: (), lambda seen, state: (Contribution(), state), stateless=True
+)
+
+
 def as_residual(rule: Any) -> Residual:
     """`rule` in its general form; a function of three arguments has no state."""
     if isinstance(rule, Residual):
         return rule
     if rule is None:
-        return Residual(
-            lambda matrix: (), lambda seen, _: (Contribution(), ()), None, True
-        )
+        return DROPPED
     if not callable(rule):
         raise TypeError(
             f"residual: got {rule!r} of type {type(rule).__name__}, expected None, a "

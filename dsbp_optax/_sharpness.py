@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dsbp_optax import _basis, _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax import (
+    _basis,
+    _coordinates,
+    _eigenbasis,
+    _layout,
+    _plan,
+    _spectral,
+    _subspace,
+)
 from dsbp_optax._eigenbasis import Refresh
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices
@@ -127,6 +135,7 @@ def _update(
     _spectral.check_extra_args(extra)
     if not jax.tree.leaves(updates):
         return updates, state
+    _coordinates.refuse(_coordinates.find(updates), "add_spectral_sharpness")
     step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
     changes = dict(step.gradients)
     rows = sharpness_rows(rule.sharpness, step, params, state.step)

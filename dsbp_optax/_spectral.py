@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dsbp_optax import _eigenbasis, _layout, _plan
 from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
-from dsbp_optax._layout import MatrixView
+from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._statistics import Sketch
 from dsbp_optax._types import Array, PyTree
 
@@ -34,6 +34,8 @@ class SpectralProjectionState(NamedTuple):
       basis: parameter path -> orthonormal basis, a flat dict.
       spectrum: parameter path -> `Spectrum`.
       statistics: place for `put_statistics`; empty unless reserved.
+      shared: who uses another kernel's basis, ``{owner: {member: {}}}``; holds no
+        arrays.
       inner: state of the inner optimizer on a flat dict by path, with ``(*batch, k,
         m)`` coordinates for projected kernels and full arrays for the rest.
       residual: parameter path -> state of the residual rule; empty where it keeps none.
@@ -47,6 +49,7 @@ class SpectralProjectionState(NamedTuple):
     basis: Any
     spectrum: Any
     statistics: Any
+    shared: Any
     inner: Any
     residual: Any
     fallback: Any
@@ -61,6 +64,7 @@ class SpectralSharpnessState(NamedTuple):
     basis: Any
     spectrum: Any
     statistics: Any
+    shared: Any
 
 
 #: State type -> what its statistics' paths end in. The projection's end in nothing.
@@ -81,6 +85,14 @@ def find_states(opt_state: PyTree) -> list[SpectralState]:
 
     map_states(note, opt_state)
     return found
+
+
+def owners_of(state: SpectralState) -> dict[str, str]:
+    """Path of each projected parameter -> path under which its basis is kept."""
+    owners = {path: path for path in state.basis}
+    for owner, members in state.shared.items():
+        owners |= dict.fromkeys(members, owner)
+    return owners
 
 
 def map_states(
@@ -175,15 +187,29 @@ def gather_statistics(
     if given is None:
         return dict(state.statistics)
     _eigenbasis.check_mapping(given, known, [s for s in STATES.values() if s])
-    suffix, found = STATES[type(state)], {}
-    for path, view in views.items():
+    suffix = STATES[type(state)]
+    found: dict[str, Any] = {}
+    for path, owner in owners_of(state).items():
         statistic = given.get(path + suffix)
         if statistic is None and not isinstance(given.get(path), Sketch):
             statistic = given.get(path)  # whole matrices serve every transformation
         if statistic is not None:
-            rank = state.basis[path].shape[-1]
-            found[path] = _eigenbasis.check_statistic(path, statistic, view, rank)
+            rank = state.basis[owner].shape[-1]
+            view = views[path]
+            statistic = _eigenbasis.check_statistic(path, statistic, view, rank)
+            _check_same(found.setdefault(owner, statistic), statistic, owner, path)
     return found
+
+
+def _check_same(one: Any, two: Any, owner: str, path: str) -> None:
+    """Kernels that share a basis share its statistic; shapes betray another input."""
+    shapes = [jax.tree.map(jnp.shape, statistic) for statistic in (one, two)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"statistics['{path}']: got {shapes[1]}, expected {shapes[0]} as for "
+            f"'{owner}', whose basis it shares. Remedy: pass one statistic for kernels "
+            "that share a basis, or take this one out of share=."
+        )
 
 
 def check_extra_args(extra: Mapping[str, Any]) -> None:
@@ -196,14 +222,14 @@ def check_extra_args(extra: Mapping[str, Any]) -> None:
             )
 
 
-def all_finite(leaves: Mapping[str, Array]) -> Array:
+def all_finite(tree: PyTree) -> Array:
     """Whether every number of every leaf is finite.
 
     By the sum of magnitudes, which reduces several times faster than a test of each.
     """
     checks = [
         jnp.isfinite(jnp.sum(jnp.abs(x), dtype=_plan.compute_dtype(x.dtype)))
-        for x in leaves.values()
+        for x in jax.tree.leaves(tree)
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
@@ -238,8 +264,17 @@ def init_layers(
             _plan.compute_dtype(jnp.result_type(leaves[path])),
         )
         for path, choice in decisions.items()
-        if choice.view is not None and choice.projected
+        if choice.view is not None and choice.projected and choice.owner is None
     }
+
+
+def init_shared(decisions: Mapping[str, _plan.Decision]) -> dict[str, Any]:
+    """Who uses another parameter's basis, as the keys of nested dicts."""
+    shared: dict[str, dict[str, Any]] = {}
+    for path, choice in decisions.items():
+        if choice.owner is not None:
+            shared.setdefault(choice.owner, {})[path] = {}
+    return shared
 
 
 def init_fields(
@@ -260,6 +295,7 @@ def init_fields(
         **counters(refresh),
         **join_layers(layers),
         "statistics": empty_statistics(layers) if reserve else {},
+        "shared": init_shared(decisions),
     }
 
 
@@ -269,7 +305,8 @@ def empty_fields(refresh: Refresh) -> dict[str, Any]:
     Also what `optax.tree.map_params` asks for, which wants one leaf in the place of
     everything that is not a copy of the parameters.
     """
-    none = {name: jnp.zeros([]) for name in ("basis", "spectrum", "statistics")}
+    names = ("basis", "spectrum", "statistics", "shared")
+    none = {name: jnp.zeros([]) for name in names}
     return {**counters(refresh), **none}
 
 
@@ -281,12 +318,16 @@ def counters(refresh: Refresh) -> dict[str, Array]:
 
 
 def matrices(
-    gradients: Mapping[str, Array], views: Mapping[str, MatrixView]
+    gradients: Mapping[str, Array | Coordinates], views: Mapping[str, MatrixView]
 ) -> dict[str, Array]:
-    """The projected parameters as matrices, in their compute dtype."""
+    """The projected parameters as matrices, in their compute dtype.
+
+    Those that come as coordinates are left out.
+    """
     return {
         path: _layout.to_matrices(_layout.astype(gradients[path], dtype), view)
         for path, view in views.items()
+        if not isinstance(gradients[path], Coordinates)
         for dtype in [_plan.compute_dtype(jnp.result_type(gradients[path]))]
     }
 

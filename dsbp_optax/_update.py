@@ -10,9 +10,12 @@ import optax
 
 from dsbp_optax import (
     _combine,
+    _coordinates,
     _eigenbasis,
     _inner,
     _layout,
+    _plan,
+    _residual,
     _spectral,
     _transport,
 )
@@ -27,7 +30,7 @@ from dsbp_optax._refresh import (
 )
 from dsbp_optax._rule import Rule
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import PyTree
 
 
 def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
@@ -58,10 +61,12 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected
     }
+    dtypes = {
+        path: _plan.compute_dtype(jnp.result_type(leaves[path])) for path in views
+    }
     coordinates = {
-        path: jnp.zeros(view.coordinate_shape(basis.shape[-1]), basis.dtype)
+        path: jnp.zeros(view.coordinate_shape(decisions[path].rank), dtypes[path])
         for path, view in views.items()
-        for basis in [fields["basis"][path]]
     }
     kernels, others = _inner.divide(rule, leaves, params)
     inner = rule.inner.init({**kernels, **coordinates})
@@ -73,7 +78,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
     return SpectralProjectionState(
         **_stored_basis(rule, fields),
         inner=inner,
-        residual=_init_residual(rule, views, fields["basis"]),
+        residual=_init_residual(rule, views, dtypes),
         fallback=() if rule.fallback is None else rule.fallback.init(others),
     )
 
@@ -93,6 +98,8 @@ def _update(
     if not jax.tree.leaves(updates):
         return updates, state
     step, inner = _begin(rule, refresh_step, updates, state, statistics)
+    if rule.residual is not _residual.DROPPED:
+        _coordinates.refuse(step.given, "a residual rule")
     coordinates = _combine.coordinates(step)
     gradients = _inner.divide(rule, step.gradients, updates)
     gradients.kernels.update(_combine.filtered(rule, step, coordinates))
@@ -105,7 +112,7 @@ def _update(
         _inner.Pair(inner, state.fallback),
         _inner.Pair(state.inner, state.fallback),
         params,
-        _inner.store_moments(rule, frozenset(state.basis), state.step),
+        _inner.store_moments(rule, frozenset(_spectral.owners_of(state)), state.step),
         extra,
     )
     rows = {}
@@ -139,7 +146,7 @@ def _begin(
     statistics: Mapping[str, Any] | None,
 ) -> tuple[Step, PyTree]:
     """The step, and the inner optimizer's state in the coordinates of its bases."""
-    paths = frozenset(state.basis)
+    paths = frozenset(_spectral.owners_of(state))
     widened = _inner.map_moments(rule, state.inner, paths, _inner.widened(updates))
     fields, moments = _transport.split(widened, paths, rule.transport)
     step = begin_step(
@@ -162,12 +169,12 @@ def _with_feedback(rule: Rule, step: Step, state: SpectralProjectionState) -> St
 
 
 def _init_residual(
-    rule: Rule, views: Mapping[str, _layout.MatrixView], bases: Mapping[str, Array]
+    rule: Rule, views: Mapping[str, _layout.MatrixView], dtypes: Mapping[str, Any]
 ) -> dict[str, PyTree]:
     """State of the residual rule by path; empty where it keeps none."""
     held = {
         path: rule.residual.init(
-            jnp.zeros((*view.batch_shape, *view.matrix_shape), bases[path].dtype)
+            jnp.zeros((*view.batch_shape, *view.matrix_shape), dtypes[path])
         )
         for path, view in views.items()
     }

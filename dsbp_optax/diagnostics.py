@@ -51,7 +51,7 @@ def explain(tx: optax.GradientTransformation, params: PyTree) -> Explanation:
     plans: list[dict[str, Decision]] = []
     token = _plan.OBSERVER.set(plans)
     try:
-        jax.eval_shape(tx.init, params)
+        jax.eval_shape(lambda tree: tx.init(tree), params)  # anew: jax keeps traces
     finally:
         _plan.OBSERVER.reset(token)
     found = Explanation()

@@ -6,7 +6,7 @@ updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -15,12 +15,20 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.training import train_state
 
-from dsbp_optax import _layout, _tap
+from dsbp_optax import _inputs, _layout, _tap
 from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._share import Groups
 from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
-__all__ = ["LayerRule", "LinearMap", "TrainState", "value_and_grad", "warm_start"]
+__all__ = [
+    "LayerRule",
+    "LinearMap",
+    "TrainState",
+    "find_shared_inputs",
+    "value_and_grad",
+    "warm_start",
+]
 
 #: ``module -> LinearMap``, or None where this very layer cannot be tapped.
 LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
@@ -86,7 +94,8 @@ def value_and_grad(
         several models, or be the whole variables.
       has_aux: as in `jax.value_and_grad`.
       rules: layer type -> rule, for layers of your own; wins over the shipped ones.
-      strict: whether a projected kernel whose layer is never called is an error.
+      strict: whether it is an error when the layer of a projected kernel is never
+        called, or has another input than the kernel whose basis it shares.
 
     Returns:
       ``(params, *args, opt_state, **kwargs) -> (value, grads, statistics)``. Value
@@ -94,8 +103,8 @@ def value_and_grad(
       paths to `Sketch`; on steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, or its kernel's axes
-        were misread.
+      ValueError: at trace time, when a layer was not called, its kernel's axes were
+        misread, or it does not have the input of the basis that it shares.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer (the layer itself takes
     ``6 n d m``).
@@ -115,17 +124,17 @@ def value_and_grad(
     every_rule = {**_RULES, **_tap.check_rules(rules)}
 
     def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
-        riders = _tap.make_riders(opt_state)
-        recorder = _Recorder(every_rule, (args, kwargs))
+        riders, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
+        recorder = _Recorder(every_rule, _inputs.members_of(shared))
 
         def tapped_loss(params: PyTree, riders: dict[str, Rider]) -> Any:
-            recorder.start(params, riders)
+            recorder.start(params, riders, (args, kwargs))
             with nn.intercept_methods(recorder.intercept):
                 return loss_fn(params, *args, **kwargs)
 
         differentiate = jax.value_and_grad(tapped_loss, argnums=(0, 1), has_aux=has_aux)
         value, (grads, cotangents) = differentiate(params, riders)
-        recorder.finish(strict)
+        recorder.finish(strict, shared)
         return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
 
     return wrapped
@@ -166,24 +175,83 @@ def warm_start(
     return _tap.warm_start(collect, opt_state, power_iterations - 1)
 
 
-class _Recorder:
-    """Carries riders into the layers of one trace and notes what happened there."""
+def find_shared_inputs(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    rules: Mapping[type, LayerRule] | None = None,
+    **kwargs: Any,
+) -> Groups:
+    """Which kernels have one and the same input, so that one basis serves them all.
 
-    def __init__(self, rules: Mapping[type, LayerRule], foreign: PyTree) -> None:
+    Found by tracing the loss on shapes: layers that are handed the same object, and
+    read samples off it alike. In self-attention query, key and value come out as one
+    group, in cross-attention key and value do.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      params: parameters, or their shapes.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`; a loss of either form is only traced.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
+    Returns:
+      Groups of parameter paths, for ``share=`` of an optimizer.
+
+    Raises:
+      TypeError: for `rules` that are none.
+
+    Cost: one abstract trace of the loss; nothing is computed.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, dsbp_optax
+      >>> model, x = nn.MultiHeadDotProductAttention(2), jnp.ones((4, 16, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: (model.apply({"params": params}, x) ** 2).mean()
+      >>> dsbp_optax.linen.find_shared_inputs(loss_fn, params, x)
+      (('key/kernel', 'query/kernel', 'value/kernel'),)
+    """
+    del has_aux
+    leaves, _ = _layout.flatten_with_paths(params)
+    recorder = _Recorder({**_RULES, **_tap.check_rules(rules)}, leaves)
+
+    def traced(params: PyTree, args: Any, kwargs: Any) -> None:
+        recorder.start(params, {}, (args, kwargs))
+        with nn.intercept_methods(recorder.intercept):
+            loss_fn(params, *args, **kwargs)
+
+    _inputs.trace(traced, params, args, kwargs)
+    return recorder.calls.groups(leaves)
+
+
+class _Recorder:
+    """Carries riders into the layers of one trace and notes what happened there.
+
+    Kernels that are watched but have no rider are marked by an empty dict.
+    """
+
+    def __init__(
+        self, rules: Mapping[type, LayerRule], watched: Collection[str]
+    ) -> None:
         self.rules = rules
-        self.foreign = {id(leaf) for leaf in jax.tree.leaves(foreign)}
+        self.calls = _inputs.Calls(watched)
+        self.foreign: set[int] = set()
         self.tapped: set[str] = set()
         self.seen: set[str] = set()
         self.riders: dict[str, Rider] = {}
         self.leaves: dict[str, Any] = {}
 
-    def start(self, params: PyTree, riders: dict[str, Rider]) -> None:
+    def start(self, params: PyTree, riders: dict[str, Rider], foreign: PyTree) -> None:
         self.riders = riders
+        self.foreign = {id(leaf) for leaf in jax.tree.leaves(foreign)}
         self.leaves, _ = _layout.flatten_with_paths(params)
 
-    def finish(self, strict: bool) -> None:
+    def finish(self, strict: bool, shared: Mapping[str, Collection[str]]) -> None:
         if not strict:
             return
+        self.calls.check(shared)
         for key in _tap.check_tapped(self.riders, self.tapped, self.seen):
             warnings.warn(_tap.no_rule(key), stacklevel=3)
 
@@ -197,19 +265,23 @@ class _Recorder:
             self._inject(module.scope)
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        riders = module.get_variable("params", _MARK, {})
-        self.seen.update(_tap.parameter_path(key) for key in riders)
-        linear = _tap.find_rule(self.rules, type(module))(module) if riders else None
+        marks = module.get_variable("params", _MARK, {})
+        self.seen.update(_tap.parameter_path(key) for key in marks)
+        linear = _tap.find_rule(self.rules, type(module))(module) if marks else None
         if linear is None:
             return call(*args, **kwargs)
-        kernel = meta.unbox(module.get_variable("params", linear.parameter))
         mine = {
             k: r
-            for k, r in riders.items()
+            for k, r in marks.items()
             if _tap.parameter_path(k).rpartition("/")[2] == linear.parameter
         }
-        self.tapped.update(mine)
-        return _tap.observe(call, args, kwargs, linear, jnp.shape(kernel), mine)
+        kernel = meta.unbox(module.get_variable("params", linear.parameter))
+        shape = jnp.shape(kernel)
+        for path in {_tap.parameter_path(key) for key in mine}:
+            self.calls.note(path, linear, shape, args, kwargs)
+        riders = {k: r for k, r in mine.items() if isinstance(r, Rider)}
+        self.tapped.update(riders)
+        return _tap.observe(call, args, kwargs, linear, shape, riders)
 
     def _inject(self, scope: Any) -> None:
         """Put the riders beside their kernels in the variables of one `apply`.
@@ -224,7 +296,8 @@ class _Recorder:
         if prefix is None:
             return
         merged = unfreeze(params)
-        for key, rider in self.riders.items():
+        empty: dict[str, Any] = {path: {} for path in self.calls.watched}
+        for key, rider in {**empty, **self.riders}.items():
             if key.startswith(prefix):
                 *owners, _ = _tap.parameter_path(key)[len(prefix) :].split("/")
                 node = merged

@@ -9,22 +9,33 @@ import contextvars
 import functools
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsbp_optax import _tap
+from dsbp_optax import _inputs, _layout, _tap
 from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._share import Groups
 from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
-__all__ = ["LayerRule", "LinearMap", "Probe", "value_and_grad", "warm_start"]
+__all__ = [
+    "LayerRule",
+    "LinearMap",
+    "Probe",
+    "find_shared_inputs",
+    "value_and_grad",
+    "warm_start",
+]
 
 #: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
 LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
+
+#: Where a watched layer holds the path of its kernel.
+_PATH = "dsbp_path"
 
 
 class Probe(nnx.Variable[Any]):
@@ -52,7 +63,8 @@ def value_and_grad(
       has_aux: as in `flax.nnx.value_and_grad`.
       wrt: filter of the variables to differentiate, as in `flax.nnx.Optimizer`.
       rules: layer type -> rule, for layers of your own; wins over the shipped ones.
-      strict: whether a projected kernel whose layer is never called is an error.
+      strict: whether it is an error when the layer of a projected kernel is never
+        called, or has another input than the kernel whose basis it shares.
 
     Returns:
       ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, where
@@ -62,8 +74,8 @@ def value_and_grad(
       steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, or its kernel's axes
-        were misread.
+      ValueError: at trace time, when a layer was not called, its kernel's axes were
+        misread, or it does not have the input of the basis that it shares.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer.
 
@@ -83,9 +95,11 @@ def value_and_grad(
         state = (
             opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
         )
-        riders = _tap.make_riders(_pure(state))
-        recorder = _Recorder(every_rule)
+        state = _pure(state)
+        riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
+        recorder = _Recorder(every_rule, _inputs.members_of(shared))
         copy = nnx.clone(model)
+        recorder.watch(copy)
         for key, rider in riders.items():
             _attach(copy, key, rider, recorder)
         differentiate = nnx.value_and_grad(
@@ -97,7 +111,7 @@ def value_and_grad(
         finally:
             _RECORDER.reset(token)
         nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
-        recorder.finish(riders, strict)
+        recorder.finish(riders, strict, shared)
         probes, grads = nnx.split_state(both, Probe, ...)
         return value, grads, _tap.to_sketches(_cotangents(probes), recorder.tapped)
 
@@ -150,17 +164,90 @@ def warm_start(
     return warm
 
 
-class _Recorder:
-    """The rules of one call and what it tapped."""
+def find_shared_inputs(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    rules: Mapping[type, LayerRule] | None = None,
+    **kwargs: Any,
+) -> Groups:
+    """Which kernels have one and the same input, so that one basis serves them all.
 
-    def __init__(self, rules: Mapping[type, LayerRule]) -> None:
+    Found by tracing the loss on shapes: layers that are handed the same object, and
+    read samples off it alike. In self-attention query, key and value come out as one
+    group, in cross-attention key and value do.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      model: the model; it is not changed.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`; a loss of either form is only traced.
+      wrt: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
+    Returns:
+      Groups of parameter paths, for ``share=`` of an optimizer.
+
+    Raises:
+      TypeError: for `rules` that are none.
+
+    Cost: one abstract trace of the loss; nothing is computed.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> from flax import nnx
+      >>> model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+      >>> loss_fn = lambda model, x: (model(x) ** 2).mean()
+      >>> dsbp_optax.nnx.find_shared_inputs(loss_fn, model, jnp.ones((4, 16, 8)))
+      (('key/kernel', 'query/kernel', 'value/kernel'),)
+    """
+    del has_aux
+    leaves, _ = _layout.flatten_with_paths(_pure(nnx.state(model, wrt)))
+    recorder = _Recorder({**_RULES, **_tap.check_rules(rules)}, leaves)
+    copy = nnx.clone(model)
+    recorder.watch(copy)
+    graphdef, values = nnx.split(copy)
+
+    def traced(values: PyTree, args: Any, kwargs: Any) -> None:
+        loss_fn(nnx.merge(graphdef, values), *args, **kwargs)
+
+    token = _RECORDER.set(recorder)
+    try:
+        _inputs.trace(traced, values, args, kwargs)
+    finally:
+        _RECORDER.reset(token)
+    return recorder.calls.groups(leaves)
+
+
+class _Recorder:
+    """The rules of one call, what it tapped, and what entered the watched layers."""
+
+    def __init__(
+        self, rules: Mapping[type, LayerRule], watched: Collection[str]
+    ) -> None:
         self.rules = rules
+        self.calls = _inputs.Calls(watched)
         self.tapped: set[str] = set()
         self.untappable: set[str] = set()
 
-    def finish(self, riders: Mapping[str, Rider], strict: bool) -> None:
+    def watch(self, model: Any) -> None:
+        for path in self.calls.watched:
+            layer = _observed_layer(model, path, self)
+            if layer is not None:
+                setattr(layer, _PATH, path)
+
+    def finish(
+        self,
+        riders: Mapping[str, Rider],
+        strict: bool,
+        shared: Mapping[str, Collection[str]],
+    ) -> None:
         if not strict:
             return
+        self.calls.check(shared)
         for key in _tap.check_tapped(riders, self.tapped, self.untappable):
             warnings.warn(_tap.no_rule(key), stacklevel=3)
 
@@ -170,22 +257,30 @@ _RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
 )
 
 
-def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
-    """Hang a probe on the layer that owns a kernel, and let its call be observed.
+def _observed_layer(model: Any, path: str, recorder: _Recorder) -> Any:
+    """The layer that owns the kernel at `path`, its call observed; None if untappable.
 
     The model is a copy of the user's, and only this instance changes its class.
     """
-    path = _tap.parameter_path(key)
     layer = _find(model, path)
     kind = type(layer)
     rule = _tap.find_rule(recorder.rules, getattr(kind, "__wrapped_type__", kind))
     linear = None if layer is None else rule(layer)
     if linear is None or linear.parameter != path.rpartition("/")[2]:
-        recorder.untappable.add(path)
-        return
+        return None
     if not hasattr(kind, "__wrapped_type__"):
         observed: Callable[[Any], type] = _observed_class
         object.__setattr__(layer, "__class__", observed(kind))
+    return layer
+
+
+def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
+    """Hang a probe on the layer that owns a kernel."""
+    path = _tap.parameter_path(key)
+    layer = _observed_layer(model, path, recorder)
+    if layer is None:
+        recorder.untappable.add(path)
+        return
     name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
     setattr(layer, name, Probe(rider, key=key))
 
@@ -234,6 +329,8 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
             "not its probe. Remedy: give it the axis of the parameters, e.g. "
             "nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
         )
+    if hasattr(layer, _PATH):
+        recorder.calls.note(getattr(layer, _PATH), linear, kernel, args, kwargs)
     return _tap.observe(call, args, kwargs, linear, kernel, riders)
 
 

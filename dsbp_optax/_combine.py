@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from dsbp_optax import _eigenbasis, _filter, _layout, _plan, _residual, _subspace
 from dsbp_optax._refresh import Step
-from dsbp_optax._residual import Outside
+from dsbp_optax._residual import Contribution, Outside
 from dsbp_optax._rule import Rule
 from dsbp_optax._types import Array, PyTree
 

@@ -115,9 +115,7 @@ def _update(
         _inner.store_moments(rule, frozenset(_spectral.owners_of(state)), state.step),
         extra,
     )
-    rows = {}
-    if not _eigenbasis.is_zero(rule.sharpness):
-        rows = sharpness_rows(rule.sharpness, step, params, state.step)
+    rows = _sharpness(rule, step, params, state.step)
     combined = {
         path: _combine.combine(
             rule, step, path, changes[path], coordinates[path], state.residual, rows
@@ -154,6 +152,15 @@ def _begin(
     )
     inner = _transport.restore(widened, step.moments, paths, rule.transport)
     return _with_feedback(rule, step, state), inner
+
+
+def _sharpness(
+    rule: Rule, step: Step, params: PyTree | None, count: Array
+) -> dict[str, Array]:
+    """The sharpness term's part along each ``e_1``, where the rule has one."""
+    if _eigenbasis.is_zero(rule.sharpness):
+        return {}
+    return sharpness_rows(rule.sharpness, step, params, count)
 
 
 def _with_feedback(rule: Rule, step: Step, state: SpectralProjectionState) -> Step:

@@ -30,7 +30,7 @@ from dsbp_optax._refresh import (
 )
 from dsbp_optax._rule import Rule
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import PyTree
+from dsbp_optax._types import Array, PyTree
 
 
 def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:

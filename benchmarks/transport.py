@@ -1,9 +1,8 @@
 """Do moments that follow the basis pay? A stream whose subspace turns all the time.
 
-A linear layer is fitted online to a target that turns with the top eigenspace of its
-inputs, so that moments are worth something and go stale. Contenders differ only in
-what becomes of Adam's moments when the basis changes; the oracle keeps the last
-gradients and re-estimates both moments in each new basis.
+A linear layer is fitted online while the top eigenspace of its inputs turns.
+Contenders differ only in what becomes of Adam's moments when the basis changes; the
+oracle keeps the last gradients and re-estimates both moments in each new basis.
 """
 
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ class Stream:
       steps: length.
       period: steps between refreshes.
       turn: radians that the subspace turns in one period.
+      drift: radians a step of the target's swelling.
       noise: standard deviation of the targets' noise.
       learning_rate: the same for all.
     """
@@ -55,7 +55,8 @@ class Stream:
     samples: int = 32
     steps: int = 1200
     period: int = 20
-    turn: float = 0.3
+    turn: float = 0.1
+    drift: float = 0.002
     noise: float = 1.0
     learning_rate: float = 0.02
 
@@ -63,25 +64,25 @@ class Stream:
 def batches(stream: Stream, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs ``(steps, n, d)`` and targets ``(steps, n, m)``.
 
-    The leading ``k`` axes turn into the next ``k`` in planes of two; both the spectrum
-    of the inputs and the target's rows turn with them.
+    The leading ``k`` axes of the inputs turn into the next ``k`` in planes of two; the
+    linear map to the targets swells and shrinks, and does not turn.
     """
     rng = np.random.default_rng(seed)
     d, k = stream.size, stream.rank
     scale = np.concatenate([np.linspace(3, 1.5, k), np.full(d - k, 0.3)])
     frame, _ = np.linalg.qr(rng.normal(size=(d, d)))
-    target = rng.normal(size=(k, stream.outputs))
+    target = rng.normal(size=(d, stream.outputs))
+    lead, other = frame[:, :k], frame[:, k : 2 * k]
     inputs, outputs = [], []
     for step in range(stream.steps):
         angle = stream.turn * step / stream.period
         turned = frame.copy()
-        lead, other = frame[:, :k], frame[:, k : 2 * k]
         turned[:, :k] = np.cos(angle) * lead + np.sin(angle) * other
         turned[:, k : 2 * k] = np.cos(angle) * other - np.sin(angle) * lead
-        z = rng.normal(size=(stream.samples, d)) * scale
+        x = (rng.normal(size=(stream.samples, d)) * scale) @ turned.T
         noise = stream.noise * rng.normal(size=(stream.samples, stream.outputs))
-        inputs.append(z @ turned.T)
-        outputs.append(z[:, :k] @ target + noise)
+        inputs.append(x)
+        outputs.append(x @ target * np.cos(stream.drift * step) + noise)
     return np.asarray(inputs, np.float32), np.asarray(outputs, np.float32)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 SEED = 100
 
 #: Share of the full length, and how many rates it leaves.
-ROUNDS = ((1 / 3, 3), (2 / 3, 2), (1.0, 1))
+ROUNDS = ((1 / 3, 2), (1.0, 1))
 
 #: Most rates beyond the grid, over all rounds.
 EXTENSIONS = 6

@@ -15,11 +15,12 @@ from types import ModuleType
 
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
-from dsbp_optax._eigenbasis import Spectrum
+from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._layout import Axes
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_sgd
 from dsbp_optax._residual import normalize_residual, scale_residual
+from dsbp_optax._schedule import AutoInterval, AutoRank
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
     SpectralProjectionState,
@@ -39,10 +40,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "AutoInterval",
+    "AutoRank",
     "Axes",
     "Covariance",
     "Eigenpairs",
     "Operator",
+    "Schedule",
     "Sketch",
     "Solver",
     "SpectralProjectionState",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout
+from dsbp_optax import _layout, _schedule
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._types import PyTree, Side
 
@@ -165,7 +165,9 @@ def _worthwhile(
         small = basis + stack * inner_bytes(inner, (rank, other), compute_dtype(dtype))
         if full and small >= full:
             return Decision(False, f"saves no memory: {small} >= {full} bytes")
-    text = f"{side} side, rank {rank} of {size}{_stacked(view)}"
+    asked = _layout.resolve(choices.rank, path, view.shape, None)
+    up_to = "up to " if _schedule.auto_rank(asked) else ""
+    text = f"{side} side, rank {up_to}{rank} of {size}{_stacked(view)}"
     return Decision(True, text, side, rank, view)
 
 
@@ -218,9 +220,14 @@ def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
 
 
 def check_rank(rank: Any, path: str = "") -> int | None:
-    """A positive Python integer, or None, or an error that says where."""
+    """A positive Python integer, or None, or an error that says where.
+
+    Of an adaptive rank the greatest, which sets the shapes.
+    """
     if rank is None:
         return None
+    if (rule := _schedule.auto_rank(rank)) is not None:
+        return rule.most
     if isinstance(rank, jax.Array):
         where = f" of '{path}'" if path else ""
         raise TypeError(

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax import _adapt, _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax._adapt import Rules
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import MatrixView
+from dsbp_optax._schedule import AutoRank
 from dsbp_optax._spectral import SpectralState
 from dsbp_optax._transport import Kind, Moments, Rotation, rotate
 from dsbp_optax._types import Array, PyTree
@@ -29,7 +31,7 @@ class Step(NamedTuple):
       views: path -> view, of the projected parameters.
       matrices: path -> gradient ``(*batch, d, m)``, flipped ``(*batch, m, d)``.
       layers: path -> layer, kernel form.
-      bases: path -> basis ``(*batch, d, k)``.
+      bases: path -> basis ``(*batch, d, k)``, zero beyond the rank in use.
       moments: of the inner optimizer, in the coordinates of the bases.
     """
 
@@ -77,9 +79,13 @@ def begin_step(
         gradients,
         state.step,
         views=views,
+        ranks=_spectral.rank_rules(choices, views),
         kinds=kinds,
     )
-    bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
+    bases = {
+        p: _layout.from_kernel_form(_adapt.basis_in_use(layers[p]), v)
+        for p, v in views.items()
+    }
     return Step(gradients, treedef, views, matrices, layers, bases, turned)
 
 
@@ -91,7 +97,7 @@ def end_step(
     return {
         "step": count,
         "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
-        "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
+        "collect": _adapt.any_collects(refresh, step.layers, count),
         **_spectral.join_layers(step.layers),
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
     }
@@ -154,19 +160,28 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
       refresh: settings.
 
     Returns:
-      ``(layers, moments, statistics, gradients, step, views=, kinds=) -> (layers,
-      moments)``, see `refresh_layers`.
+      ``(layers, moments, statistics, gradients, step, views=, ranks=, kinds=) ->
+      (layers, moments)``, see `refresh_layers`.
     """
 
-    @functools.partial(jax.jit, static_argnames=("views", "kinds"))
-    def step(*args: Any, views: Any, kinds: Any) -> tuple[Layers, list[Moments]]:
-        return refresh_layers(refresh, dict(views), list(kinds), *args)
+    @functools.partial(jax.jit, static_argnames=("views", "ranks", "kinds"))
+    def step(
+        *args: Any, views: Any, ranks: Any, kinds: Any
+    ) -> tuple[Layers, list[Moments]]:
+        rules = Rules(refresh, dict(views), dict(ranks))
+        return refresh_layers(rules, list(kinds), *args)
 
     def call(
-        *args: Any, views: Mapping[str, MatrixView], kinds: Sequence[Kind]
+        *args: Any,
+        views: Mapping[str, MatrixView],
+        ranks: Mapping[str, AutoRank],
+        kinds: Sequence[Kind],
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
-            *args, views=tuple(views.items()), kinds=tuple(kinds)
+            *args,
+            views=tuple(views.items()),
+            ranks=tuple(ranks.items()),
+            kinds=tuple(kinds),
         )
         return done
 
@@ -174,8 +189,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
 
 
 def refresh_layers(
-    refresh: Refresh,
-    views: Mapping[str, MatrixView],
+    rules: Rules,
     kinds: list[Kind],
     layers: Layers,
     moments: list[Moments],
@@ -186,13 +200,13 @@ def refresh_layers(
     """Every layer whose turn it is, one `lax.cond` for each group of layers.
 
     Layers with sketches (or with nothing, which use their gradient) take one power
-    iteration on each of the first q steps of a period; layers with a whole matrix
-    take all of them on the first. Gradients that are not finite change nothing; the
-    branch tests them itself, so that other steps need not wait for the test.
+    iteration on each step of a window; layers with a whole matrix take all of them on
+    the first. Gradients that are not finite change nothing; the branch tests them
+    itself, so that other steps need not wait for the test. Several groups lie in one
+    branch more, which most steps do not enter.
 
     Args:
-      refresh: settings.
-      views: path -> view.
+      rules: of the refresh.
       kinds: how each field of `moments` follows a basis.
       layers: path -> layer, kernel form.
       moments: of the inner optimizer; they move with the bases.
@@ -203,44 +217,86 @@ def refresh_layers(
     Returns:
       The layers and their moments.
     """
+    if not layers:
+        return layers, moments
+    _adapt.check_schedules(rules, layers)
+    groups = _adapt.plan_groups(rules, layers, statistics, step)
+    nows = [(step, group.offset, group.turn.last) for group in groups]
+    turns = [group.turn.now for group in groups]
+    layers, moments = jax.lax.cond(
+        functools.reduce(jnp.logical_or, turns),
+        functools.partial(_refresh_groups, rules, kinds, [g.paths for g in groups]),
+        _keep_branch,
+        layers,
+        moments,
+        dict(statistics),
+        dict(gradients),
+        turns,
+        nows,
+    )
+    return _adapt.note_collects(rules, layers, groups, step), moments
 
-    def refresh_branch(
-        group: Layers, moments: list[Moments], seen: Any, gradients: Any
-    ) -> tuple[Layers, list[Moments]]:
-        finite = _spectral.all_finite(gradients)
-        matrices = _spectral.matrices(gradients, _only(group, views))
-        new, rotations = {}, {}
-        for path, layer in group.items():
-            new[path], turned = _eigenbasis.refresh_layer(
-                layer, seen.get(path), matrices[path], views[path], refresh
-            )
-            rotations[path] = Rotation(turned, views[path].flipped)
-        done = new, rotate(kinds, moments, rotations)
-        return _spectral.select(finite, done, (group, moments))
 
-    instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
-    first = step % _eigenbasis.to_int(refresh.every) == 0
-    spread = _eigenbasis.collects(step, refresh)
-    for paths, turn in ((instant, first), (layers.keys() - instant, spread)):
-        if paths:
-            group, turned = jax.lax.cond(
-                turn,
-                refresh_branch,
-                _keep_branch,
-                _only(paths, layers),
-                [_only(paths, held) for held in moments],
-                _only(paths, statistics),
-                dict(gradients),
-            )
-            layers = {**layers, **group}
-            moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
+def _refresh_groups(
+    rules: Rules,
+    kinds: list[Kind],
+    members: list[frozenset[str]],
+    layers: Layers,
+    moments: list[Moments],
+    statistics: Mapping[str, Any],
+    gradients: Mapping[str, Array],
+    turns: list[Array],
+    nows: list[Any],
+) -> tuple[Layers, list[Moments]]:
+    """The branch of a step that refreshes: each group in a branch of its own."""
+    finite = _spectral.all_finite(gradients)
+    for paths, turn, now in zip(members, turns, nows, strict=True):
+        branch = functools.partial(_refresh_group, rules, kinds)
+        operands = (
+            _only(paths, layers),
+            [_only(paths, held) for held in moments],
+            _only(paths, statistics),
+            _only(paths, gradients),
+            finite,
+            now,
+        )
+        if len(members) == 1:  # it is its turn, or we were not here
+            group, turned = branch(*operands)
+        else:
+            group, turned = jax.lax.cond(turn, branch, _keep_branch, *operands)
+        layers = {**layers, **group}
+        moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
     return layers, moments
 
 
-def _keep_branch(
-    group: Layers, moments: list[Moments], seen: Any, gradients: Any
+def _refresh_group(
+    rules: Rules,
+    kinds: list[Kind],
+    group: Layers,
+    moments: list[Moments],
+    seen: Mapping[str, Any],
+    gradients: Mapping[str, Array],
+    finite: Array,
+    now: Any,
 ) -> tuple[Layers, list[Moments]]:
-    del seen, gradients
+    matrices = _spectral.matrices(gradients, _only(group, rules.views))
+    new, rotations = {}, {}
+    for path, layer in group.items():
+        view = rules.views[path]
+        done, turned = _eigenbasis.refresh_layer(
+            layer, seen.get(path), matrices[path], view, rules.refresh
+        )
+        new[path], turned = _adapt.adapt(rules, path, layer, done, turned, now)
+        rotations[path] = Rotation(turned, view.flipped)
+    return _spectral.select(
+        finite, (new, rotate(kinds, moments, rotations)), (group, moments)
+    )
+
+
+def _keep_branch(
+    group: Layers, moments: list[Moments], *rest: Any
+) -> tuple[Layers, list[Moments]]:
+    del rest
     return group, moments
 
 

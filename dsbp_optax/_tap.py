@@ -76,7 +76,8 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
                     "optax.masked or optax.partition."
                 )
             empty = _spectral.empty_sketch(basis, state.spectrum[path])
-            count = jnp.broadcast_to(state.collect, empty.count.shape)
+            collect = _spectral.collects(state, path)
+            count = jnp.broadcast_to(collect, empty.count.shape)
             riders[key] = Rider(
                 basis, count.astype(basis.dtype), empty.trace, empty.total
             )

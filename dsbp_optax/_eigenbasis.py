@@ -69,7 +69,7 @@ class Schedule(NamedTuple):
       interval: int32, steps from one window's start to the next one's.
       drift: of the basis in the last window that refreshed it, see `AutoInterval`;
         the greatest of a stack.
-      reference: the basis after the last window, in bfloat16: enough for `drift`.
+      reference: the basis after the last window, in bfloat16: `drift` is good to 4e-3.
       rank: int32, basis vectors in use, see `AutoRank`; the most that any matrix of a
         stack needs.
     """

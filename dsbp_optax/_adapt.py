@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dsbp_optax import _eigenbasis, _layout, _schedule, _subspace
 from dsbp_optax._eigenbasis import Layer, Refresh, Schedule
 from dsbp_optax._layout import MatrixView
-from dsbp_optax._schedule import AutoInterval, AutoRank, Turn
+from dsbp_optax._schedule import AutoInterval, AutoRank
 from dsbp_optax._types import Array
 
 
@@ -31,20 +31,34 @@ class Rules(NamedTuple):
     ranks: Mapping[str, AutoRank]
 
 
+class Now(NamedTuple):
+    """Where a group of layers stands on this step.
+
+    Attributes:
+      step: int32 ``()``.
+      offset: by which their windows after the first are late.
+      length: steps of a window.
+      last: whether a window ends with this step.
+    """
+
+    step: Array
+    offset: Any
+    length: Any
+    last: Array
+
+
 class Group(NamedTuple):
     """Layers that are refreshed on the same steps.
 
     Attributes:
       paths: of the layers.
-      offset: by which their windows after the first are late.
-      length: steps of a window.
-      turn: on this step.
+      turn: whether they are refreshed on this step.
+      now: where they stand.
     """
 
     paths: frozenset[str]
-    offset: Any
-    length: Any
-    turn: Turn
+    turn: Array
+    now: Now
 
 
 def check_schedules(rules: Rules, layers: Mapping[str, Layer]) -> None:
@@ -84,23 +98,24 @@ def plan_groups(
     of the same place in the order, and of the same kind: all iterations on the first
     step of a window (whole matrices), or one on each.
     """
-    refresh, members = rules.refresh, dict[tuple[int, bool, str], set[str]]()
-    places = _places(rules, layers, statistics)
+    refresh, places = rules.refresh, _places(rules, layers, statistics)
+    members: dict[tuple[int, bool, str], set[str]] = {}
     for path in layers:
-        kind = not _eigenbasis.is_instant(statistics.get(path))
+        spread = not _eigenbasis.is_instant(statistics.get(path))
         alone = path if isinstance(refresh.every, AutoInterval) else ""
-        members.setdefault((places[path], kind, alone), set()).add(path)
+        members.setdefault((places[path], spread, alone), set()).add(path)
     groups = []
     every, window = _period(refresh), _eigenbasis.to_int(refresh.iterations)
     for (place, spread, alone), paths in sorted(members.items()):
         offset = _schedule.offset(place, max(places.values()) + 1, every, window)
         length = window if spread else 1
         if alone:
-            start = jnp.max(_schedule_of(layers[alone]).start)
+            start = jnp.max(layers[alone].schedule.start)
             turn = _schedule.auto_turn(step, start, length)
         else:
             turn = _schedule.fixed_turn(step, every, length, offset)
-        groups.append(Group(frozenset(paths), offset, length, turn))
+        now = Now(step, offset, length, turn.last)
+        groups.append(Group(frozenset(paths), turn.now, now))
     return groups
 
 
@@ -124,13 +139,8 @@ def _period(refresh: Refresh) -> Any:
     return _eigenbasis.to_int(refresh.every)
 
 
-def _schedule_of(layer: Layer) -> Any:
-    """The schedule of a layer that is known to have one."""
-    return layer.schedule
-
-
 def adapt(
-    rules: Rules, path: str, old: Layer, new: Layer, rotation: Array, now: Any
+    rules: Rules, path: str, old: Layer, new: Layer, rotation: Array, now: Now
 ) -> tuple[Layer, Array]:
     """What follows from the refresh of one layer: bookkeeping and decisions.
 
@@ -140,27 +150,29 @@ def adapt(
       old: before the refresh, kernel form.
       new: after it.
       rotation: ``V_new^T V_old (*batch, k, k)``.
-      now: step int32, offset of the layer's group, whether its window ends.
+      now: of the layer's group.
 
     Returns:
       The layer, and the rotation between the coordinates that are in use.
     """
-    step, offset, last = now
     accepted = new.spectrum.iterations > old.spectrum.iterations
-    refreshed = jnp.where(accepted, step, old.spectrum.refreshed)
+    refreshed = jnp.where(accepted, now.step, old.spectrum.refreshed)
     new = new._replace(spectrum=new.spectrum._replace(refreshed=refreshed))
     if new.schedule is None:
         return new, rotation
     # Refreshes that were refused, or that saw nothing, tell nothing.
     window = _eigenbasis.to_int(rules.refresh.iterations)
-    told = (refreshed >= 0) & (refreshed > step - window)
+    told = (refreshed >= 0) & (refreshed > now.step - window)
     schedule, interval = new.schedule, rules.refresh.every
     if isinstance(interval, AutoInterval):
-        decided = _set_interval(interval, new, rules.views[path], told, window)
-        decided = _set_start(decided, step, offset)
-        schedule = _eigenbasis.where(last, decided, schedule)
+        drift, jitter = _drifts(new, rotation, rules.views[path], now)
+        warm = (schedule.start > 0) & (jnp.max(new.spectrum.iterations) > window)
+        decided = _set_interval(interval, schedule, drift, jitter, told, warm)
+        decided = _set_start(decided, now)
+        decided = decided._replace(reference=new.basis.astype(jnp.bfloat16))
+        schedule = _eigenbasis.where(now.last, decided, schedule)
     if path in rules.ranks:
-        chosen = _choose_rank(rules.ranks[path], new, last & jnp.any(told))
+        chosen = _choose_rank(rules.ranks[path], new, now.last & jnp.any(told))
         before, after = (
             mask(rank, rotation.shape[-1]) for rank in (schedule.rank, chosen)
         )
@@ -181,43 +193,73 @@ def basis_in_use(layer: Layer) -> Array:
     return layer.basis * mask(layer.schedule.rank, layer.basis.shape[-1])
 
 
-def _drift(layer: Layer, view: MatrixView) -> Array:
-    """Of each matrix since its last window; kernel form."""
-    reference = _schedule_of(layer).reference.astype(layer.basis.dtype)
+def _drifts(
+    layer: Layer, rotation: Array, view: MatrixView, now: Now
+) -> tuple[Array, Array]:
+    """Drift since the last window, and jitter of this step; of each matrix.
+
+    Args:
+      layer: after the refresh.
+      rotation: of this step.
+      view: of the kernel.
+      now: of the layer's group.
+
+    Returns:
+      Two arrays of kernel form.
+    """
+    rank, reference = layer.schedule.rank, layer.schedule.reference
+    used = rotation.shape[-1] if rank is None else jnp.max(rank)
     before, after = (
-        _layout.from_kernel_form(x, view) for x in (reference, layer.basis)
+        _layout.from_kernel_form(x.astype(layer.basis.dtype), view)
+        for x in (reference, layer.basis)
     )
-    moved = _schedule.drift(_subspace.rotation(after, before))
-    return _layout.to_kernel_form(moved[..., None, None], view)
+    drift = _schedule.drift(_subspace.rotation(after, before), used)
+    jitter = jnp.where(now.length > 1, _schedule.drift(rotation, used), 0)
+    each = (x[..., None, None] for x in (drift, jitter))
+    drift, jitter = (_layout.to_kernel_form(x, view) for x in each)
+    return drift, jitter
 
 
 def _set_interval(
-    rule: AutoInterval, layer: Layer, view: MatrixView, told: Array, window: Any
-) -> Any:
+    rule: AutoInterval,
+    schedule: Schedule,
+    drift: Array,
+    jitter: Array,
+    told: Array,
+    warm: Array,
+) -> Schedule:
     """The schedule after a window; the matrix of a stack that moved most decides.
 
-    The first window does not decide, nor does one that found the basis cold.
+    Args:
+      rule: of the interval.
+      schedule: before.
+      drift: of each matrix, as `jitter`, kernel form.
+      jitter: of the last step.
+      told: whether the window refreshed each matrix.
+      warm: whether the basis was not cold before; else nothing is decided.
     """
-    schedule, known = _schedule_of(layer), jnp.any(told)
-    most = jnp.max(jnp.where(told, _drift(layer, view), 0))
-    warm = (schedule.start > 0) & (jnp.max(layer.spectrum.iterations) > window)
-    chosen = _schedule.next_interval(rule, schedule.interval, most)
+    most, noise, move = (
+        jnp.max(jnp.where(told, x, 0))
+        for x in (drift, jitter, _schedule.move(drift, jitter))
+    )
+    known = jnp.any(told)
+    chosen = _schedule.next_interval(rule, schedule.interval, move)
     return schedule._replace(
         interval=jnp.where(known & warm, chosen, schedule.interval),
         drift=jnp.where(known, most, schedule.drift),
-        reference=layer.basis.astype(schedule.reference.dtype),
+        jitter=jnp.where(known, noise, schedule.jitter),
     )
 
 
-def _set_start(schedule: Any, step: Array, offset: Any) -> Any:
+def _set_start(schedule: Schedule, now: Now) -> Schedule:
     """The next window's start; the first one is followed by the layer's offset."""
-    late = jnp.where(schedule.start == 0, offset, 0)
+    late = jnp.where(schedule.start == 0, now.offset, 0)
     start = schedule.start + schedule.interval + late
-    return schedule._replace(start=jnp.maximum(start, step + 1))
+    return schedule._replace(start=jnp.maximum(start, now.step + 1))
 
 
 def _choose_rank(rule: AutoRank, layer: Layer, decides: Array) -> Array:
-    rank, spectrum = _schedule_of(layer).rank, layer.spectrum
+    rank, spectrum = layer.schedule.rank, layer.spectrum
     chosen = _schedule.next_rank(
         rule, jnp.max(rank), spectrum.eigenvalues, spectrum.trace
     )
@@ -231,12 +273,14 @@ def note_collects(
     """`layers`, told whether the next step's statistics of each will be used."""
     refresh, noted = rules.refresh, dict(layers)
     window = _eigenbasis.to_int(refresh.iterations)
-    for path, offset in ((p, group.offset) for group in groups for p in group.paths):
+    for path, offset in (
+        (p, group.now.offset) for group in groups for p in group.paths
+    ):
         schedule = layers[path].schedule
         if schedule is None or schedule.collect is None:
             continue
         if isinstance(refresh.every, AutoInterval):
-            turn = _schedule.auto_turn(step + 1, _schedule_of(layers[path]).start, 1)
+            turn = _schedule.auto_turn(step + 1, layers[path].schedule.start, 1)
         else:
             turn = _schedule.fixed_turn(step + 1, _period(refresh), window, offset)
         flag = jnp.broadcast_to(turn.now, schedule.collect.shape).astype(jnp.int32)

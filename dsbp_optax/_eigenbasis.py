@@ -69,17 +69,19 @@ class Schedule(NamedTuple):
       interval: int32, steps from one window's start to the next one's.
       drift: of the basis in the last window that refreshed it, see `AutoInterval`;
         the greatest of a stack.
+      jitter: of its last step, likewise.
       reference: the basis after the last window, in bfloat16: `drift` is good to 4e-3.
       rank: int32, basis vectors in use, see `AutoRank`; the most that any matrix of a
         stack needs.
     """
 
-    collect: Array | None = None
-    start: Array | None = None
-    interval: Array | None = None
-    drift: Array | None = None
-    reference: Array | None = None
-    rank: Array | None = None
+    collect: Any = None
+    start: Any = None
+    interval: Any = None
+    drift: Any = None
+    jitter: Any = None
+    reference: Any = None
+    rank: Any = None
 
 
 class Refresh(NamedTuple):
@@ -104,11 +106,14 @@ class Refresh(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer's arrays: kernel form in the state, matrices inside a refresh."""
+    """One layer's arrays: kernel form in the state, matrices inside a refresh.
+
+    `schedule` is a `Schedule`, or None where nothing is to be decided.
+    """
 
     basis: Array
     spectrum: Spectrum
-    schedule: Schedule | None = None
+    schedule: Any = None
 
 
 def check_refresh(refresh: Refresh) -> Refresh:
@@ -184,6 +189,7 @@ def _init_schedule(
             start=filled(0, jnp.int32),
             interval=filled(interval.shortest, jnp.int32),
             drift=filled(0, basis.dtype),
+            jitter=filled(0, basis.dtype),
             reference=basis.astype(jnp.bfloat16),
         )
     if rule is not None:
@@ -212,6 +218,7 @@ def refresh_layer(
       The layer in kernel form, and the rotation ``V_new^T V_old (*batch, k, k)``.
     """
     bare = layer._replace(schedule=None)
+    deficient = layer.schedule is not None and layer.schedule.rank is not None
     matrices = jax.tree.map(lambda x: _layout.from_kernel_form(x, view), bare)
     observed = Gradient(gradient, view.flipped)
     if statistic is None:
@@ -220,7 +227,7 @@ def refresh_layer(
         statistic = _as_matrices(statistic, view)
 
     def one(layer: Layer, statistic: Any, gradient: Gradient) -> tuple[Layer, Array]:
-        return _refresh_matrix(layer, statistic, gradient, refresh)
+        return _refresh_matrix(layer, statistic, gradient, refresh, deficient)
 
     for _ in view.batch:
         one = jax.vmap(one)
@@ -230,7 +237,11 @@ def refresh_layer(
 
 
 def _refresh_matrix(
-    layer: Layer, statistic: Any, gradient: Gradient, refresh: Refresh
+    layer: Layer,
+    statistic: Any,
+    gradient: Gradient,
+    refresh: Refresh,
+    deficient: bool,
 ) -> tuple[Layer, Array]:
     """The same for one matrix: basis ``(d, k)``, no stacking axes."""
     basis, past = layer.basis, layer.spectrum
@@ -257,7 +268,7 @@ def _refresh_matrix(
         activations=jnp.full_like(past.activations, observed),
         refreshed=past.refreshed,
     )
-    good = usable(operator, pairs)
+    good = usable(operator, pairs, deficient)
     kept = past._replace(failures=past.failures + 1)
     nothing = operator.count == 0
     kept = where(nothing, past, kept)
@@ -265,18 +276,21 @@ def _refresh_matrix(
     return new, _subspace.rotation(new.basis, basis)
 
 
-def usable(operator: Operator, pairs: Eigenpairs) -> Array:
+def usable(operator: Operator, pairs: Eigenpairs, deficient: bool = False) -> Array:
     """Whether a refresh may replace the last good basis.
 
     Refused: nothing observed, non-finite numbers, a second moment whose rank is
-    below that of the basis, and a basis that is not orthonormal.
+    below that of the basis (unless `deficient`: an adaptive rank leaves out what
+    explains nothing), a zero one, and a basis that is not orthonormal.
     """
     eps = jnp.finfo(pairs.basis.dtype).eps
     rank = pairs.basis.shape[1]
     gram = _subspace.rotation(pairs.basis, pairs.basis)
     orthonormal = jnp.max(jnp.abs(gram - jnp.eye(rank))) < jnp.sqrt(eps)
     leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
-    full_rank = (leading > 0) & (last > _RANK_TOLERANCE * eps * leading)
+    full_rank = leading > 0
+    if not deficient:
+        full_rank &= last > _RANK_TOLERANCE * eps * leading
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
     finite &= jnp.isfinite(operator.mean).all() & jnp.isfinite(pairs.residual)
     return (operator.count > 0) & finite & full_rank & orthonormal

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _adapt, _eigenbasis, _layout, _plan, _spectral, _subspace
-from dsbp_optax._adapt import Rules
+from dsbp_optax._adapt import Now, Rules
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._schedule import AutoRank
@@ -221,8 +221,7 @@ def refresh_layers(
         return layers, moments
     _adapt.check_schedules(rules, layers)
     groups = _adapt.plan_groups(rules, layers, statistics, step)
-    nows = [(step, group.offset, group.turn.last) for group in groups]
-    turns = [group.turn.now for group in groups]
+    turns, nows = [g.turn for g in groups], [g.now for g in groups]
     layers, moments = jax.lax.cond(
         functools.reduce(jnp.logical_or, turns),
         functools.partial(_refresh_groups, rules, kinds, [g.paths for g in groups]),
@@ -246,7 +245,7 @@ def _refresh_groups(
     statistics: Mapping[str, Any],
     gradients: Mapping[str, Array],
     turns: list[Array],
-    nows: list[Any],
+    nows: list[Now],
 ) -> tuple[Layers, list[Moments]]:
     """The branch of a step that refreshes: each group in a branch of its own."""
     finite = _spectral.all_finite(gradients)
@@ -277,7 +276,7 @@ def _refresh_group(
     seen: Mapping[str, Any],
     gradients: Mapping[str, Array],
     finite: Array,
-    now: Any,
+    now: Now,
 ) -> tuple[Layers, list[Moments]]:
     matrices = _spectral.matrices(gradients, _only(group, rules.views))
     new, rotations = {}, {}

@@ -69,9 +69,9 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     (``sum lambda / tr C``), ``effective_rank`` (``(sum lambda)^2 / sum lambda^2``),
     ``residual`` (of the eigenpairs), ``failures``, ``iterations`` and ``staleness``
     (steps since the last refresh that was accepted); with an adaptive interval
-    ``interval`` and ``drift``, with an adaptive rank ``active_rank``; of the whole:
-    ``step`` and ``skipped``. Stacked kernels are averaged, but for the most stale.
-    Can be jit-compiled.
+    ``interval``, ``drift`` and ``jitter``, with an adaptive rank ``active_rank``; of
+    the whole: ``step`` and ``skipped``. Stacked kernels are averaged, but for the
+    staleness, which is the greatest. Can be jit-compiled.
 
     Args:
       opt_state: any nest of optax states.
@@ -122,6 +122,7 @@ def _decisions(schedule: Schedule | None) -> Mapping[str, Array]:
     figures = {
         "interval": schedule.interval,
         "drift": schedule.drift,
+        "jitter": schedule.jitter,
         "active_rank": schedule.rank,
     }
     return {name: value for name, value in figures.items() if value is not None}

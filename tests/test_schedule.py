@@ -185,7 +185,7 @@ def test_intervals_follow_the_drift_of_each_layer() -> None:
     )
     trail: list[tuple[int, int]] = []
     for i in range(300):
-        moving = planted(0.33 * i)  # far from a whole turn after 4, 8, 16, 32
+        moving = planted(1.25 * (i // 4))  # not half a turn after 4, 8, 16, 32
         a, b = (planted(), moving) if i < 150 else (moving, planted())
         stream.step(a=a, b=b)
         seen = [int(scalar(stream.schedule(p).interval)) for p in "ab"]
@@ -227,6 +227,28 @@ def test_drift_is_that_of_the_principal_angles(sketched: bool) -> None:
             compared += not sketched and np.isclose(wrong, exact, atol=1e-5)
             compared += sketched and abs(wrong - exact) > 2e-2
     assert compared >= 3
+
+
+def test_noise_of_small_batches_is_no_drift() -> None:
+    """The drift alone would keep the interval short, for nothing."""
+    rng = np.random.default_rng(7)
+    stream = Stream(projection(update_every=RULE), kernels("a"))
+    scale = np.sqrt(1 / np.arange(1, D + 1))
+    drifts, jitters, intervals = [], [], []
+    for i in range(260):
+        turn = planted(1.25 * (i // 4) * (i >= 160), values=np.arange(K, 0, -1) * 9.0)
+        spread = np.linalg.cholesky(turn) if i >= 160 else np.diag(scale)
+        a = rng.normal(size=(24, D)) @ spread.T
+        stream.step(a=a.T @ a / 24)
+        schedule = stream.schedule("a")
+        drifts.append(float(scalar(schedule.drift)))
+        jitters.append(float(scalar(schedule.jitter)))
+        intervals.append(int(scalar(schedule.interval)))
+    assert max(intervals[:160]) == 32
+    assert np.median(drifts[40:160]) > RULE.high
+    moves = _schedule.move(np.array(drifts[40:160]), np.array(jitters[40:160]))
+    assert np.median(moves) < RULE.low
+    assert intervals[-1] == 4
 
 
 def test_what_saw_nothing_decides_nothing() -> None:
@@ -304,6 +326,22 @@ def test_rank_follows_the_spectrum(side: str) -> None:
     assert ranks[5:20] == [6] * 15
     assert ranks[27:40] == [2] * 13
     assert ranks[47:] == [6] * 13
+
+
+@pytest.mark.parametrize(("rank", "failures"), [(AutoRank(K, 1), 0), (K, 12)])
+def test_an_adaptive_rank_takes_activations_of_lower_rank(
+    rank: Any, failures: int
+) -> None:
+    stream = Stream(projection(rank=rank, update_every=2), kernels("a"))
+    matrix = np.diag([4.0, 2.0, 1.0] + [0.0] * (D - 3))
+    for _ in range(12):
+        stream.step(a=matrix)
+    assert int(metrics(stream.state)["dsbp/failures/a"]) == failures
+    if not failures:
+        assert int(metrics(stream.state)["dsbp/active_rank/a"]) == 3
+        basis = np.asarray(only(stream.state).basis["a"][:, 0])
+        np.testing.assert_allclose(basis.T @ basis, np.eye(K), atol=1e-5)
+        np.testing.assert_allclose(np.abs(basis[:3, :3]), np.eye(3), atol=1e-2)
 
 
 def test_all_of_an_adaptive_rank_is_the_fixed_rank() -> None:

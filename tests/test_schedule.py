@@ -486,7 +486,7 @@ def test_a_checkpoint_within_a_window_continues_bit_for_bit(adaptive: Any) -> No
 
 def test_compiled_and_not_agree(adaptive: Any) -> None:
     (left, one), (right, two) = (
-        go_on(update, adaptive.state, 5) for update in (adaptive.update, adaptive.plain)
+        go_on(update, adaptive.state, 3) for update in (adaptive.update, adaptive.plain)
     )
     chex.assert_trees_all_close(left, right, rtol=1e-3, atol=1e-4)
     for path in "ab":

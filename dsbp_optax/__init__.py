@@ -16,7 +16,7 @@ from types import ModuleType
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
 from dsbp_optax._coordinates import project_gradients
-from dsbp_optax._eigenbasis import Spectrum
+from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes, Coordinates
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
@@ -31,6 +31,7 @@ from dsbp_optax._residual import (
     scale_residual_by_column,
     sign_residual,
 )
+from dsbp_optax._schedule import AutoInterval, AutoRank
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
     SpectralProjectionState,
@@ -51,12 +52,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "AutoInterval",
+    "AutoRank",
     "Axes",
     "Coordinates",
     "Covariance",
     "Eigenpairs",
     "Operator",
     "Residual",
+    "Schedule",
     "Sketch",
     "Solver",
     "SpectralProjectionState",

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsbp_optax import _basis, _layout, _plan, _subspace
+from dsbp_optax import _basis, _layout, _plan, _schedule, _subspace
 from dsbp_optax._layout import MatrixView
+from dsbp_optax._schedule import AutoRank, Every
 from dsbp_optax._statistics import (
     Activations,
     Covariance,
@@ -42,6 +43,7 @@ class Spectrum(NamedTuple):
       failures: int32, refreshes that were refused (rank-deficient, zero or
         non-finite statistics); the last good basis was kept.
       activations: int32, 1 if the last refresh used activations, 0 if gradients.
+      refreshed: int32, the step of the last refresh that was accepted, -1 before.
     """
 
     eigenvalues: Array
@@ -52,37 +54,73 @@ class Spectrum(NamedTuple):
     iterations: Array
     failures: Array
     activations: Array
+    refreshed: Array
+
+
+class Schedule(NamedTuple):
+    """What a layer decides for itself; kernel form, one decision for a whole stack.
+
+    A field is None where nothing is to be decided; a layer without any has no schedule.
+
+    Attributes:
+      collect: int32, 1 if the next step's statistics of this layer will be used, else
+        0; where layers take turns.
+      start: int32, first step of the current window, or of the next one.
+      interval: int32, steps from one window's start to the next one's.
+      drift: of the basis in the last window that refreshed it, see `AutoInterval`;
+        the greatest of a stack.
+      jitter: of its last step, likewise.
+      reference: the basis after the last window, in bfloat16: `drift` is good to 4e-3.
+      rank: int32, basis vectors in use, see `AutoRank`; the most that any matrix of a
+        stack needs.
+    """
+
+    collect: Any = None
+    start: Any = None
+    interval: Any = None
+    drift: Any = None
+    jitter: Any = None
+    reference: Any = None
+    rank: Any = None
 
 
 class Refresh(NamedTuple):
     """How and when a basis is refreshed.
 
     Attributes:
-      every: p, steps between refreshes; may be traced.
+      every: p, steps between refreshes; may be traced, or decided by each layer.
       iterations: q, power iterations of a refresh; may be traced. A sketch gives
         one a step, over q consecutive steps.
       solver: the eigensolver.
       centered: whether the covariance proper is used, not the second moment.
       decay: gamma in [0, 1), share of the past in the statistic; may be traced.
+      stagger: number of groups of layers that take turns; None for one.
     """
 
-    every: Scalar
+    every: Every
     iterations: Scalar
     solver: Solver
     centered: bool
     decay: Scalar
+    stagger: int | None = None
 
 
 class Layer(NamedTuple):
-    """One layer's arrays: kernel form in the state, matrices inside a refresh."""
+    """One layer's arrays: kernel form in the state, matrices inside a refresh.
+
+    `schedule` is a `Schedule`, or None where nothing is to be decided.
+    """
 
     basis: Array
     spectrum: Spectrum
+    schedule: Any = None
 
 
 def check_refresh(refresh: Refresh) -> Refresh:
-    """`refresh`, after early errors for what Python knows."""
-    _plan.check_integer("update_every", refresh.every, 1)
+    """The settings, "auto" as the rule it stands for; early errors."""
+    interval = _schedule.auto_interval(refresh.every)
+    if interval is None:
+        _plan.check_integer("update_every", refresh.every, 1)
     _plan.check_integer("power_iterations", refresh.iterations, 1)
     _plan.check_number("decay", refresh.decay, 0.0, 1.0)
     if not callable(refresh.solver):
@@ -90,11 +128,35 @@ def check_refresh(refresh: Refresh) -> Refresh:
             f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
             "iterations) -> Eigenpairs, such as dsbp_optax.power_iteration."
         )
-    return refresh
+    if isinstance(refresh.stagger, jax.Array):
+        raise TypeError(
+            "stagger: got an array or traced value, expected a Python integer, since "
+            "it sets which layers share a branch. Remedy: optax.inject_hyperparams(f, "
+            "static_args=('stagger',))."
+        )
+    if refresh.stagger is not None:
+        _plan.check_integer("stagger", refresh.stagger, 1)
+    return refresh._replace(every=interval or refresh.every)
 
 
-def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
-    """A cold layer: an orthonormal basis that follows from the path alone."""
+def init_layer(
+    path: str,
+    view: MatrixView,
+    rank: int,
+    dtype: Any,
+    refresh: Refresh,
+    rule: AutoRank | None,
+) -> Layer:
+    """A cold layer: an orthonormal basis that follows from the path alone.
+
+    Args:
+      path: of the kernel.
+      view: of the kernel.
+      rank: number of basis vectors.
+      dtype: of the linear algebra.
+      refresh: settings.
+      rule: of an adaptive rank, or None.
+    """
     key = jax.random.key(zlib.crc32(path.encode()))
     noise = jax.random.normal(key, (*view.batch_shape, view.size, rank), dtype)
     basis = _layout.to_kernel_form(_basis.orthonormalize(noise), view)
@@ -111,13 +173,28 @@ def init_layer(path: str, view: MatrixView, rank: int, dtype: Any) -> Layer:
         iterations=filled(0, jnp.int32),
         failures=filled(0, jnp.int32),
         activations=filled(0, jnp.int32),
+        refreshed=filled(-1, jnp.int32),
     )
-    return Layer(basis, spectrum)
+    return Layer(basis, spectrum, _init_schedule(basis, filled, refresh, rule))
 
 
-def collects(step: Array, refresh: Refresh) -> Array:
-    """Whether the statistics of this step enter a basis: the first q of every p."""
-    return jnp.less(step % to_int(refresh.every), to_int(refresh.iterations))
+def _init_schedule(
+    basis: Array, filled: Any, refresh: Refresh, rule: AutoRank | None
+) -> Schedule | None:
+    schedule, interval = Schedule(), _schedule.auto_interval(refresh.every)
+    if interval is not None or (refresh.stagger or 1) > 1:
+        schedule = schedule._replace(collect=filled(1, jnp.int32))
+    if interval is not None:
+        schedule = schedule._replace(
+            start=filled(0, jnp.int32),
+            interval=filled(interval.shortest, jnp.int32),
+            drift=filled(0, basis.dtype),
+            jitter=filled(0, basis.dtype),
+            reference=basis.astype(jnp.bfloat16),
+        )
+    if rule is not None:
+        schedule = schedule._replace(rank=filled(basis.shape[-1], jnp.int32))
+    return schedule if jax.tree.leaves(schedule) else None
 
 
 def is_instant(statistic: Any) -> bool:
@@ -140,7 +217,9 @@ def refresh_layer(
     Returns:
       The layer in kernel form, and the rotation ``V_new^T V_old (*batch, k, k)``.
     """
-    matrices = jax.tree.map(lambda x: _layout.from_kernel_form(x, view), layer)
+    bare = layer._replace(schedule=None)
+    deficient = layer.schedule is not None and layer.schedule.rank is not None
+    matrices = jax.tree.map(lambda x: _layout.from_kernel_form(x, view), bare)
     observed = Gradient(gradient, view.flipped)
     if statistic is None:
         statistic, refresh = observed, refresh._replace(iterations=1)
@@ -148,16 +227,21 @@ def refresh_layer(
         statistic = _as_matrices(statistic, view)
 
     def one(layer: Layer, statistic: Any, gradient: Gradient) -> tuple[Layer, Array]:
-        return _refresh_matrix(layer, statistic, gradient, refresh)
+        return _refresh_matrix(layer, statistic, gradient, refresh, deficient)
 
     for _ in view.batch:
         one = jax.vmap(one)
     new, rotation = one(matrices, statistic, observed)
-    return jax.tree.map(lambda x: _layout.to_kernel_form(x, view), new), rotation
+    new = jax.tree.map(lambda x: _layout.to_kernel_form(x, view), new)
+    return new._replace(schedule=layer.schedule), rotation
 
 
 def _refresh_matrix(
-    layer: Layer, statistic: Any, gradient: Gradient, refresh: Refresh
+    layer: Layer,
+    statistic: Any,
+    gradient: Gradient,
+    refresh: Refresh,
+    deficient: bool,
 ) -> tuple[Layer, Array]:
     """The same for one matrix: basis ``(d, k)``, no stacking axes."""
     basis, past = layer.basis, layer.spectrum
@@ -182,8 +266,9 @@ def _refresh_matrix(
         iterations=past.iterations + done,
         failures=past.failures,
         activations=jnp.full_like(past.activations, observed),
+        refreshed=past.refreshed,
     )
-    good = usable(operator, pairs)
+    good = usable(operator, pairs, deficient)
     kept = past._replace(failures=past.failures + 1)
     nothing = operator.count == 0
     kept = where(nothing, past, kept)
@@ -191,18 +276,21 @@ def _refresh_matrix(
     return new, _subspace.rotation(new.basis, basis)
 
 
-def usable(operator: Operator, pairs: Eigenpairs) -> Array:
+def usable(operator: Operator, pairs: Eigenpairs, deficient: bool = False) -> Array:
     """Whether a refresh may replace the last good basis.
 
     Refused: nothing observed, non-finite numbers, a second moment whose rank is
-    below that of the basis, and a basis that is not orthonormal.
+    below that of the basis (unless `deficient`: an adaptive rank leaves out what
+    explains nothing), a zero one, and a basis that is not orthonormal.
     """
     eps = jnp.finfo(pairs.basis.dtype).eps
     rank = pairs.basis.shape[1]
     gram = _subspace.rotation(pairs.basis, pairs.basis)
     orthonormal = jnp.max(jnp.abs(gram - jnp.eye(rank))) < jnp.sqrt(eps)
     leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
-    full_rank = (leading > 0) & (last > _RANK_TOLERANCE * eps * leading)
+    full_rank = leading > 0
+    if not deficient:
+        full_rank &= last > _RANK_TOLERANCE * eps * leading
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
     finite &= jnp.isfinite(operator.mean).all() & jnp.isfinite(pairs.residual)
     return (operator.count > 0) & finite & full_rank & orthonormal
@@ -318,6 +406,6 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def to_int(value: Scalar) -> Any:
+def to_int(value: Any) -> Any:
     """Traced hyperparameters may arrive as floats."""
     return value if isinstance(value, int) else jnp.asarray(value).astype(jnp.int32)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout, _share
+from dsbp_optax import _layout, _schedule, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._types import PyTree, Side
 
@@ -237,7 +237,9 @@ def _worthwhile(
     if reason is not None:
         return {one.path: Decision(False, reason) for one in group}
     side, rank, view = first.side, first.rank, first.view
-    text = f"{side} side, rank {rank} of {view.size}{_stacked(view)}"
+    asked = _layout.resolve(choices.rank, first.path, view.shape, None)
+    up_to = "up to " if _schedule.auto_rank(asked) else ""
+    text = f"{side} side, rank {up_to}{rank} of {view.size}{_stacked(view)}"
     decisions = {first.path: Decision(True, text, side, rank, view)}
     for one in others:
         text = f"shares the basis of '{first.path}', rank {rank} of {view.size}"
@@ -316,9 +318,14 @@ def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
 
 
 def check_rank(rank: Any, path: str = "") -> int | None:
-    """A positive Python integer, or None, or an error that says where."""
+    """A positive Python integer, or None, or an error that says where.
+
+    Of an adaptive rank the greatest, which sets the shapes.
+    """
     if rank is None:
         return None
+    if (rule := _schedule.auto_rank(rank)) is not None:
+        return rule.most
     if isinstance(rank, jax.Array):
         where = f" of '{path}'" if path else ""
         raise TypeError(

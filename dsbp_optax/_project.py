@@ -27,15 +27,16 @@ from dsbp_optax._orthogonal import Direction
 from dsbp_optax._plan import Choices, When
 from dsbp_optax._residual import Factor, Residual
 from dsbp_optax._rule import Rule
+from dsbp_optax._schedule import Every, Rank
 from dsbp_optax._types import Scalar, Side, Solver
 
 
 def scale_by_spectral_projection(
     inner: optax.GradientTransformation | None = None,
     *,
-    rank: PerPath[int] = 16,
+    rank: PerPath[Rank] = 16,
     side: PerPath[Side] = "input",
-    update_every: Scalar = 100,
+    update_every: Every = 100,
     power_iterations: Scalar = 5,
     solver: Solver | None = None,
     spectral_filter: Filter | None = None,
@@ -45,6 +46,7 @@ def scale_by_spectral_projection(
     sharpness: optax.ScalarOrSchedule = 0.0,
     centered: bool = False,
     decay: Scalar = 0.0,
+    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     project: When = "auto",
@@ -66,10 +68,13 @@ def scale_by_spectral_projection(
     Args:
       inner: a ``scale_by_*`` transformation whose state then has ``(k, m)``
         coordinates; None for the identity.
-      rank: k; an integer, a mapping from glob pattern to integer, or a callable
-        ``(path, shape) -> int | None`` (None: do not project).
+      rank: k; an integer, or "auto" or an `AutoRank`, which follow the spectrum; a
+        mapping from glob pattern to one of these; or a callable ``(path, shape) ->
+        one of these or None`` (None: do not project).
       side: "input" (``V`` on the axes that face the layer's input) or "output".
-      update_every: p, steps between refreshes of the basis.
+      update_every: p, steps between refreshes of the basis; "auto" or an
+        `AutoInterval` let each layer find its own, for a branch a layer in the steps
+        that refresh and half a basis more of memory.
       power_iterations: q, power iterations a refresh. A sketch gives one a step,
         on the first q of every p steps; matrices give all q at once.
       solver: ``(operator, basis, iterations) -> Eigenpairs``; None for
@@ -87,6 +92,9 @@ def scale_by_spectral_projection(
         schedule. Acts where the basis comes from activations.
       centered: use the covariance about the mean, not the second moment.
       decay: gamma in [0, 1), share of the past kept in the statistic.
+      stagger: number of groups of layers, equally dear to refresh, that take turns
+        after the first window, so that no step pays for all: group g of n is ``g p /
+        n`` steps late. None: all together.
       axes: which axes of a kernel are inputs, outputs, stacked: a mapping from
         glob pattern to `Axes`, or a callable ``(path, shape) -> Axes | None``.
       share: groups of kernels with one and the same input, which keep one basis:
@@ -134,7 +142,7 @@ def scale_by_spectral_projection(
       >>> updates, state = tx.update(params, state, params)
     """
     solver = solver or _basis.power_iteration
-    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
+    refresh = Refresh(update_every, power_iterations, solver, centered, decay, stagger)
     groups = _share.check_share(share)
     rule = Rule(
         inner=_transport.as_inner(inner),

@@ -11,6 +11,7 @@ from dsbp_optax import _eigenbasis, _filter, _orthogonal, _plan, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._residual import Factor, Residual
+from dsbp_optax._schedule import Every, Rank
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
@@ -102,12 +103,12 @@ def dsbp_sgd(
     momentum: Scalar = 0.9,
     *,
     nesterov: bool = False,
-    rank: PerPath[int] = 8,
+    rank: PerPath[Rank] = 8,
     whitening: Scalar = 0.5,
     residual: ResidualChoice = "momentum",
     bits: int = 4,
     side: PerPath[Side] = "input",
-    update_every: Scalar = 100,
+    update_every: Every = 100,
     power_iterations: Scalar = 5,
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
@@ -115,6 +116,7 @@ def dsbp_sgd(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
+    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
@@ -130,14 +132,14 @@ def dsbp_sgd(
       learning_rate: eta, a number or a schedule; SGD's own is a fair start.
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a mapping from glob pattern, or a callable.
+      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: "momentum" keeps the residual's momentum in a few bits, see
         `residual_momentum`; a number is the share of `normalize_residual`; a rule;
         None drops the residual.
       bits: of the residual's momentum, a number.
       side: side of the kernel that carries the basis.
-      update_every: p, steps between refreshes.
+      update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
@@ -145,6 +147,7 @@ def dsbp_sgd(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
+      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -182,6 +185,7 @@ def dsbp_sgd(
         solver=solver,
         centered=centered,
         decay=decay,
+        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback,
@@ -201,16 +205,17 @@ def dsbp_adamw(
     *,
     mu_dtype: Any = None,
     nesterov: bool = False,
-    rank: PerPath[int] = 16,
+    rank: PerPath[Rank] = 16,
     residual: ResidualChoice = 0.5,
     bits: int = 4,
     side: PerPath[Side] = "input",
-    update_every: Scalar = 100,
+    update_every: Every = 100,
     power_iterations: Scalar = 5,
     fallback: Fallback = None,
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
+    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
@@ -232,17 +237,18 @@ def dsbp_adamw(
       fallback: transformation for parameters that are no kernels; None: the same.
       mu_dtype: dtype of the first moment, None for the coordinates' own.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a mapping from glob pattern, or a callable.
+      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       residual: a number is the share of `normalize_residual`; "momentum" keeps the
         residual's momentum in a few bits at half the RMS, see `residual_momentum`; a
         rule; None drops the residual.
       bits: of the residual's momentum, a number.
       side: side of the kernel that carries the basis.
-      update_every: p, steps between refreshes.
+      update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
+      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -279,6 +285,7 @@ def dsbp_adamw(
         solver=solver,
         centered=centered,
         decay=decay,
+        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback,
@@ -293,7 +300,7 @@ def dsbp_muon(
     momentum: Scalar = 0.95,
     *,
     nesterov: bool = True,
-    rank: PerPath[int] = 8,
+    rank: PerPath[Rank] = 8,
     whitening: Scalar = 0.5,
     residual: ResidualChoice = "momentum",
     bits: int = 4,
@@ -304,12 +311,13 @@ def dsbp_muon(
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
     side: PerPath[Side] = "input",
-    update_every: Scalar = 100,
+    update_every: Every = 100,
     power_iterations: Scalar = 5,
     fallback: Fallback = None,
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
+    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = None,
@@ -330,7 +338,7 @@ def dsbp_muon(
         ``scale="adam"``, AdamW's).
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a mapping from glob pattern, or a callable.
+      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: "momentum" keeps the residual's momentum in a few bits, see
         `residual_momentum`; a number is the share of `normalize_residual`; a rule;
@@ -343,12 +351,13 @@ def dsbp_muon(
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       side: side of the kernel that carries the basis.
-      update_every: p, steps between refreshes.
+      update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
       fallback: transformation for parameters that are no kernels, in place of Adam.
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
+      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -388,6 +397,7 @@ def dsbp_muon(
         solver=solver,
         centered=centered,
         decay=decay,
+        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),

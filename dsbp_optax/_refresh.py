@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax import _adapt, _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax._adapt import Now, Rules
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import Coordinates, MatrixView
+from dsbp_optax._schedule import AutoRank
 from dsbp_optax._spectral import SpectralState
 from dsbp_optax._transport import Field, Moments, Rotation, rotate
 from dsbp_optax._types import Array, PyTree
@@ -34,7 +36,7 @@ class Step(NamedTuple):
         those that came whole.
       given: path -> coordinates of those that came so, in the bases of this step.
       layers: path -> layer, kernel form; kernels that share a basis have one layer.
-      bases: path -> basis ``(*batch, d, k)``.
+      bases: path -> basis ``(*batch, d, k)``, zero beyond the rank in use.
       moments: of the inner optimizer, in the coordinates of the bases.
     """
 
@@ -85,11 +87,15 @@ def begin_step(
         gradients,
         state.step,
         views=views,
+        ranks=_spectral.rank_rules(choices, views),
         kinds=[*kinds, _GIVEN],
         owners=owners,
     )
     layers = {path: layers[owners[path]] for path in views}
-    bases = {p: _layout.from_kernel_form(layers[p].basis, v) for p, v in views.items()}
+    bases = {
+        p: _layout.from_kernel_form(_adapt.basis_in_use(layers[p]), v)
+        for p, v in views.items()
+    }
     return Step(gradients, treedef, views, matrices, given, layers, bases, turned)
 
 
@@ -118,7 +124,7 @@ def end_step(
     return {
         "step": count,
         "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
-        "collect": _eigenbasis.collects(count, refresh).astype(jnp.int32),
+        "collect": _adapt.any_collects(refresh, step.layers, count),
         **_spectral.join_layers(_only(state.basis, step.layers)),
         "shared": state.shared,
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
@@ -184,23 +190,26 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
       refresh: settings.
 
     Returns:
-      ``(layers, moments, statistics, gradients, step, views=, kinds=, owners=) ->
-      (layers, moments)``, see `refresh_layers`.
+      ``(layers, moments, statistics, gradients, step, views=, ranks=, kinds=,
+      owners=) -> (layers, moments)``, see `refresh_layers`.
     """
 
-    @functools.partial(jax.jit, static_argnames=("views", "kinds", "owners"))
-    def step(*args: Any, views: Any, kinds: Any, owners: Any) -> Any:
-        return refresh_layers(refresh, dict(views), list(kinds), dict(owners), *args)
+    @functools.partial(jax.jit, static_argnames=("views", "ranks", "kinds", "owners"))
+    def step(*args: Any, views: Any, ranks: Any, kinds: Any, owners: Any) -> Any:
+        rules = Rules(refresh, dict(views), dict(ranks), dict(owners))
+        return refresh_layers(rules, list(kinds), *args)
 
     def call(
         *args: Any,
         views: Mapping[str, MatrixView],
+        ranks: Mapping[str, AutoRank],
         kinds: Sequence[Field],
         owners: Mapping[str, str],
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
             *args,
             views=tuple(views.items()),
+            ranks=tuple(ranks.items()),
             kinds=tuple(kinds),
             owners=tuple(owners.items()),
         )
@@ -210,10 +219,8 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
 
 
 def refresh_layers(
-    refresh: Refresh,
-    views: Mapping[str, MatrixView],
+    rules: Rules,
     kinds: list[Field],
-    owners: Mapping[str, str],
     layers: Layers,
     moments: list[Moments],
     statistics: Mapping[str, Any],
@@ -223,16 +230,15 @@ def refresh_layers(
     """Every layer whose turn it is, one `lax.cond` for each group of layers.
 
     Layers with sketches (or with nothing, which use their gradient) take one power
-    iteration on each of the first q steps of a period; layers with a whole matrix
-    take all of them on the first. Gradients that are not finite change nothing; the
-    branch tests them itself, so that other steps need not wait for the test. A basis
-    whose gradients came as coordinates waits for a statistic.
+    iteration on each step of a window; layers with a whole matrix take all of them on
+    the first. Gradients that are not finite change nothing; the branch tests them
+    itself, so that other steps need not wait for the test. Several groups lie in one
+    branch more, which most steps do not enter. A basis whose gradients came as
+    coordinates waits for a statistic.
 
     Args:
-      refresh: settings.
-      views: path -> view.
+      rules: of the refresh.
       kinds: how each field of `moments` follows a basis.
-      owners: path of each kernel -> path of its layer.
       layers: path -> layer, kernel form.
       moments: of the inner optimizer; they move with the bases.
       statistics: path -> statistic.
@@ -242,61 +248,89 @@ def refresh_layers(
     Returns:
       The layers and their moments.
     """
+    waiting = _waiting(rules.owners, gradients, statistics)
+    ready = {path: layer for path, layer in layers.items() if path not in waiting}
+    if not ready:
+        return layers, moments
+    _adapt.check_schedules(rules, layers)
+    groups = _adapt.plan_groups(rules, ready, statistics, step)
+    turns, nows = [g.turn for g in groups], [g.now for g in groups]
+    layers, moments = jax.lax.cond(
+        functools.reduce(jnp.logical_or, turns),
+        functools.partial(_refresh_groups, rules, kinds, [g.paths for g in groups]),
+        _keep_branch,
+        layers,
+        moments,
+        dict(statistics),
+        dict(gradients),
+        turns,
+        nows,
+    )
+    return _adapt.note_collects(rules, layers, groups, step), moments
 
-    def refresh_branch(
-        group: Layers, moments: list[Moments], seen: Any, gradients: Any
-    ) -> tuple[Layers, list[Moments]]:
-        finite = _spectral.all_finite(gradients)
-        new, rotations = _refresh_group(
-            refresh, views, owners, group, seen, gradients, step
+
+def _refresh_groups(
+    rules: Rules,
+    kinds: list[Field],
+    members: list[frozenset[str]],
+    layers: Layers,
+    moments: list[Moments],
+    statistics: Mapping[str, Any],
+    gradients: Mapping[str, Any],
+    turns: list[Array],
+    nows: list[Now],
+) -> tuple[Layers, list[Moments]]:
+    """The branch of a step that refreshes: each group in a branch of its own."""
+    finite = _spectral.all_finite(gradients)
+    for paths, turn, now in zip(members, turns, nows, strict=True):
+        kernels = {path for path, owner in rules.owners.items() if owner in paths}
+        branch = functools.partial(_refresh_group, rules, kinds)
+        operands = (
+            _only(paths, layers),
+            [_only(kernels, held) for held in moments],
+            _only(paths, statistics),
+            _only(kernels, gradients),
+            finite,
+            now,
         )
-        done = new, rotate(kinds, moments, rotations)
-        return _spectral.select(finite, done, (group, moments))
-
-    instant = {p for p in layers if _eigenbasis.is_instant(statistics.get(p))}
-    first = step % _eigenbasis.to_int(refresh.every) == 0
-    spread = _eigenbasis.collects(step, refresh)
-    spread_paths = layers.keys() - instant - _waiting(owners, gradients, statistics)
-    for paths, turn in ((instant, first), (spread_paths, spread)):
-        if paths:
-            kernels = {path for path, owner in owners.items() if owner in paths}
-            group, turned = jax.lax.cond(
-                turn,
-                refresh_branch,
-                _keep_branch,
-                _only(paths, layers),
-                [_only(kernels, held) for held in moments],
-                _only(paths, statistics),
-                dict(gradients),
-            )
-            layers = {**layers, **group}
-            moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
+        if len(members) == 1:  # it is its turn, or we were not here
+            group, turned = branch(*operands)
+        else:
+            group, turned = jax.lax.cond(turn, branch, _keep_branch, *operands)
+        layers = {**layers, **group}
+        moments = [{**a, **b} for a, b in zip(moments, turned, strict=True)]
     return layers, moments
 
 
 def _refresh_group(
-    refresh: Refresh,
-    views: Mapping[str, MatrixView],
-    owners: Mapping[str, str],
+    rules: Rules,
+    kinds: list[Field],
     group: Layers,
+    moments: list[Moments],
     seen: Mapping[str, Any],
     gradients: Mapping[str, Any],
-    step: Array,
-) -> tuple[Layers, dict[str, Rotation]]:
-    """One refresh of each layer, and how the coordinates of each kernel turn."""
+    finite: Array,
+    now: Now,
+) -> tuple[Layers, list[Moments]]:
+    """One refresh of each layer; the coordinates of its kernels turn with it."""
     new: Layers = {}
     rotations: dict[str, Rotation] = {}
     for path, layer in group.items():
-        kernels = {p: v for p, v in views.items() if owners[p] == path}
+        view = rules.views[path]
+        kernels = {p: v for p, v in rules.views.items() if rules.owners[p] == path}
         gradient = _joined(gradients, kernels)
-        new[path], turned = _eigenbasis.refresh_layer(
-            layer, seen.get(path), gradient, views[path], refresh
+        done, turned = _eigenbasis.refresh_layer(
+            layer, seen.get(path), gradient, view, rules.refresh
         )
         if gradient.size == 0:  # coordinates do not tell the energy outside
-            spectrum = new[path].spectrum._replace(energy=layer.spectrum.energy)
-            new[path] = new[path]._replace(spectrum=spectrum)
-        rotations |= dict.fromkeys(kernels, Rotation(turned, views[path].flipped, step))
-    return new, rotations
+            spectrum = done.spectrum._replace(energy=layer.spectrum.energy)
+            done = done._replace(spectrum=spectrum)
+        new[path], turned = _adapt.adapt(rules, path, layer, done, turned, now)
+        rotation = Rotation(turned, view.flipped, now.step)
+        rotations |= dict.fromkeys(kernels, rotation)
+    return _spectral.select(
+        finite, (new, rotate(kinds, moments, rotations)), (group, moments)
+    )
 
 
 def _waiting(
@@ -325,9 +359,9 @@ def _joined(
 
 
 def _keep_branch(
-    group: Layers, moments: list[Moments], seen: Any, gradients: Any
+    group: Layers, moments: list[Moments], *rest: Any
 ) -> tuple[Layers, list[Moments]]:
-    del seen, gradients
+    del rest
     return group, moments
 
 

@@ -32,6 +32,7 @@ from dsbp_optax._refresh import (
     sharpness_rows,
     to_updates,
 )
+from dsbp_optax._schedule import Every, Rank
 from dsbp_optax._spectral import SpectralSharpnessState
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
@@ -49,13 +50,14 @@ class Rule(NamedTuple):
 def add_spectral_sharpness(
     sharpness: optax.ScalarOrSchedule = 0.1,
     *,
-    rank: PerPath[int] = 4,
+    rank: PerPath[Rank] = 4,
     side: PerPath[Side] = "input",
-    update_every: Scalar = 100,
+    update_every: Every = 100,
     power_iterations: Scalar = 5,
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
+    stagger: int | None = None,
     axes: AxesRule | None = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -71,11 +73,12 @@ def add_spectral_sharpness(
       sharpness: beta, a number or a schedule.
       rank: basis vectors used to find ``e_1``; only the first enters the term.
       side: "input" or "output" (the paper's).
-      update_every: p, steps between refreshes.
+      update_every: p, steps between refreshes, as in `scale_by_spectral_projection`.
       power_iterations: q, power iterations a refresh.
       solver: as in `scale_by_spectral_projection`.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
+      stagger: as in `scale_by_spectral_projection`.
       axes: as in `scale_by_spectral_projection`.
       statistics_in_state: reserve a place for `put_statistics`.
 
@@ -97,8 +100,9 @@ def add_spectral_sharpness(
       ... )
     """
     solver = solver or _basis.power_iteration
-    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
-    _eigenbasis.check_refresh(refresh)
+    refresh = _eigenbasis.check_refresh(
+        Refresh(update_every, power_iterations, solver, centered, decay, stagger)
+    )
     rule = Rule(
         sharpness=_plan.check_number("sharpness", sharpness, 0.0),
         choices=_plan.check_choices(Choices(rank, side, axes, "always")),
@@ -116,7 +120,7 @@ def add_spectral_sharpness(
 
 def _init(rule: Rule, params: PyTree) -> SpectralSharpnessState:
     if not jax.tree.leaves(params):
-        return SpectralSharpnessState(**_spectral.empty_fields(rule.refresh))
+        return SpectralSharpnessState(**_spectral.empty_fields())
     _, fields = _spectral.init_fields(
         params, rule.choices, rule.refresh, optax.identity(), rule.statistics_in_state
     )

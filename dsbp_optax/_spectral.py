@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dsbp_optax import _eigenbasis, _layout, _plan
+from dsbp_optax import _eigenbasis, _layout, _plan, _schedule
 from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
 from dsbp_optax._layout import Coordinates, MatrixView
+from dsbp_optax._schedule import AutoRank
 from dsbp_optax._statistics import Sketch
 from dsbp_optax._types import Array, PyTree
 
@@ -30,9 +31,10 @@ class SpectralProjectionState(NamedTuple):
     Attributes:
       step: int32, updates seen.
       skipped: int32, updates whose gradients were not finite; they changed nothing.
-      collect: int32, 1 if the next step's statistics will be used, else 0.
+      collect: int32, 1 if the next step's statistics of any layer will be used, else 0.
       basis: parameter path -> orthonormal basis, a flat dict.
       spectrum: parameter path -> `Spectrum`.
+      schedule: parameter path -> `Schedule`, for layers that have something to decide.
       statistics: place for `put_statistics`; empty unless reserved.
       shared: who uses another kernel's basis, ``{owner: {member: {}}}``; holds no
         arrays.
@@ -48,6 +50,7 @@ class SpectralProjectionState(NamedTuple):
     collect: Array
     basis: Any
     spectrum: Any
+    schedule: Any
     statistics: Any
     shared: Any
     inner: Any
@@ -63,6 +66,7 @@ class SpectralSharpnessState(NamedTuple):
     collect: Array
     basis: Any
     spectrum: Any
+    schedule: Any
     statistics: Any
     shared: Any
 
@@ -251,8 +255,31 @@ def cast_like(new: T, old: T) -> T:
     return cast
 
 
+def collects(state: SpectralState, path: str) -> Array:
+    """Whether the next step's statistics of this layer will be used; int32."""
+    schedule = state.schedule.get(path)
+    if schedule is None or schedule.collect is None:
+        return state.collect
+    flag: Array = schedule.collect
+    return flag
+
+
+def rank_rules(
+    choices: _plan.Choices, views: Mapping[str, MatrixView]
+) -> dict[str, AutoRank]:
+    """Path -> rule, of the layers whose rank is adaptive."""
+    asked = {
+        path: _schedule.auto_rank(_layout.resolve(choices.rank, path, v.shape, None))
+        for path, v in views.items()
+    }
+    return {path: rule for path, rule in asked.items() if rule is not None}
+
+
 def init_layers(
-    params: PyTree, decisions: Mapping[str, _plan.Decision]
+    params: PyTree,
+    decisions: Mapping[str, _plan.Decision],
+    refresh: Refresh,
+    rules: Mapping[str, AutoRank],
 ) -> dict[str, Layer]:
     """Cold layers for the projected parameters."""
     leaves, _ = _layout.flatten_with_paths(params)
@@ -262,6 +289,8 @@ def init_layers(
             choice.view,
             choice.rank,
             _plan.compute_dtype(jnp.result_type(leaves[path])),
+            refresh,
+            rules.get(path),
         )
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected and choice.owner is None
@@ -290,31 +319,31 @@ def init_fields(
       reserve: whether to reserve a place for `put_statistics`.
     """
     decisions = _plan.plan(params, choices, inner)
-    layers = init_layers(params, decisions)
+    views = {p: d.view for p, d in decisions.items() if d.view is not None}
+    rules = rank_rules(choices, views)
+    layers = init_layers(params, decisions, refresh, rules)
     return decisions, {
-        **counters(refresh),
+        **counters(),
         **join_layers(layers),
         "statistics": empty_statistics(layers) if reserve else {},
         "shared": init_shared(decisions),
     }
 
 
-def empty_fields(refresh: Refresh) -> dict[str, Any]:
+def empty_fields() -> dict[str, Any]:
     """The same for a tree without parameters: one leaf for each.
 
     Also what `optax.tree.map_params` asks for, which wants one leaf in the place of
     everything that is not a copy of the parameters.
     """
-    names = ("basis", "spectrum", "statistics", "shared")
-    none = {name: jnp.zeros([]) for name in names}
-    return {**counters(refresh), **none}
+    names = ("basis", "spectrum", "schedule", "statistics", "shared")
+    return {**counters(), **{name: jnp.zeros([]) for name in names}}
 
 
-def counters(refresh: Refresh) -> dict[str, Array]:
+def counters() -> dict[str, Array]:
     """step, skipped, collect of a fresh state; buffers of their own, to be donated."""
     step, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-    collect = _eigenbasis.collects(step, refresh).astype(jnp.int32)
-    return {"step": step, "skipped": skipped, "collect": collect}
+    return {"step": step, "skipped": skipped, "collect": jnp.ones([], jnp.int32)}
 
 
 def matrices(
@@ -336,7 +365,9 @@ def split_layers(state: SpectralState) -> dict[str, Layer]:
     """The layers of a state, by path."""
     return {
         path: Layer(
-            basis.astype(_plan.compute_dtype(basis.dtype)), state.spectrum[path]
+            basis.astype(_plan.compute_dtype(basis.dtype)),
+            state.spectrum[path],
+            state.schedule.get(path),
         )
         for path, basis in state.basis.items()
     }
@@ -347,4 +378,9 @@ def join_layers(layers: Mapping[str, Layer]) -> dict[str, Any]:
     return {
         "basis": {path: layer.basis for path, layer in layers.items()},
         "spectrum": {path: layer.spectrum for path, layer in layers.items()},
+        "schedule": {
+            path: layer.schedule
+            for path, layer in layers.items()
+            if layer.schedule is not None
+        },
     }

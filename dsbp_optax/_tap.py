@@ -67,7 +67,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
     """
     riders = {}
     for state in _spectral.find_states(opt_state):
-        for path, (basis, spectrum) in _spectral.split_layers(state).items():
+        for path, layer in _spectral.split_layers(state).items():
             key = path + _spectral.STATES[type(state)]
             if key in riders:
                 raise ValueError(
@@ -75,10 +75,11 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
                     f"'{path}'. Remedy: give each its own parameters with "
                     "optax.masked or optax.partition."
                 )
-            empty = _spectral.empty_sketch(basis, spectrum)
-            count = jnp.broadcast_to(state.collect, empty.count.shape)
+            empty = _spectral.empty_sketch(layer.basis, layer.spectrum)
+            collect = _spectral.collects(state, path)
+            count = jnp.broadcast_to(collect, empty.count.shape)
             riders[key] = Rider(
-                basis, count.astype(basis.dtype), empty.trace, empty.total
+                layer.basis, count.astype(layer.basis.dtype), empty.trace, empty.total
             )
     return riders
 

@@ -49,9 +49,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
     leaves, _ = _layout.flatten_with_paths(params)
     if not leaves:
         nothing = {name: jnp.zeros([]) for name in ("inner", "residual", "fallback")}
-        return SpectralProjectionState(
-            **_spectral.empty_fields(rule.refresh), **nothing
-        )
+        return SpectralProjectionState(**_spectral.empty_fields(), **nothing)
     _transport.check_inner(rule.inner)
     decisions, fields = _spectral.init_fields(
         params, rule.choices, rule.refresh, rule.inner, rule.statistics_in_state

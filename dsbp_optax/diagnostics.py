@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _layout, _plan, _spectral
+from dsbp_optax._eigenbasis import Schedule
 from dsbp_optax._plan import Decision
 from dsbp_optax._types import Array, PyTree, state_bytes
 
@@ -66,8 +67,11 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     For each projected parameter: ``energy`` (share of the gradient inside the basis
     at the last refresh), ``leading_share`` (``lambda_1 / tr C``), ``explained``
     (``sum lambda / tr C``), ``effective_rank`` (``(sum lambda)^2 / sum lambda^2``),
-    ``residual`` (of the eigenpairs), ``failures`` and ``iterations``; of the whole:
-    ``step`` and ``skipped``. Stacked kernels are averaged. Can be jit-compiled.
+    ``residual`` (of the eigenpairs), ``failures``, ``iterations`` and ``staleness``
+    (steps since the last refresh that was accepted); with an adaptive interval
+    ``interval``, ``drift`` and ``jitter``, with an adaptive rank ``active_rank``; of
+    the whole: ``step`` and ``skipped``. Stacked kernels are averaged, but for the
+    staleness, which is the greatest. Can be jit-compiled.
 
     Args:
       opt_state: any nest of optax states.
@@ -88,6 +92,10 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
         for path, spectrum in state.spectrum.items():
             for name, value in _layer_metrics(spectrum).items():
                 figures[f"dsbp/{name}/{path}{suffix}"] = jnp.mean(value)
+            behind = jnp.max(state.step - 1 - spectrum.refreshed)
+            figures[f"dsbp/staleness/{path}{suffix}"] = behind
+            for name, value in _decisions(state.schedule.get(path)).items():
+                figures[f"dsbp/{name}/{path}{suffix}"] = jnp.max(value)
         figures[f"dsbp/step{suffix}"] = jnp.asarray(state.step)
         figures[f"dsbp/skipped{suffix}"] = jnp.asarray(state.skipped)
     return figures
@@ -105,3 +113,16 @@ def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
         "failures": spectrum.failures,
         "iterations": spectrum.iterations,
     }
+
+
+def _decisions(schedule: Schedule | None) -> Mapping[str, Array]:
+    """What a layer has decided for itself; the same for every matrix of a stack."""
+    if schedule is None:
+        return {}
+    figures = {
+        "interval": schedule.interval,
+        "drift": schedule.drift,
+        "jitter": schedule.jitter,
+        "active_rank": schedule.rank,
+    }
+    return {name: value for name, value in figures.items() if value is not None}

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsbp_optax import _layout, _plan, _spectral
+from dsbp_optax import _checks, _layout, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
@@ -80,7 +80,7 @@ def _project(
     if path not in leaves:
         raise ValueError(
             f"the state holds a basis for '{path}', which is not among the gradients "
-            f"({_plan.some(leaves)}). Remedy: pass the whole tree of gradients."
+            f"({_checks.some(leaves)}). Remedy: pass the whole tree of gradients."
         )
     gradient, form = leaves[path], basis.shape[:-1]
     whole = not isinstance(gradient, Coordinates)
@@ -118,7 +118,7 @@ def refuse(paths: Iterable[str], who: str) -> None:
     some = list(itertools.islice(paths, 6))
     if some:
         raise ValueError(
-            f"updates: got Coordinates for {_plan.some(some)}, but {who} needs the "
+            f"updates: got Coordinates for {_checks.some(some)}, but {who} needs the "
             "gradient outside of the subspace too, which they do not hold. Remedy: "
             "residual=None (residual=0.0 in dsbp_sgd and dsbp_adamw), and "
             "add_spectral_sharpness after the projection; or accumulate whole "

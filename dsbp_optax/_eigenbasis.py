@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsbp_optax import _basis, _layout, _plan, _schedule, _subspace
+from dsbp_optax import _basis, _checks, _layout, _schedule, _subspace
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._schedule import AutoRank, Every
 from dsbp_optax._statistics import (
@@ -120,9 +120,9 @@ def check_refresh(refresh: Refresh) -> Refresh:
     """The settings, "auto" as the rule it stands for; early errors."""
     interval = _schedule.auto_interval(refresh.every)
     if interval is None:
-        _plan.check_integer("update_every", refresh.every, 1)
-    _plan.check_integer("power_iterations", refresh.iterations, 1)
-    _plan.check_number("decay", refresh.decay, 0.0, 1.0)
+        _checks.check_integer("update_every", refresh.every, 1)
+    _checks.check_integer("power_iterations", refresh.iterations, 1)
+    _checks.check_number("decay", refresh.decay, 0.0, 1.0)
     if not callable(refresh.solver):
         raise TypeError(
             f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
@@ -135,7 +135,7 @@ def check_refresh(refresh: Refresh) -> Refresh:
             "static_args=('stagger',))."
         )
     if refresh.stagger is not None:
-        _plan.check_integer("stagger", refresh.stagger, 1)
+        _checks.check_integer("stagger", refresh.stagger, 1)
     return refresh._replace(every=interval or refresh.every)
 
 
@@ -311,7 +311,7 @@ def check_mapping(statistics: Any, known: list[str], suffixes: list[str]) -> Non
         if not isinstance(key, str) or path not in known:
             raise ValueError(
                 f"statistics: unknown path {key!r}, expected one of "
-                f"{_plan.some(known)}.{_plan.did_you_mean(path, known)}"
+                f"{_checks.some(known)}.{_checks.did_you_mean(path, known)}"
             )
 
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from dsbp_optax import _plan
+from dsbp_optax import _checks
 from dsbp_optax._types import Array, Scalar
 
 #: (eigenvalues (*batch, k) descending, mean of the rest (*batch, 1)) -> factors
@@ -50,8 +50,8 @@ def whiten(exponent: Scalar = 0.5, damping: Scalar = 1.0) -> Filter:
       ...     optax.trace(0.9), spectral_filter=dsbp_optax.whiten(),
       ...     residual=dsbp_optax.residual_momentum(0.9))
     """
-    _plan.check_number("exponent", exponent, 0.0)
-    _plan.check_number("damping", damping, 0.0)
+    _checks.check_number("exponent", exponent, 0.0)
+    _checks.check_number("damping", damping, 0.0)
 
     def factors(eigenvalues: Array, rest: Array) -> Array:
         shift = damping * rest

@@ -5,22 +5,19 @@ memory. `explain` shows the same decisions to people.
 """
 
 import contextvars
-import difflib
 import math
-import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout, _schedule, _share
+from dsbp_optax import _checks, _layout, _schedule, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
-from dsbp_optax._types import PyTree, Side
+from dsbp_optax._types import Array, PyTree, Side, state_bytes
 
-SIDES: tuple[Side, ...] = ("input", "output")
 #: Names whose arrays are tables, scales or offsets, not linear maps.
 _NOT_KERNELS = re.compile(r"embed|bias|scale|norm|(^|/)(pos|cls|token)[^/]*$")
 When: TypeAlias = Literal["auto", "always"]
@@ -81,16 +78,26 @@ class _Candidate(NamedTuple):
 
 
 def plan(
-    params: PyTree, choices: Choices, inner: optax.GradientTransformation
+    params: PyTree,
+    choices: Choices,
+    inner: optax.GradientTransformation,
+    outside: Callable[[Array], PyTree] | None = None,
 ) -> dict[str, Decision]:
-    """A decision for each leaf of `params`, by path."""
+    """A decision for each leaf of `params`, by path.
+
+    Args:
+      params: parameters.
+      choices: what the user asked for.
+      inner: inner optimizer.
+      outside: zeros shaped as a matrix -> state of the residual rule, or None.
+    """
     leaves, _ = _layout.flatten_with_paths(params)
     check_patterns(known_paths(params), choices)
     found = {path: _candidate(path, x, leaves, choices) for path, x in leaves.items()}
     candidates = {p: c for p, c in found.items() if isinstance(c, _Candidate)}
     decisions = {p: d for p, d in found.items() if isinstance(d, Decision)}
     for group in _grouped(candidates, choices):
-        decisions |= _worthwhile(group, choices, inner)
+        decisions |= _worthwhile(group, choices, inner, outside)
     decisions = {path: decisions[path] for path in leaves}
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
@@ -117,7 +124,7 @@ def views(
         if path not in leaves:
             raise ValueError(
                 f"the state holds a basis for '{path}', which is not among the "
-                f"updates ({some(leaves)}). Remedy: call update with the tree that "
+                f"updates ({_checks.some(leaves)}). Remedy: call update with the tree that "
                 "init saw, or init again."
             )
         shape = _layout.kernel_shape(path, leaves[path], bases[owner])
@@ -229,11 +236,15 @@ def _check_pair(owner: _Candidate, other: _Candidate) -> None:
 
 
 def _worthwhile(
-    group: tuple[_Candidate, ...], choices: Choices, inner: optax.GradientTransformation
+    group: tuple[_Candidate, ...],
+    choices: Choices,
+    inner: optax.GradientTransformation,
+    outside: Callable[[Array], PyTree] | None,
 ) -> dict[str, Decision]:
     """The decision for kernels that keep one basis, by path: all of them or none."""
     first, *others = group
-    reason = _pointless(group, inner) if choices.when == "auto" else None
+    auto = choices.when == "auto"
+    reason = _pointless(group, inner, outside) if auto else None
     if reason is not None:
         return {one.path: Decision(False, reason) for one in group}
     side, rank, view = first.side, first.rank, first.view
@@ -248,7 +259,9 @@ def _worthwhile(
 
 
 def _pointless(
-    group: tuple[_Candidate, ...], inner: optax.GradientTransformation
+    group: tuple[_Candidate, ...],
+    inner: optax.GradientTransformation,
+    outside: Callable[[Array], PyTree] | None,
 ) -> str | None:
     """Why the kernels of a group should not be projected, or None."""
     view, rank = group[0].view, group[0].rank
@@ -263,6 +276,9 @@ def _pointless(
     for one in group:
         full += stack * inner_bytes(inner, (size, one.view.other), one.dtype)
         small += stack * inner_bytes(inner, (rank, one.view.other), dtype)
+        if outside is not None:
+            whole = jax.ShapeDtypeStruct((size, one.view.other), dtype)
+            small += stack * state_bytes(jax.eval_shape(outside, whole))
     if full and small >= full:
         jointly = " for all that share the basis" if len(group) > 1 else ""
         return f"saves no memory{jointly}: {small} >= {full} bytes"
@@ -295,7 +311,7 @@ def compute_dtype(dtype: Any) -> Any:
 def _view(
     path: str, shape: Shape, leaves: Mapping[str, Any], choices: Choices
 ) -> tuple[MatrixView, Side]:
-    side = check_side(_layout.resolve(choices.side, path, shape, "input"), path)
+    side = _checks.check_side(_layout.resolve(choices.side, path, shape, "input"), path)
     axes = _axes_by_rule(path, shape, choices.axes)
     if axes is None:
         sibling = leaves.get("/".join((*path.split("/")[:-1], "bias")))
@@ -333,56 +349,8 @@ def check_rank(rank: Any, path: str = "") -> int | None:
             "since it sets array shapes. Remedy: optax.inject_hyperparams(f, "
             "static_args=('rank',))."
         )
-    value = check_integer("rank", rank, 1, f" of '{path}'" if path else "")
+    value = _checks.check_integer("rank", rank, 1, f" of '{path}'" if path else "")
     return int(value)
-
-
-def check_side(side: Any, path: str = "") -> Side:
-    """The side, or an error that says where."""
-    for known in SIDES:
-        if side == known:
-            return known
-    where = f" of '{path}'" if path else ""
-    raise ValueError(
-        f"side{where}: got {side!r}, expected 'input' (the side of the "
-        "activations that enter the layer) or 'output' (the paper's)."
-    )
-
-
-def check_integer(name: str, value: Any, least: int, where: str = "") -> Any:
-    """`value` as an int of at least `least`; traced values pass unseen."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name}{where}: got {value!r} of type {type(value).__name__}, expected "
-            f"an integer of at least {least}."
-        ) from None
-    if number < least:
-        raise ValueError(f"{name}{where}: got {number}, expected at least {least}.")
-    return number
-
-
-def check_number(
-    name: str, value: Any, least: float, below: float | None = None
-) -> Any:
-    """`value`, if a real number in range; schedules and traced values pass unseen."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
-        return value
-    bound = f"at least {least}" + ("" if below is None else f" and below {below}")
-    try:
-        if isinstance(value, str | bytes | bool):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {value!r}, expected a number {bound}.") from None
-    if not (number >= least and (below is None or number < below)):
-        raise ValueError(f"{name}: got {value!r}, expected a number {bound}.")
-    return value
 
 
 def check_choices(choices: Choices) -> Choices:
@@ -390,7 +358,7 @@ def check_choices(choices: Choices) -> Choices:
     if not _per_path(choices.rank):
         check_rank(choices.rank)
     if not _per_path(choices.side):
-        check_side(choices.side)
+        _checks.check_side(choices.side)
     if choices.when not in ("auto", "always"):
         raise ValueError(f"project: got {choices.when!r}, expected 'auto' or 'always'.")
     return choices
@@ -416,7 +384,7 @@ def check_patterns(paths: list[str], choices: Choices) -> None:
             if not any(_layout.matches(path, pattern) for path in paths):
                 raise ValueError(
                     f"{name}: pattern '{pattern}' matches no parameter; there are "
-                    f"{some(paths)}.{did_you_mean(pattern, paths)}"
+                    f"{_checks.some(paths)}.{_checks.did_you_mean(pattern, paths)}"
                 )
     for pattern in (p for group in choices.share for p in group):
         # A mask may hide a whole branch of the tree behind the path of its root.
@@ -425,17 +393,6 @@ def check_patterns(paths: list[str], choices: Choices) -> None:
             for path in paths
         ):
             raise ValueError(
-                f"share: '{pattern}' matches no parameter; there are {some(paths)}."
-                f"{did_you_mean(pattern, paths)}"
+                f"share: '{pattern}' matches no parameter; there are "
+                f"{_checks.some(paths)}.{_checks.did_you_mean(pattern, paths)}"
             )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def some(paths: Any) -> str:
-    listed = list(paths)
-    shown = ", ".join(f"'{p}'" for p in listed[:6])
-    return shown + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")

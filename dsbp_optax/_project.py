@@ -13,6 +13,7 @@ import optax
 
 from dsbp_optax import (
     _basis,
+    _checks,
     _eigenbasis,
     _plan,
     _residual,
@@ -152,7 +153,7 @@ def scale_by_spectral_projection(
         spectral_filter=spectral_filter,
         residual=_residual.as_residual(residual),
         direction=direction,
-        sharpness=_plan.check_number("sharpness", sharpness, 0.0),
+        sharpness=_checks.check_number("sharpness", sharpness, 0.0),
         project_cold=project_cold,
         transport=_transport.make_table(transport),
         moment_dtype=moment_dtype,

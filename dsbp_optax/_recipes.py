@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _eigenbasis, _filter, _orthogonal, _plan, _residual
+from dsbp_optax import _checks, _eigenbasis, _filter, _orthogonal, _residual
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._residual import Factor, Residual
@@ -457,10 +457,10 @@ def _residual_rule(
         )
     if isinstance(choice, Residual) or callable(choice):
         return choice
-    _plan.check_number("residual", choice, 0.0)
+    _checks.check_number("residual", choice, 0.0)
     return _residual.normalize_residual(choice)
 
 
 def _whitening(exponent: Scalar) -> _filter.Filter | None:
-    _plan.check_number("whitening", exponent, 0.0)
+    _checks.check_number("whitening", exponent, 0.0)
     return None if _eigenbasis.is_zero(exponent) else _filter.whiten(exponent)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from dsbp_optax import _plan, _quantization
+from dsbp_optax import _checks, _quantization
 from dsbp_optax._quantization import Quantized
 from dsbp_optax._subspace import lift, squared_norm
 from dsbp_optax._types import Array, PyTree, Scalar
@@ -266,7 +266,7 @@ def residual_momentum(
     known = (*_quantization.STEPS, 32)
     if bits not in known:
         raise ValueError(f"residual_momentum: bits: got {bits}, expected {known}.")
-    _plan.check_number("decay", decay, 0.0, 1.0)
+    _checks.check_number("decay", decay, 0.0, 1.0)
 
     def encode(matrix: Array) -> Array | Quantized:
         return matrix if bits == 32 else _quantization.quantize(matrix, bits)

@@ -14,6 +14,7 @@ import optax
 
 from dsbp_optax import (
     _basis,
+    _checks,
     _coordinates,
     _eigenbasis,
     _layout,
@@ -104,7 +105,7 @@ def add_spectral_sharpness(
         Refresh(update_every, power_iterations, solver, centered, decay, stagger)
     )
     rule = Rule(
-        sharpness=_plan.check_number("sharpness", sharpness, 0.0),
+        sharpness=_checks.check_number("sharpness", sharpness, 0.0),
         choices=_plan.check_choices(Choices(rank, side, axes, "always")),
         refresh=refresh,
         refresh_step=make_refresh(refresh),
@@ -122,7 +123,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralSharpnessState:
     if not jax.tree.leaves(params):
         return SpectralSharpnessState(**_spectral.empty_fields())
     _, fields = _spectral.init_fields(
-        params, rule.choices, rule.refresh, optax.identity(), rule.statistics_in_state
+        params, rule.choices, rule.refresh, rule.statistics_in_state, optax.identity()
     )
     return SpectralSharpnessState(**fields)
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from dsbp_optax import _eigenbasis, _layout, _plan, _schedule
+from dsbp_optax import _checks, _eigenbasis, _layout, _plan, _schedule
 from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
 from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._schedule import AutoRank
@@ -219,7 +220,9 @@ def _check_same(one: Any, two: Any, owner: str, path: str) -> None:
 def check_extra_args(extra: Mapping[str, Any]) -> None:
     """Refuse misspelt keywords of ours; others belong to somebody else."""
     for name in extra:
-        if name in _ALIASES or (_plan.did_you_mean(name, _OURS) and name not in _OURS):
+        if name in _ALIASES or (
+            _checks.did_you_mean(name, _OURS) and name not in _OURS
+        ):
             raise TypeError(
                 f"update: got an unexpected keyword '{name}'. Did you mean "
                 "'statistics'?"
@@ -307,7 +310,12 @@ def init_shared(decisions: Mapping[str, _plan.Decision]) -> dict[str, Any]:
 
 
 def init_fields(
-    params: PyTree, choices: _plan.Choices, refresh: Refresh, inner: Any, reserve: bool
+    params: PyTree,
+    choices: _plan.Choices,
+    refresh: Refresh,
+    reserve: bool,
+    inner: optax.GradientTransformation,
+    outside: Callable[[Array], PyTree] | None = None,
 ) -> tuple[dict[str, _plan.Decision], dict[str, Any]]:
     """What is decided for each parameter, and the state fields that follow from it.
 
@@ -315,10 +323,11 @@ def init_fields(
       params: parameters.
       choices: what the user asked for.
       refresh: settings.
-      inner: inner optimizer, whose memory tells what is worth projecting.
       reserve: whether to reserve a place for `put_statistics`.
+      inner: inner optimizer, whose memory tells what is worth projecting.
+      outside: zeros shaped as a matrix -> state of the residual rule, or None.
     """
-    decisions = _plan.plan(params, choices, inner)
+    decisions = _plan.plan(params, choices, inner, outside)
     views = {p: d.view for p, d in decisions.items() if d.view is not None}
     rules = rank_rules(choices, views)
     layers = init_layers(params, decisions, refresh, rules)

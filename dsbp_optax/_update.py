@@ -52,7 +52,12 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         return SpectralProjectionState(**_spectral.empty_fields(), **nothing)
     _transport.check_inner(rule.inner)
     decisions, fields = _spectral.init_fields(
-        params, rule.choices, rule.refresh, rule.inner, rule.statistics_in_state
+        params,
+        rule.choices,
+        rule.refresh,
+        rule.statistics_in_state,
+        rule.inner,
+        rule.residual.init,
     )
     views = {
         path: choice.view

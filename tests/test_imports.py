@@ -22,6 +22,7 @@ ROOT = pathlib.Path(dsbp_optax.__file__).parent
 LEVELS = {
     "_types": 0,
     "_basis": 1,
+    "_checks": 1,
     "_convolution": 1,
     "_layout": 1,
     "_orthogonal": 1,

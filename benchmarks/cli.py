@@ -1,4 +1,4 @@
-"""The command line: demo, run, campaign, report, speed, list."""
+"""The command line: demo, run, campaign, report, speed, transport, list."""
 
 import dataclasses
 import time
@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from benchmarks import compare, records, report, speed, workers
+from benchmarks import compare, records, report, speed, transport, workers
 from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remaining
 from benchmarks.compare import Entry
 from benchmarks.data import Data, DataError
@@ -207,6 +207,19 @@ def speed_command(
     _save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
     if not quiet:
         console.print(table())
+
+
+@app.command("transport")
+def transport_command(
+    seeds: Seeds = 10, json: Json = None, quiet: Quiet = False
+) -> None:
+    """What moments are worth that follow a turning basis, against an oracle."""
+    with report.make_progress(console, quiet) as progress:
+        task = progress.add_task("streams", total=seeds)
+        rows = transport.compare(range(seeds), after=lambda: progress.advance(task))
+    _save(json, {**records.environment(), "rows": rows}, quiet)
+    if not quiet:
+        console.print(report.transport_table(rows))
 
 
 def _fixed_figures(quiet: bool) -> list[speed.Row]:

@@ -152,11 +152,11 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_sgd",
-            "momentum in the activation eigenbasis, normalised residual",
+            "momentum whitened in the eigenbasis, the rest in 4 bits",
             dsbp_optax.dsbp_sgd,
             _COARSE,
             0.1,
-            {"momentum": 0.9, **_REFRESH},
+            {"momentum": 0.9},
             **_OURS,
         ),
         Contender(
@@ -166,6 +166,14 @@ CONTENDERS = {
             _FINE,
             3e-3,
             _REFRESH,
+            **_OURS,
+        ),
+        Contender(
+            "dsbp_muon",
+            "orthogonalised momentum, exact in the eigenbasis, the rest in 4 bits",
+            dsbp_optax.dsbp_muon,
+            _MUON,
+            1e-2,
             **_OURS,
         ),
         Contender(

@@ -129,6 +129,21 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def transport_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a rule of `benchmarks.transport`."""
+    table = _table("Mean loss over the second half of a stream that turns", "moments")
+    _columns(table, "mean loss", "against the oracle", "range over seeds")
+    for row in rows:
+        low, high = min(row["ratios"]), max(row["ratios"])
+        table.add_row(
+            row["rule"],
+            f"{row['mean']:.3f}",
+            f"{row['ratio_to_oracle']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+        )
+    return table
+
+
 def steps_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a contender of `speed.whole_steps`."""
     table = _table(title)

@@ -5,7 +5,7 @@ Contenders differ only in what becomes of Adam's moments when the basis changes;
 oracle keeps the last gradients and re-estimates both moments in each new basis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +134,17 @@ def run_oracle(
     return np.asarray(losses)
 
 
-def compare(seeds: Sequence[int], stream: Stream | None = None) -> list[dict[str, Any]]:
+def compare(
+    seeds: Sequence[int],
+    stream: Stream | None = None,
+    after: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """One row a rule: mean loss over the second half of the stream, by seed.
 
     Args:
       seeds: of the streams.
       stream: the problem; None for the default one.
+      after: called after each seed.
     """
     stream = stream or Stream()
     found: dict[str, list[float]] = {name: [] for name in (*VARIANTS, ORACLE)}
@@ -151,12 +156,14 @@ def compare(seeds: Sequence[int], stream: Stream | None = None) -> list[dict[str
             found[name].append(float(losses[half].mean()))
         oracle = run_oracle(stream, bases, *data)
         found[ORACLE].append(float(oracle[half].mean()))
+        after()
     best = np.asarray(found[ORACLE])
     return [
         {
             "rule": name,
             "losses": losses,
             "mean": float(np.mean(losses)),
+            "ratios": (np.asarray(losses) / best).tolist(),
             "ratio_to_oracle": float(np.mean(np.asarray(losses) / best)),
         }
         for name, losses in found.items()

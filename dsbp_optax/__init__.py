@@ -1,10 +1,10 @@
 """Dynamic Spectral Backpropagation (DSBP) for Optax.
 
 The top eigenbasis of each layer's activations, kept in the optimizer's state, and
-optimizers that work in it. Start with `dsbp_adamw` or `dsbp_sgd`, and collect the
+optimizers that work in it. Start with `dsbp_muon` or `dsbp_sgd`, and collect the
 activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
 
-    tx = dsbp_optax.dsbp_adamw(1e-3)
+    tx = dsbp_optax.dsbp_muon(0.02)
     value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn)
     loss, grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
     updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
@@ -48,7 +48,7 @@ from dsbp_optax._statistics import (
 from dsbp_optax._transport import carry_adam_second_moment
 from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Activations",

@@ -124,8 +124,8 @@ def views(
         if path not in leaves:
             raise ValueError(
                 f"the state holds a basis for '{path}', which is not among the "
-                f"updates ({_checks.some(leaves)}). Remedy: call update with the tree that "
-                "init saw, or init again."
+                f"updates ({_checks.some(leaves)}). Remedy: call update with the tree "
+                "that init saw, or init again."
             )
         shape = _layout.kernel_shape(path, leaves[path], bases[owner])
         view, side = _view(path, shape, leaves, choices)

@@ -1,6 +1,6 @@
 """The optimizers that users call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -16,9 +16,12 @@ from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
 Fallback: TypeAlias = optax.GradientTransformation | None
-#: A share for `normalize_residual`, "momentum" for `residual_momentum`, a rule of
-#: one's own, or None to drop the residual.
-ResidualChoice: TypeAlias = Scalar | Literal["momentum"] | Residual | Factor | None
+#: How the momentum of the residual is stored, see `residual_momentum`.
+Storage: TypeAlias = Literal["int1", "int2", "int4", "int8", "float32"]
+#: That, a share for `normalize_residual`, a rule of one's own, or None to drop it.
+ResidualChoice: TypeAlias = Storage | Scalar | Residual | Factor | None
+
+_BITS: Mapping[str, int] = {"int1": 1, "int2": 2, "int4": 4, "int8": 8, "float32": 32}
 
 
 def dsbp(
@@ -104,9 +107,8 @@ def dsbp_sgd(
     *,
     nesterov: bool = False,
     rank: PerPath[Rank] = 8,
-    whitening: Scalar = 0.5,
-    residual: ResidualChoice = "momentum",
-    bits: int = 4,
+    whitening: Scalar = 1.0,
+    residual: ResidualChoice = "int4",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
     power_iterations: Scalar = 5,
@@ -134,10 +136,9 @@ def dsbp_sgd(
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
-      residual: "momentum" keeps the residual's momentum in a few bits, see
-        `residual_momentum`; a number is the share of `normalize_residual`; a rule;
-        None drops the residual.
-      bits: of the residual's momentum, a number.
+      residual: "int4" keeps the residual's momentum in four bits a number, see
+        `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a number is
+        the share of `normalize_residual`; a rule; None drops the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
@@ -178,7 +179,7 @@ def dsbp_sgd(
         mask,
         rank=rank,
         spectral_filter=_whitening(whitening),
-        residual=_residual_rule(residual, momentum, bits, nesterov),
+        residual=_residual_rule(residual, momentum, nesterov),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -207,7 +208,6 @@ def dsbp_adamw(
     nesterov: bool = False,
     rank: PerPath[Rank] = 16,
     residual: ResidualChoice = 0.5,
-    bits: int = 4,
     side: PerPath[Side] = "input",
     update_every: Every = 100,
     power_iterations: Scalar = 5,
@@ -238,10 +238,10 @@ def dsbp_adamw(
       mu_dtype: dtype of the first moment, None for the coordinates' own.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
-      residual: a number is the share of `normalize_residual`; "momentum" keeps the
-        residual's momentum in a few bits at half the RMS, see `residual_momentum`; a
-        rule; None drops the residual.
-      bits: of the residual's momentum, a number.
+      residual: a number is the share of `normalize_residual`; "int4" keeps the
+        residual's momentum in four bits a number, at half the subspace update's RMS,
+        see `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a rule;
+        None drops the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
@@ -278,7 +278,7 @@ def dsbp_adamw(
         weight_decay,
         mask,
         rank=rank,
-        residual=_residual_rule(residual, b1, bits, nesterov, fraction=0.5),
+        residual=_residual_rule(residual, b1, nesterov, fraction=0.5),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -302,8 +302,7 @@ def dsbp_muon(
     nesterov: bool = True,
     rank: PerPath[Rank] = 8,
     whitening: Scalar = 0.5,
-    residual: ResidualChoice = "momentum",
-    bits: int = 4,
+    residual: ResidualChoice = "int4",
     scale: _orthogonal.Scale = "muon",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -340,10 +339,9 @@ def dsbp_muon(
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
-      residual: "momentum" keeps the residual's momentum in a few bits, see
-        `residual_momentum`; a number is the share of `normalize_residual`; a rule;
-        None drops the residual.
-      bits: of the residual's momentum, a number.
+      residual: "int4" keeps the residual's momentum in four bits a number, see
+        `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a number is
+        the share of `normalize_residual`; a rule; None drops the residual.
       scale: size of the orthogonalised update, see `orthogonalize`.
       b1: decay of the first moment of Adam, for parameters that are no kernels.
       b2: decay of its second moment.
@@ -389,7 +387,7 @@ def dsbp_muon(
         mask,
         rank=rank,
         spectral_filter=_whitening(whitening),
-        residual=_residual_rule(residual, momentum, bits, nesterov),
+        residual=_residual_rule(residual, momentum, nesterov),
         direction=_orthogonal.orthogonalize(scale=scale),
         side=side,
         update_every=update_every,
@@ -439,7 +437,6 @@ def _recipe(
 def _residual_rule(
     choice: ResidualChoice,
     decay: Scalar,
-    bits: int,
     nesterov: bool,
     fraction: Scalar | None = None,
 ) -> Residual | Factor | None:
@@ -447,13 +444,14 @@ def _residual_rule(
     if choice is None or _eigenbasis.is_zero(choice):
         return None
     if isinstance(choice, str):
-        if choice != "momentum":
+        if choice not in _BITS:
             raise ValueError(
-                f"residual: got {choice!r}, expected 'momentum', a number of at least "
-                "0, a rule such as dsbp_optax.sign_residual(), or None to drop it."
+                f"residual: got {choice!r}, expected one of {sorted(_BITS)}, a number "
+                "of at least 0, a rule such as dsbp_optax.sign_residual(), or None to "
+                "drop it."
             )
         return _residual.residual_momentum(
-            decay, bits, nesterov=nesterov, fraction=fraction
+            decay, _BITS[choice], nesterov=nesterov, fraction=fraction
         )
     if isinstance(choice, Residual) or callable(choice):
         return choice

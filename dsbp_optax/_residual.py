@@ -255,7 +255,7 @@ def residual_momentum(
     Raises:
       ValueError: for other numbers of bits.
 
-    Cost: ``bits d m / 8`` bytes of state and one float a column for each kernel; one
+    Cost: ``bits d m / 8`` bytes and ``d + m`` floats of state for each kernel; one
     more lift, ``2 d k m`` FLOPs.
 
     Example:

@@ -80,11 +80,13 @@ def rotate_second_moment(
 
     The first term is exact for uncorrelated coordinates. The second stands for what a
     new direction has from outside the old basis: the mean of its column, so that a
-    basis that has turned away altogether keeps the scale of its steps.
+    basis that has turned away altogether keeps the scale of its steps. A row of `R` that
+    is zero is a direction not in use, and stays zero.
     """
     squares = rotation * rotation
     turned = rotate_first_moment(squares, moment, flipped)
-    outside = jnp.maximum(1 - jnp.sum(squares, axis=-1), 0)
+    inside = jnp.sum(squares, axis=-1)
+    outside = jnp.where(inside > 0, jnp.maximum(1 - inside, 0), 0)
     outside = outside[..., None, :] if flipped else outside[..., :, None]
     mean = jnp.mean(moment, axis=-1 if flipped else -2, keepdims=True)
     return (turned + outside * mean).astype(moment.dtype)

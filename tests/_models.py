@@ -88,6 +88,7 @@ CASES: Mapping[str, Case] = {
     "dsbp": Case(_with(dsbp_optax.dsbp, 0.05), side="output"),
     "dsbp_sgd": Case(_with(dsbp_optax.dsbp_sgd, 0.05)),
     "dsbp_adamw": Case(_with(dsbp_optax.dsbp_adamw, 0.05)),
+    "dsbp_muon": Case(_with(dsbp_optax.dsbp_muon, 0.05)),
     "projection": Case(
         _with(dsbp_optax.scale_by_spectral_projection, optax.scale_by_adam()),
         descends=False,

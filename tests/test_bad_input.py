@@ -34,6 +34,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     "dsbp": functools.partial(dsbp_optax.dsbp, 0.1),
     "dsbp_sgd": functools.partial(dsbp_optax.dsbp_sgd, 0.1),
     "dsbp_adamw": functools.partial(dsbp_optax.dsbp_adamw, 0.1),
+    "dsbp_muon": functools.partial(dsbp_optax.dsbp_muon, 0.1),
     "projection": dsbp_optax.scale_by_spectral_projection,
     "sharpness": dsbp_optax.add_spectral_sharpness,
 }
@@ -84,7 +85,10 @@ OF_SOME = [
     ("projection", {"sharpness": -1.0}, ("sharpness", "-1.0", "at least 0")),
     ("projection", {"project": "never"}, ("project", "'never'", "'auto'", "'always'")),
     ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
-    ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number")),
+    ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
+    ("dsbp_sgd", {"whitening": -1.0}, ("whitening", "-1.0", "at least 0")),
+    ("dsbp_muon", {"scale": "lion"}, ("scale", "'lion'", "'muon'", "'adam'")),
+    ("dsbp_muon", {"residual": object()}, ("residual", "object", "number")),
 ]
 
 
@@ -177,10 +181,11 @@ def test_unknown_moments_may_be_told():
 
 
 def test_transport_of_an_unknown_kind():
-    tx = dsbp_optax.scale_by_spectral_projection(
-        _odd(), rank=2, transport={("Odd", "momentum"): "third"}
-    )
-    refused(lambda: tx.init(make_params()), "transport", "'third'", "'first'")
+    def make() -> Any:
+        table = {("Odd", "momentum"): "third"}
+        return dsbp_optax.scale_by_spectral_projection(_odd(), rank=2, transport=table)
+
+    refused(make, "transport", "'third'", "'first'")
 
 
 # ---------------------------------------------------------------- statistics
@@ -369,7 +374,7 @@ class Heads(linen.Module):
 
 
 def _linen_call(model: Any, params: Any, apply: Any = None, **keywords: Any) -> Any:
-    state = CASES["dsbp_sgd"].make().init(params)
+    state = CASES["dsbp_sgd"].make(residual=0.5).init(params)
     apply = apply or model.apply
     step = dsbp_optax.linen.value_and_grad(
         lambda params, x: jnp.mean(apply({"params": params}, x) ** 2), **keywords
@@ -663,5 +668,5 @@ def test_zero_gradients(name, seen):
         updates, state = update(state)
     chex.assert_tree_all_finite((updates, state))
     assert int(only(state).skipped) == 0
-    if not seen and name not in ("dsbp_sgd", "dsbp_adamw"):
+    if not seen and name not in ("dsbp_sgd", "dsbp_adamw", "dsbp_muon"):
         chex.assert_trees_all_equal(updates, zeros)

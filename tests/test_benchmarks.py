@@ -1061,3 +1061,14 @@ def test_speed_of_a_workload_tells_refresh_steps_apart(tiny, tmp_path):
     assert ours["refresh_seconds"] > 0 and base["refresh_seconds"] is None
     assert base["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert ours["dearest_to_median"] >= 1
+
+
+def test_transport_carries_moments_as_well_as_an_oracle():
+    """A short stream: the rule keeps up with the oracle, moments left alone do not."""
+    from benchmarks import transport
+
+    rows = transport.compare(range(2), transport.Stream(steps=600))
+    ratio = {row["rule"]: row["ratio_to_oracle"] for row in rows}
+    assert ratio["oracle"] == 1
+    assert ratio["carried"] < 1.05
+    assert ratio["left as they are"] > 1.05

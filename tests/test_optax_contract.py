@@ -445,7 +445,13 @@ def test_injected_hyperparameters_equal_plain_ones():
 
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize(
-    "factory", [dsbp_optax.dsbp, dsbp_optax.dsbp_sgd, dsbp_optax.dsbp_adamw]
+    "factory",
+    [
+        dsbp_optax.dsbp,
+        dsbp_optax.dsbp_sgd,
+        dsbp_optax.dsbp_adamw,
+        dsbp_optax.dsbp_muon,
+    ],
 )
 def test_traced_rank_is_a_clear_error(factory, jitted):
     tx = optax.inject_hyperparams(factory)(0.1, rank=2)

@@ -20,6 +20,7 @@ _FACTORIES = {
     "dsbp": dsbp_optax.dsbp,
     "dsbp_sgd": dsbp_optax.dsbp_sgd,
     "dsbp_adamw": dsbp_optax.dsbp_adamw,
+    "dsbp_muon": dsbp_optax.dsbp_muon,
     "sgd": dsbp_optax.dsbp_sgd,
 }
 
@@ -37,6 +38,7 @@ _BARE = [
     _entry("dsbp", 1e-3),
     _entry("dsbp_sgd", 1e-3),
     _entry("dsbp_adamw", 1e-3),
+    _entry("dsbp_muon", 1e-3),
 ]
 #: The only kernel there that is worth a projection: 2 x 2, Adam's moments, rank 1.
 _PROJECTED = _entry("dsbp_adamw", 1e-3)

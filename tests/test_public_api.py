@@ -31,6 +31,7 @@ MAIN = (
     dsbp_optax.dsbp,
     dsbp_optax.dsbp_sgd,
     dsbp_optax.dsbp_adamw,
+    dsbp_optax.dsbp_muon,
     dsbp_optax.linen.value_and_grad,
     dsbp_optax.nnx.value_and_grad,
 )

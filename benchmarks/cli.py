@@ -29,7 +29,10 @@ app = typer.Typer(
 console = Console()
 
 _RUNS = Path("runs")
-_DEMO = ("dsbp", "dsbp_sgd", "dsbp_adamw", "sgd", "adamw", "galore", "muon")
+_DEMO = (
+    *("dsbp", "dsbp_sgd", "dsbp_adamw", "dsbp_muon"),
+    *("sgd", "adamw", "galore", "muon"),
+)
 _USUAL = [name for name, entry in WORKLOADS.items() if not entry.heavy]
 _Entry = TypeVar("_Entry")
 

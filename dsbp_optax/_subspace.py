@@ -80,8 +80,8 @@ def rotate_second_moment(
 
     The first term is exact for uncorrelated coordinates. The second stands for what a
     new direction has from outside the old basis: the mean of its column, so that a
-    basis that has turned away altogether keeps the scale of its steps. A row of `R` that
-    is zero is a direction not in use, and stays zero.
+    basis that has turned away altogether keeps the scale of its steps. A row of `R`
+    that is zero is a direction not in use, and stays zero.
     """
     squares = rotation * rotation
     turned = rotate_first_moment(squares, moment, flipped)

@@ -301,7 +301,7 @@ def dsbp_muon(
     *,
     nesterov: bool = True,
     rank: PerPath[Rank] = 8,
-    whitening: Scalar = 0.5,
+    whitening: Scalar = 0.0,
     residual: ResidualChoice = "int4",
     scale: _orthogonal.Scale = "muon",
     b1: Scalar = 0.9,
@@ -328,8 +328,8 @@ def dsbp_muon(
         u = momentum(f V^T G),   r = momentum(G - V V^T G) in a few bits a number
         W <- W - eta (orthogonalize(V u + r) + weight_decay W)
 
-    The coordinates in the basis are exact and whitened by the activations' spectrum;
-    what is outside takes half a byte. Parameters that are no kernels get Adam with the
+    The coordinates in the basis are exact, and whitened if asked for; what is outside
+    takes half a byte a number. Parameters that are no kernels get Adam with the
     same learning rate, as in `optax.contrib.muon`.
 
     Args:

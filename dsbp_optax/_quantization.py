@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from dsbp_optax._types import Array
 
 #: Bits -> width of a level in units of the standard deviation (Max, 1960).
-STEPS: Mapping[int, float] = {1: 1.596, 2: 0.9957, 4: 0.3352, 8: 0.0308}
+STEPS: Mapping[int, float] = {
+    1: 1.596,
+    2: 0.9957,
+    3: 0.5860,
+    4: 0.3352,
+    5: 0.1881,
+    6: 0.1041,
+    8: 0.0308,
+}
 
 
 @functools.partial(
@@ -28,11 +36,11 @@ class Quantized:
     """A matrix in a few bits a number.
 
     Attributes:
-      codes: ``(*batch, ceil(rows bits / 8), b)`` uint8; the bytes of a column hold its
-        rows in ``8 / bits`` interleaved blocks.
+      codes: ``(*batch, about a bits / 8, b)`` uint8; bits that do not divide a byte
+        lie in planes of 4, 2 and 1, and a byte holds its rows from as many blocks.
       scale: ``(*batch, 1, b)``, what a unit of the levels stands for in a column.
       rows: ``(*batch, a, 1)``, RMS of each row.
-      bits: 1, 2, 4 or 8.
+      bits: a key of `STEPS`.
     """
 
     codes: Array
@@ -46,7 +54,7 @@ def quantize(matrix: Array, bits: int) -> Quantized:
 
     Args:
       matrix: what to encode.
-      bits: 1, 2, 4 or 8.
+      bits: a key of `STEPS`.
     """
     levels, step = 2**bits, STEPS[bits]
     rows = _rms(matrix, -1)
@@ -63,7 +71,7 @@ def quantize(matrix: Array, bits: int) -> Quantized:
 
 def dequantize(held: Quantized) -> Array:
     """The matrix ``(*batch, a, b)``, in the dtype of the scale."""
-    index = _unpack(held.codes, held.bits)[..., : held.rows.shape[-2], :]
+    index = _unpack(held.codes, held.rows.shape[-2], held.bits)
     centre = (2**held.bits - 1) / 2
     levels: Array = index.astype(held.scale.dtype) - centre
     return levels * held.scale * held.rows
@@ -73,7 +81,7 @@ def empty(matrix: Array, bits: int) -> Quantized:
     """Zeros, shaped as `matrix`."""
     *shape, a, b = matrix.shape
     return Quantized(
-        jnp.zeros((*shape, -(-a * bits // 8), b), jnp.uint8),
+        _pack(jnp.zeros(matrix.shape, jnp.uint8), bits),
         jnp.zeros((*shape, 1, b), matrix.dtype),
         jnp.zeros((*shape, a, 1), matrix.dtype),
         bits,
@@ -84,18 +92,40 @@ def _rms(matrix: Array, axis: int) -> Array:
     return jnp.sqrt(jnp.mean(matrix * matrix, axis=axis, keepdims=True))
 
 
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """Width and lowest bit of each plane that divides a byte."""
+    found, lowest = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found.append((width, lowest))
+            lowest += width
+    return found
+
+
 def _pack(index: Array, bits: int) -> Array:
-    count = 8 // bits
-    rows = -(-index.shape[-2] // count)
-    width = [(0, 0)] * index.ndim
-    width[-2] = (0, rows * count - index.shape[-2])
-    blocks = jnp.split(jnp.pad(index, width), count, axis=-2)
-    shifted = [block << (bits * i) for i, block in enumerate(blocks)]
-    packed: Array = functools.reduce(jnp.bitwise_or, shifted)
-    return packed
+    """``(*batch, a, b)`` codes below ``2^bits`` in bytes, plane by plane."""
+    packed = []
+    for width, lowest in _planes(bits):
+        plane = (index >> lowest) & jnp.uint8(2**width - 1)
+        count = 8 // width
+        rows = -(-index.shape[-2] // count)
+        padding = [(0, 0)] * index.ndim
+        padding[-2] = (0, rows * count - index.shape[-2])
+        blocks = jnp.split(jnp.pad(plane, padding), count, axis=-2)
+        shifted = [block << (width * i) for i, block in enumerate(blocks)]
+        packed.append(functools.reduce(jnp.bitwise_or, shifted))
+    return jnp.concatenate(packed, axis=-2)
 
 
-def _unpack(codes: Array, bits: int) -> Array:
-    mask = jnp.uint8(2**bits - 1)
-    parts = [(codes >> (bits * i)) & mask for i in range(8 // bits)]
-    return jnp.concatenate(parts, axis=-2)
+def _unpack(codes: Array, rows: int, bits: int) -> Array:
+    """The inverse of `_pack` for a matrix of so many rows."""
+    index, start = jnp.zeros((), jnp.uint8), 0
+    for width, lowest in _planes(bits):
+        count = 8 // width
+        stop = start - (-rows // count)
+        plane = codes[..., start:stop, :]
+        mask = jnp.uint8(2**width - 1)
+        parts = [(plane >> (width * i)) & mask for i in range(count)]
+        index = index | (jnp.concatenate(parts, axis=-2)[..., :rows, :] << lowest)
+        start = stop
+    return index

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _eigenbasis, _filter, _orthogonal, _residual
+from dsbp_optax import (
+    _checks,
+    _eigenbasis,
+    _filter,
+    _orthogonal,
+    _quantization,
+    _residual,
+)
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._residual import Factor, Residual
@@ -17,11 +24,16 @@ from dsbp_optax._types import PyTree, Scalar, Side, Solver
 Mask: TypeAlias = Any
 Fallback: TypeAlias = optax.GradientTransformation | None
 #: How the momentum of the residual is stored, see `residual_momentum`.
-Storage: TypeAlias = Literal["int1", "int2", "int4", "int8", "float32"]
+Storage: TypeAlias = Literal[
+    "int1", "int2", "int3", "int4", "int5", "int6", "int8", "float32"
+]
 #: That, a share for `normalize_residual`, a rule of one's own, or None to drop it.
 ResidualChoice: TypeAlias = Storage | Scalar | Residual | Factor | None
 
-_BITS: Mapping[str, int] = {"int1": 1, "int2": 2, "int4": 4, "int8": 8, "float32": 32}
+_BITS: Mapping[str, int] = {
+    **{f"int{bits}": bits for bits in _quantization.STEPS},
+    "float32": 32,
+}
 
 
 def dsbp(
@@ -137,7 +149,7 @@ def dsbp_sgd(
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: "int4" keeps the residual's momentum in four bits a number, see
-        `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a number is
+        `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
@@ -240,7 +252,7 @@ def dsbp_adamw(
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       residual: a number is the share of `normalize_residual`; "int4" keeps the
         residual's momentum in four bits a number, at half the subspace update's RMS,
-        see `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a rule;
+        see `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a rule;
         None drops the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
@@ -340,7 +352,7 @@ def dsbp_muon(
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: "int4" keeps the residual's momentum in four bits a number, see
-        `residual_momentum`; likewise "int1", "int2", "int8" and "float32"; a number is
+        `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       scale: size of the orthogonalised update, see `orthogonalize`.
       b1: decay of the first moment of Adam, for parameters that are no kernels.

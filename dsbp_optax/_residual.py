@@ -244,7 +244,7 @@ def residual_momentum(
 
     Args:
       decay: of the momentum, that of the inner optimizer; may be traced.
-      bits: 1, 2, 4 or 8 bits a number; 32 keeps the floats.
+      bits: 1 to 6 or 8 bits a number; 32 keeps the floats.
       nesterov: as in `optax.trace`.
       fraction: RMS of the momentum's part as a share of the subspace update's, for
         inner optimizers that change the scale, as Adam does; None leaves it.

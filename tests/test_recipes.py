@@ -188,7 +188,7 @@ def test_injected_hyperparameters_are_traced_where_they_may_be(name) -> None:
     assert "learning_rate" in state.hyperparams
 
 
-@pytest.mark.parametrize("stored", ["int1", "int2", "int4", "int8", "float32"])
+@pytest.mark.parametrize("stored", ["int1", "int4", "int6", "int8", "float32"])
 def test_storage_of_the_residual_by_name(stored) -> None:
     for name in ("dsbp_sgd", "dsbp_adamw", "dsbp_muon"):
         params, _ = fit(RECIPES[name](residual=stored), 40)

@@ -89,7 +89,8 @@ def directed(
         for path, view in step.views.items():
             done[path] = _layout.from_matrices(changes[path], view)
         return done
-    for path, (view, side) in _plan.kernels(updates, rule.choices).items():
+    known = _plan.kernels(updates, rule.choices, step.views)
+    for path, (view, side) in known.items():
         matrix = changes[path]
         if path not in step.views:
             matrix = _layout.to_matrices(matrix, view)

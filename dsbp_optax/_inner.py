@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsbp_optax import _layout, _plan, _precision, _spectral, _transport
+from dsbp_optax._layout import MatrixView
 from dsbp_optax._rule import Rule
 from dsbp_optax._types import Array, PyTree, state_bytes
 
@@ -22,11 +23,23 @@ class Pair(NamedTuple):
     others: PyTree
 
 
-def divide(rule: Rule, leaves: Mapping[str, Array], tree: PyTree) -> Pair:
-    """Leaves for the inner optimizer, and for the fallback where there is one."""
+def divide(
+    rule: Rule,
+    leaves: Mapping[str, Array],
+    tree: PyTree,
+    views: Mapping[str, MatrixView],
+) -> Pair:
+    """Leaves for the inner optimizer, and for the fallback where there is one.
+
+    Args:
+      rule: the rule.
+      leaves: path -> leaf of `tree`.
+      tree: parameters or updates.
+      views: of the kernels that are projected.
+    """
     if rule.fallback is None:
         return Pair(dict(leaves), {})
-    kernels = _plan.kernels(tree, rule.choices)
+    kernels = _plan.kernels(tree, rule.choices, views)
     own = {path: x for path, x in leaves.items() if path in kernels}
     return Pair(own, {path: x for path, x in leaves.items() if path not in kernels})
 

@@ -134,16 +134,22 @@ def views(
     return found
 
 
-def kernels(tree: PyTree, choices: Choices) -> dict[str, tuple[MatrixView, Side]]:
+def kernels(
+    tree: PyTree, choices: Choices, views: Mapping[str, MatrixView]
+) -> dict[str, tuple[MatrixView, Side]]:
     """View and side of every kernel, whether projecting it saves memory or not.
 
     Args:
       tree: parameters or updates; shapes and dtypes only.
       choices: as at ``init``.
+      views: of the kernels that are projected.
     """
     leaves, _ = _layout.flatten_with_paths(tree)
     found = {}
     for path, leaf in leaves.items():
+        if path in views:
+            found[path] = views[path], _side(path, views[path].shape, choices)
+            continue
         shape = jnp.shape(leaf)
         if _no_kernel(path, leaf, choices):
             continue
@@ -311,13 +317,17 @@ def compute_dtype(dtype: Any) -> Any:
 def _view(
     path: str, shape: Shape, leaves: Mapping[str, Any], choices: Choices
 ) -> tuple[MatrixView, Side]:
-    side = _checks.check_side(_layout.resolve(choices.side, path, shape, "input"), path)
+    side = _side(path, shape, choices)
     axes = _axes_by_rule(path, shape, choices.axes)
     if axes is None:
         sibling = leaves.get("/".join((*path.split("/")[:-1], "bias")))
         bias = None if sibling is None else jnp.shape(sibling)
         axes = _layout.infer_axes(path, shape, bias)
     return _layout.matrix_view(shape, axes, side), side
+
+
+def _side(path: str, shape: Shape, choices: Choices) -> Side:
+    return _checks.check_side(_layout.resolve(choices.side, path, shape, "input"), path)
 
 
 def _axes_by_rule(path: str, shape: Shape, rule: AxesRule | None) -> Axes | None:

@@ -71,7 +71,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         path: jnp.zeros(view.coordinate_shape(decisions[path].rank), dtypes[path])
         for path, view in views.items()
     }
-    kernels, others = _inner.divide(rule, leaves, params)
+    kernels, others = _inner.divide(rule, leaves, params, views)
     inner = rule.inner.init({**kernels, **coordinates})
     paths = frozenset(coordinates)
     _transport.check_table(inner, paths, rule.transport)
@@ -104,7 +104,7 @@ def _update(
     if rule.residual is not _residual.DROPPED:
         _coordinates.refuse(step.given, "a residual rule")
     coordinates = _combine.coordinates(step)
-    gradients = _inner.divide(rule, step.gradients, updates)
+    gradients = _inner.divide(rule, step.gradients, updates, step.views)
     gradients.kernels.update(_combine.filtered(rule, step, coordinates))
     # A number that is not finite spreads into the coordinates: no pass of its own.
     finite = _spectral.all_finite({**step.gradients, **coordinates})

@@ -1,5 +1,6 @@
 """Gradients summed up in the coordinates of the bases equal those summed up whole."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -306,3 +307,31 @@ def test_accumulators_hold_k_m_numbers() -> None:
         memory[small] = found.temp_size_in_bytes + found.output_size_in_bytes
     saved = memory[False] - memory[True]
     assert saved > 0.8 * 2 * 4 * width * (width - rank), memory
+
+
+def test_orthogonalised_updates_of_coordinates_and_a_fallback() -> None:
+    """A direction, a fallback and a kernel in full space beside coordinates."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {"wide": draw(32, 24), "narrow": draw(3, 2), "bias": draw(24)}
+    grads = jax.tree.map(lambda p: draw(*p.shape), params)
+    tx = dsbp_optax.scale_by_spectral_projection(
+        optax.trace(0.9),
+        rank=4,
+        direction=dsbp_optax.orthogonalize(),
+        fallback=optax.scale_by_sign(),
+        project_cold=True,
+    )
+    state = tx.init(params)
+    small = project_gradients(grads, state)
+    seen = {"wide": Activations(draw(64, 32))}
+    still = state._replace(step=state.step + 50)  # between two refreshes
+    got, _ = jax.jit(tx.update)(small, still, statistics=seen)
+    expected, _ = jax.jit(tx.update)(grads, still, statistics=seen)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-4), got, expected
+    )
+    assert float(jnp.abs(got["wide"]).max()) > 0

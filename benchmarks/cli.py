@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -195,7 +195,7 @@ def speed_command(
     """
     if workload is None:
         rows = _fixed_figures(quiet)
-        table: Callable[[], Any] = lambda: report.speed_table(rows)  # noqa: E731
+        table = report.speed_table(rows)
     else:
         chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
         against = _lookup(CONTENDERS, baseline, "--baseline")
@@ -206,10 +206,10 @@ def speed_command(
                 chosen, contenders, against, rounds, lambda: progress.advance(task)
             )
         title = f"{workload}: whole steps; ratios against {baseline}"
-        table = lambda: report.steps_table(title, rows)  # noqa: E731
+        table = report.steps_table(title, rows)
     _save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
     if not quiet:
-        console.print(table())
+        console.print(table)
 
 
 @app.command("transport")

@@ -24,13 +24,13 @@ _WARM_UP = 1 / 12
 
 
 def constant(step: jax.Array, rate: jax.Array, steps: jax.Array) -> jax.Array:
-    """constant"""  # noqa: D403, D415
+    """constant"""  # noqa: D403, D415 - records quote it
     del step, steps
     return rate
 
 
 def cosine(step: jax.Array, rate: jax.Array, steps: jax.Array) -> jax.Array:
-    """linear over the first twelfth, then a cosine to 0"""  # noqa: D403, D415
+    """linear over the first twelfth, then a cosine to 0"""  # noqa: D403, D415 - records quote it
     warm = _WARM_UP * steps
     share = jnp.clip((step - warm) / (steps - warm), 0, 1)
     return rate * jnp.minimum(step / warm, 0.5 * (1 + jnp.cos(jnp.pi * share)))

@@ -116,6 +116,8 @@ def store_moments(
     rule: Rule, paths: frozenset[str], step: Array
 ) -> Callable[[PyTree], PyTree]:
     """How moments of projected kernels are stored; a key for each array and step."""
+    if rule.moment_dtype is None:
+        return lambda inner: inner
     root = jax.random.fold_in(jax.random.key(0), step)
 
     def one(moment: Array, name: str) -> Array:

@@ -199,8 +199,6 @@ def _candidate(
     rank = check_rank(_layout.resolve(choices.rank, path, shape, None), path)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    if math.prod(shape) == 0:
-        return Decision(False, "it holds no numbers")
     return _Candidate(path, dtype, view, side, min(rank, view.size))
 
 

@@ -1,5 +1,6 @@
 """Kernels with one and the same input keep one basis; a wrong grouping is refused."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -73,7 +74,7 @@ def test_two_bases_fewer_a_block() -> None:
 def test_memory_is_weighed_jointly() -> None:
     """Each kernel alone would not save memory: a basis costs more than it spares."""
     tree = {n: {"kernel": jnp.ones((D, 4))} for n in ("query", "key", "value")}
-    make = lambda **kw: projection(rank=4, **kw)  # noqa: E731
+    make = functools.partial(projection, rank=4)
     assert not make().init(tree).basis
     tx = make(share=[QKV])
     assert set(tx.init(tree).basis) == {QKV[0]}

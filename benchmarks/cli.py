@@ -1,4 +1,4 @@
-"""The command line: demo, run, campaign, report, speed, transport, list."""
+"""The command line: demo, run, campaign, report, speed, stability, transport, list."""
 
 import dataclasses
 import time
@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from benchmarks import compare, records, report, speed, transport, workers
+from benchmarks import compare, records, report, speed, stability, transport, workers
 from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remaining
 from benchmarks.compare import Entry
 from benchmarks.data import Data, DataError
@@ -223,6 +223,37 @@ def transport_command(
     _save(json, {**records.environment(), "rows": rows}, quiet)
     if not quiet:
         console.print(report.transport_table(rows))
+
+
+@app.command("stability")
+def stability_command(
+    workload: WorkloadName = "digits_cnn",
+    optimizer: Annotated[
+        list[str] | None, typer.Option("--optimizer", help="repeat it; default: all")
+    ] = None,
+    data_dir: DataDir = None,
+    steps: Steps = None,
+    seeds: Seeds = 20,
+    json: Json = None,
+    quick: Quick = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ours against the plain optimizers at every rate of theirs, from many seeds."""
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    names = optimizer or list(stability.PAIRS)
+    for name in names:
+        _lookup(stability.PAIRS, name, "--optimizer")
+    steps = steps or (chosen.quick_steps if quick else chosen.steps)
+    with _failures(), report.make_progress(console, quiet) as progress:
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=stability.count(names, seeds))
+        rows = stability.compare(
+            *(chosen, data, names, range(seeds), steps), lambda: progress.advance(task)
+        )
+    record = {**records.environment(), "workload": workload, "steps": steps}
+    _save(json, {**record, "rows": rows}, quiet)
+    if not quiet:
+        console.print(report.stability_table(rows))
 
 
 def _fixed_figures(quiet: bool) -> list[speed.Row]:

@@ -144,6 +144,25 @@ def transport_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a rate of `benchmarks.stability`."""
+    table = _table("Stability: final training loss against the plain optimizer's")
+    _columns(table, "against", "rate", "loss", "loss against", "ratio", "95 % interval")
+    _columns(table, "not finite", "against", "skipped")
+    for row in rows:
+        ratio = row["ratio"] or {}
+        table.add_row(
+            row["contender"],
+            row["against"],
+            f"{row['learning_rate']:g}",
+            *(f"{np.mean(row[key]):.4f}" for key in ("losses", "losses_against")),
+            _number(ratio.get("value"), ".2f"),
+            f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
+            *(str(row[key]) for key in ("diverged", "diverged_against", "skipped")),
+        )
+    return table
+
+
 def steps_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a contender of `speed.whole_steps`."""
     table = _table(title)

@@ -118,3 +118,25 @@ def ratio_of_medians(
     )
     low, high = np.quantile(ratios, (0.025, 0.975))
     return Ratio(float(value), float(low), float(high))
+
+
+def ratio_of_means(
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Ratio:
+    """Ratio of means with a 95 % percentile bootstrap over pairs.
+
+    Args:
+      numerator: ``(n,)``.
+      denominator: ``(n,)``, of the same seeds.
+      resamples: bootstrap samples.
+      seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(numerator), (resamples, len(numerator)))
+    ratios = numerator[drawn].mean(1) / denominator[drawn].mean(1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    value = numerator.mean() / denominator.mean()
+    return Ratio(float(value), float(low), float(high))

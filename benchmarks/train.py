@@ -52,6 +52,7 @@ class Run:
       refreshing: for every step, whether it refreshed a basis.
       diverged: whether some loss was not finite; the run then ends.
       params: the trained parameters.
+      opt_state: the optimizer's state at the end.
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Run:
     refreshing: list[bool] = field(default_factory=list)
     diverged: bool = False
     params: Params = None
+    opt_state: Any = None
 
 
 def train_step(
@@ -193,7 +195,7 @@ def train(
             losses = []
             if run.diverged:
                 break
-    run.params = params
+    run.params, run.opt_state = params, opt_state
     return run
 
 

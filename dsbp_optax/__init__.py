@@ -19,6 +19,7 @@ from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes, Coordinates
+from dsbp_optax._moments import residual_adam, residual_momentum
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_muon, dsbp_sgd
@@ -26,7 +27,6 @@ from dsbp_optax._residual import (
     Residual,
     error_feedback,
     normalize_residual,
-    residual_momentum,
     scale_residual,
     scale_residual_by_column,
     sign_residual,
@@ -84,6 +84,7 @@ __all__ = [
     "project_gradients",
     "put_statistics",
     "randomized_svd",
+    "residual_adam",
     "residual_momentum",
     "scale_by_orthogonalization",
     "scale_by_spectral_projection",

@@ -1,6 +1,6 @@
 """The optimizers that users call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -16,6 +16,7 @@ from dsbp_optax import (
     _residual,
 )
 from dsbp_optax._layout import AxesRule, PerPath
+from dsbp_optax._moments import residual_adam, residual_momentum
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._residual import Factor, Residual
 from dsbp_optax._schedule import Every, Rank
@@ -23,7 +24,7 @@ from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
 Fallback: TypeAlias = optax.GradientTransformation | None
-#: How the momentum of the residual is stored, see `residual_momentum`.
+#: How the first moment of the residual is stored, see `residual_momentum`.
 Storage: TypeAlias = Literal[
     "int1", "int2", "int3", "int4", "int5", "int6", "int8", "float32"
 ]
@@ -137,10 +138,10 @@ def dsbp_sgd(
     basis_dtype: Any = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum in the activation eigenbasis, with a normalised residual.
+    """Momentum, whitened in the activation eigenbasis and coarse outside.
 
-        u = momentum(V^T G)
-        W <- W - eta (V u + s (G - V V^T G) + weight_decay W),  |s res| = c |u|
+        u = momentum(f V^T G),   r = momentum(G - V V^T G) in a few bits a number
+        W <- W - eta (V u + r + weight_decay W)
 
     Args:
       learning_rate: eta, a number or a schedule; SGD's own is a fair start.
@@ -174,7 +175,8 @@ def dsbp_sgd(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``k (d + m)`` numbers of state a projected kernel instead of ``d m``.
+    Cost: ``k (d + m)`` floats and ``d m / 2`` bytes of state a projected kernel instead
+    of ``d m`` floats.
 
     Reference: the eigenbasis is that of arXiv 2505.23369.
 
@@ -191,7 +193,9 @@ def dsbp_sgd(
         mask,
         rank=rank,
         spectral_filter=_whitening(whitening),
-        residual=_residual_rule(residual, momentum, nesterov),
+        residual=_residual_rule(
+            residual, lambda bits: residual_momentum(momentum, bits, nesterov=nesterov)
+        ),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -218,8 +222,8 @@ def dsbp_adamw(
     *,
     mu_dtype: Any = None,
     nesterov: bool = False,
-    rank: PerPath[Rank] = 16,
-    residual: ResidualChoice = 0.5,
+    rank: PerPath[Rank] = 8,
+    residual: ResidualChoice = "int4",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
     power_iterations: Scalar = 5,
@@ -234,10 +238,10 @@ def dsbp_adamw(
     basis_dtype: Any = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW in the activation eigenbasis, with a normalised residual.
+    """AdamW whose moments are exact in the activation eigenbasis, coarse outside.
 
-        u = adam(V^T G)
-        W <- W - eta (V u + s (G - V V^T G) + weight_decay W),  |s res| = c |u|
+        u = adam(V^T G),   r = adam(G - V V^T G), m in a few bits, v factored
+        W <- W - eta (V u + r + weight_decay W)
 
     Args:
       learning_rate: eta, a number or a schedule.
@@ -250,10 +254,10 @@ def dsbp_adamw(
       mu_dtype: dtype of the first moment, None for the coordinates' own.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
-      residual: a number is the share of `normalize_residual`; "int4" keeps the
-        residual's momentum in four bits a number, at half the subspace update's RMS,
-        see `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a rule;
-        None drops the residual.
+      residual: "int4" keeps the residual's first moment in four bits a number and
+        factors the second, see `residual_adam`; likewise "int1" to "int6", "int8",
+        "float32"; a number is the share of `normalize_residual`; a rule; None drops
+        the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
@@ -274,9 +278,11 @@ def dsbp_adamw(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``k (d + 2 m)`` numbers of state a projected kernel instead of ``2 d m``.
+    Cost: ``k (d + 2 m)`` floats and ``d m / 2`` bytes of state a projected kernel
+    instead of ``2 d m`` floats.
 
-    Reference: the eigenbasis is that of arXiv 2505.23369.
+    Reference: the eigenbasis is that of arXiv 2505.23369, the factored second moment
+    that of Adafactor, arXiv 1804.04235.
 
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
@@ -290,7 +296,9 @@ def dsbp_adamw(
         weight_decay,
         mask,
         rank=rank,
-        residual=_residual_rule(residual, b1, nesterov, fraction=0.5),
+        residual=_residual_rule(
+            residual, lambda bits: residual_adam(b1, b2, eps, bits, nesterov=nesterov)
+        ),
         side=side,
         update_every=update_every,
         power_iterations=power_iterations,
@@ -399,7 +407,9 @@ def dsbp_muon(
         mask,
         rank=rank,
         spectral_filter=_whitening(whitening),
-        residual=_residual_rule(residual, momentum, nesterov),
+        residual=_residual_rule(
+            residual, lambda bits: residual_momentum(momentum, bits, nesterov=nesterov)
+        ),
         direction=_orthogonal.orthogonalize(scale=scale),
         side=side,
         update_every=update_every,
@@ -447,12 +457,9 @@ def _recipe(
 
 
 def _residual_rule(
-    choice: ResidualChoice,
-    decay: Scalar,
-    nesterov: bool,
-    fraction: Scalar | None = None,
+    choice: ResidualChoice, moments: Callable[[int], Residual]
 ) -> Residual | Factor | None:
-    """The rule that a choice stands for, see `ResidualChoice`."""
+    """The rule that a choice stands for, `moments` of so many bits among them."""
     if choice is None or _eigenbasis.is_zero(choice):
         return None
     if isinstance(choice, str):
@@ -462,9 +469,7 @@ def _residual_rule(
                 "of at least 0, a rule such as dsbp_optax.sign_residual(), or None to "
                 "drop it."
             )
-        return _residual.residual_momentum(
-            decay, _BITS[choice], nesterov=nesterov, fraction=fraction
-        )
+        return moments(_BITS[choice])
     if isinstance(choice, Residual) or callable(choice):
         return choice
     _checks.check_number("residual", choice, 0.0)

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from dsbp_optax import _checks, _quantization
-from dsbp_optax._quantization import Quantized
 from dsbp_optax._subspace import lift, squared_norm
 from dsbp_optax._types import Array, PyTree, Scalar
 
@@ -226,67 +224,6 @@ def sign_residual(fraction: Scalar = 0.5) -> Residual:
         return Contribution(addition=share * rms * jnp.sign(seen.residual())), state
 
     return Residual(lambda matrix: (), update)
-
-
-def residual_momentum(
-    decay: Scalar = 0.9,
-    bits: int = 4,
-    *,
-    nesterov: bool = False,
-    fraction: Scalar | None = None,
-) -> Residual:
-    """Momentum of the residual, kept in a few bits a number.
-
-        r <- decay r + (G - V V^T G)
-
-    Beside ``inner=optax.trace(decay, nesterov)`` the sum is the momentum of the whole
-    gradient: exact where the gradient's energy is, coarse where little is left.
-
-    Args:
-      decay: of the momentum, that of the inner optimizer; may be traced.
-      bits: 1 to 6 or 8 bits a number; 32 keeps the floats.
-      nesterov: as in `optax.trace`.
-      fraction: RMS of the momentum's part as a share of the subspace update's, for
-        inner optimizers that change the scale, as Adam does; None leaves it.
-
-    Returns:
-      A rule for ``scale_by_spectral_projection(residual=...)``.
-
-    Raises:
-      ValueError: for other numbers of bits.
-
-    Cost: ``bits d m / 8`` bytes and ``d + m`` floats of state for each kernel; one
-    more lift, ``2 d k m`` FLOPs.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.trace(0.9), residual=dsbp_optax.residual_momentum(0.9))
-    """
-    known = (*_quantization.STEPS, 32)
-    if bits not in known:
-        raise ValueError(f"residual_momentum: bits: got {bits}, expected {known}.")
-    _checks.check_number("decay", decay, 0.0, 1.0)
-
-    def encode(matrix: Array) -> Array | Quantized:
-        return matrix if bits == 32 else _quantization.quantize(matrix, bits)
-
-    def init(matrix: Array) -> Array | Quantized:
-        return matrix if bits == 32 else _quantization.empty(matrix, bits)
-
-    def update(seen: Outside, held: Any) -> tuple[Contribution, Any]:
-        past = held if bits == 32 else _quantization.dequantize(held)
-        fresh = seen.residual()
-        rate = jnp.asarray(decay, fresh.dtype)
-        momentum = rate * past + fresh
-        used = rate * momentum + fresh if nesterov else momentum
-        if fraction is not None:
-            size = squared_norm(used)
-            ratio = squared_norm(seen.update) / jnp.where(size > 0, size, 1)
-            used = fraction * jnp.sqrt(ratio) * used
-        return Contribution(addition=used), encode(momentum)
-
-    return Residual(init, update)
 
 
 def error_feedback() -> Residual:

@@ -1071,3 +1071,30 @@ def test_transport_carries_moments_as_well_as_an_oracle():
     assert ratio["oracle"] == 1
     assert ratio["carried"] < 1.05
     assert ratio["left as they are"] > 1.05 * ratio["carried"]
+
+
+def test_stability_pairs_runs_at_every_rate_of_the_plain_optimizer(tiny, tmp_path):
+    path = tmp_path / "stability.json"
+    result = invoke(
+        *("stability", "digits_cnn", "--optimizer", "dsbp_sgd", "--seeds", 2),
+        *("--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["learning_rate"] for row in rows] == list(CONTENDERS["sgd"].grid)
+    for row in rows:
+        assert (row["contender"], row["against"]) == ("dsbp_sgd", "sgd")
+        ratio = np.mean(row["losses"]) / np.mean(row["losses_against"])
+        assert row["ratio"]["value"] == pytest.approx(ratio)
+        assert (row["diverged"], row["skipped"]) == (0, 0)
+
+
+def test_a_run_that_is_not_finite_has_no_ratio():
+    from benchmarks import stability
+
+    fine, lost = stability.End(1.0, 0), stability.End(np.inf, 3)
+    row = stability._row("dsbp_sgd", 0.1, [fine, lost], [fine, fine])
+    assert (row["diverged"], row["diverged_against"], row["skipped"]) == (1, 0, 3)
+    assert row["ratio"] is None
+    row = stability._row("dsbp_sgd", 0.1, [fine, fine], [fine, fine])
+    assert row["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}

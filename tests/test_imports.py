@@ -38,6 +38,7 @@ LEVELS = {
     "_filter": 3,
     "_residual": 3,
     "_adapt": 4,
+    "_moments": 4,
     "_spectral": 4,
     "_coordinates": 5,
     "_refresh": 5,

@@ -167,7 +167,8 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
         dsbp_optax.dsbp_sgd(0.1): basis + moment + codes + scale,
         dsbp_optax.dsbp_muon(0.1): basis + moment + codes + scale,
         dsbp_optax.dsbp_sgd(0.1, residual=0.5): basis + moment,
-        dsbp_optax.dsbp_adamw(0.1, rank=k): basis + 2 * moment,
+        dsbp_optax.dsbp_adamw(0.1): basis + 2 * moment + codes + 2 * scale,
+        dsbp_optax.dsbp_adamw(0.1, residual=0.5): basis + 2 * moment,
     }
     for tx, size in expected.items():
         assert abs(held(tx) - size) <= 0.02 * size

@@ -171,7 +171,7 @@ RULES = {
     "by column": dsbp_optax.scale_residual_by_column(),
     "sign": dsbp_optax.sign_residual(0.5),
     "momentum": dsbp_optax.residual_momentum(0.9, 32),
-    "momentum of a share": dsbp_optax.residual_momentum(0.9, 32, fraction=0.5),
+    "adam": dsbp_optax.residual_adam(bits=32),
     "feedback": dsbp_optax.error_feedback(),
 }
 
@@ -214,7 +214,7 @@ def test_column_scaling_is_fira_with_its_limiter() -> None:
 def test_sign_and_shares_have_the_size_they_say() -> None:
     now = seen()
     lifted = _subspace.lift(now.basis, now.update)
-    for name in ("sign", "normalised", "momentum of a share"):
+    for name in ("sign", "normalised"):
         rule = _residual.as_residual(RULES[name])
         got, _ = total(rule, rule.init(jnp.zeros((D, M))), now)
         ratio = jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)
@@ -252,10 +252,53 @@ def test_error_feedback_loses_nothing_when_the_basis_turns() -> None:
     assert held_back(None) > 0.1
 
 
+def outside(matrix: Any) -> _residual.Outside:
+    """A kernel whose whole gradient lies outside the basis."""
+    size, width = matrix.shape
+    nothing = jnp.zeros((K, width))
+    energy = jnp.sum(matrix**2)[None, None]
+    return _residual.Outside(
+        nothing, nothing, energy, matrix, jnp.zeros((size, K)), flipped=False
+    )
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_residual_adam_is_adam_where_the_squares_have_rank_one(nesterov) -> None:
+    """There the factored second moment is exact; where it is not, they differ."""
+    keys = jax.random.split(jax.random.key(3), 9)
+    sizes = jnp.exp(jax.random.normal(keys[0], (D, 1)))
+    sizes = sizes * jnp.exp(jax.random.normal(keys[1], (1, M)))
+    rule = dsbp_optax.residual_adam(0.8, 0.9, 1e-6, 32, nesterov=nesterov)
+    adam = optax.scale_by_adam(0.8, 0.9, 1e-6, nesterov=nesterov)
+    matrix = jnp.zeros((D, M))
+    for exact in (True, False):
+        held, plain, gap = rule.init(matrix), adam.init(matrix), 0.0
+        for number, key in enumerate(keys[2:], 1):
+            noise = jax.random.normal(key, (D, M))
+            fresh = number * sizes * (jnp.sign(noise) if exact else noise)
+            mine, held = rule.update(outside(fresh), held)
+            theirs, plain = adam.update(fresh, plain)
+            gap = max(gap, float(jnp.abs(mine.addition - theirs).max()))
+        assert (gap < 1e-4) == exact
+
+
+def test_residual_adam_of_nothing_is_nothing_and_finite() -> None:
+    rule = dsbp_optax.residual_adam()
+    dead = jnp.ones((D, M)).at[2].set(0).at[:, 3].set(0)
+    for matrix in (jnp.zeros((D, M)), dead):
+        held = rule.init(jnp.zeros_like(matrix))
+        for _ in range(3):
+            mine, held = rule.update(outside(matrix), held)
+            assert jnp.isfinite(mine.addition).all()
+            assert (jnp.abs(mine.addition) > 0.5).sum() == (matrix != 0).sum()
+            assert not mine.addition[matrix == 0].any()
+
+
 @pytest.mark.parametrize("bad", [7, 0, 16, 2.5])
 def test_unknown_bits(bad) -> None:
-    with pytest.raises(ValueError, match="bits"):
-        dsbp_optax.residual_momentum(0.9, bad)
+    for rule in (dsbp_optax.residual_momentum, dsbp_optax.residual_adam):
+        with pytest.raises(ValueError, match="bits"):
+            rule(bits=bad)
 
 
 def test_a_rule_that_is_none() -> None:

@@ -1,0 +1,175 @@
+"""Residual rules that keep moments of ``E = G - V V^T G`` in a few bits a number."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _checks, _quantization
+from dsbp_optax._residual import Contribution, Outside, Residual
+from dsbp_optax._types import Array, PyTree, Scalar
+
+
+class Storage(NamedTuple):
+    """How a matrix is kept from step to step.
+
+    Attributes:
+      init: zeros shaped as the matrix -> what is kept.
+      encode: matrix -> what is kept.
+      decode: what is kept -> matrix.
+    """
+
+    init: Callable[[Array], PyTree]
+    encode: Callable[[Array], PyTree]
+    decode: Callable[[PyTree], Array]
+
+
+class FactoredAdam(NamedTuple):
+    """State of `residual_adam` for one kernel.
+
+    Attributes:
+      momentum: as stored.
+      rows: mean square of each row, ``(*batch, a, 1)``.
+      columns: mean square of each column, ``(*batch, 1, b)``.
+      step: number of steps so far, for the correction of the bias.
+    """
+
+    momentum: PyTree
+    rows: Array
+    columns: Array
+    step: Array
+
+
+def storage(bits: int) -> Storage:
+    """Of so many bits a number; 32 keeps the floats.
+
+    Raises:
+      ValueError: for other numbers of bits.
+    """
+    known = (*_quantization.STEPS, 32)
+    if bits not in known:
+        raise ValueError(f"residual: bits: got {bits}, expected one of {known}.")
+    if bits == 32:
+        return Storage(*(lambda matrix: matrix,) * 3)
+    return Storage(
+        lambda matrix: _quantization.empty(matrix, bits),
+        lambda matrix: _quantization.quantize(matrix, bits),
+        _quantization.dequantize,
+    )
+
+
+def residual_momentum(
+    decay: Scalar = 0.9, bits: int = 4, *, nesterov: bool = False
+) -> Residual:
+    """Momentum of the residual, kept in a few bits a number.
+
+        r <- decay r + (G - V V^T G)
+
+    Beside ``inner=optax.trace(decay, nesterov)`` the sum is the momentum of the whole
+    gradient: exact where the gradient's energy is, coarse where little is left.
+
+    Args:
+      decay: of the momentum, that of the inner optimizer; may be traced.
+      bits: 1 to 6 or 8 bits a number; 32 keeps the floats.
+      nesterov: as in `optax.trace`.
+
+    Returns:
+      A rule for ``scale_by_spectral_projection(residual=...)``.
+
+    Raises:
+      ValueError: for other numbers of bits.
+
+    Cost: ``bits d m / 8`` bytes and ``d + m`` floats of state for each kernel; one
+    more lift, ``2 d k m`` FLOPs.
+
+    Example:
+      >>> import optax, dsbp_optax
+      >>> tx = dsbp_optax.scale_by_spectral_projection(
+      ...     optax.trace(0.9), residual=dsbp_optax.residual_momentum(0.9))
+    """
+    store = storage(bits)
+    _checks.check_number("decay", decay, 0.0, 1.0)
+
+    def update(seen: Outside, held: Any) -> tuple[Contribution, Any]:
+        fresh = seen.residual()
+        rate = jnp.asarray(decay, fresh.dtype)
+        momentum = rate * store.decode(held) + fresh
+        used = rate * momentum + fresh if nesterov else momentum
+        return Contribution(addition=used), store.encode(momentum)
+
+    return Residual(store.init, update)
+
+
+def residual_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    bits: int = 4,
+    *,
+    nesterov: bool = False,
+) -> Residual:
+    """Adam of the residual ``E``: coarse first moment, factored second moment.
+
+        m <- b1 m + (1 - b1) E,   v = rows columns^T / mean(rows) of averaged E^2
+        addition = m / (sqrt(v) + eps),  both moments corrected for their bias
+
+    Beside ``inner=optax.scale_by_adam(b1, b2, eps)`` every part of the update has the
+    size that Adam gives it: exact moments where the gradient's energy is, coarse ones
+    where little is left.
+
+    Args:
+      b1: decay of the first moment; may be traced, like all of the numbers.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      bits: 1 to 6 or 8 bits a number of the first moment; 32 keeps the floats.
+      nesterov: as in `optax.scale_by_adam`.
+
+    Returns:
+      A rule for ``scale_by_spectral_projection(residual=...)``.
+
+    Raises:
+      ValueError: for other numbers of bits.
+
+    Cost: ``bits d m / 8`` bytes and ``2 (d + m)`` floats of state for each kernel; one
+    more lift, ``2 d k m`` FLOPs, and two reductions over the residual.
+
+    Reference: the factors are those of Adafactor, arXiv 1804.04235.
+
+    Example:
+      >>> import optax, dsbp_optax
+      >>> tx = dsbp_optax.scale_by_spectral_projection(
+      ...     optax.scale_by_adam(), residual=dsbp_optax.residual_adam())
+    """
+    store = storage(bits)
+    _checks.check_number("b1", b1, 0.0, 1.0)
+    _checks.check_number("b2", b2, 0.0, 1.0)
+    _checks.check_number("eps", eps, 0.0)
+
+    def init(matrix: Array) -> FactoredAdam:
+        rows, columns = matrix[..., :, :1], matrix[..., :1, :]
+        return FactoredAdam(store.init(matrix), rows, columns, jnp.zeros([], jnp.int32))
+
+    def update(seen: Outside, held: FactoredAdam) -> tuple[Contribution, FactoredAdam]:
+        fresh = seen.residual()
+        dtype, count = fresh.dtype, optax.safe_increment(held.step)
+        first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
+        square = fresh * fresh
+        momentum = _average(first, store.decode(held.momentum), fresh)
+        rows = _average(second, held.rows, square.mean(-1, keepdims=True))
+        columns = _average(second, held.columns, square.mean(-2, keepdims=True))
+        mean = rows.mean(-2, keepdims=True)
+        variance = rows * (columns / jnp.where(mean > 0, mean, 1))
+        variance = variance / (1 - second**count)
+        used = momentum / (1 - first ** (count + nesterov))
+        if nesterov:
+            used = _average(first, used, fresh / (1 - first**count))
+        addition = used / (jnp.sqrt(variance) + eps)
+        state = FactoredAdam(store.encode(momentum), rows, columns, count)
+        return Contribution(addition=addition), state
+
+    return Residual(init, update)
+
+
+def _average(decay: Array, past: Array, fresh: Array) -> Array:
+    return decay * past + (1 - decay) * fresh

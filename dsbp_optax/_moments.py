@@ -32,13 +32,13 @@ class FactoredAdam(NamedTuple):
       momentum: as stored.
       rows: mean square of each row, ``(*batch, a, 1)``.
       columns: mean square of each column, ``(*batch, 1, b)``.
-      step: number of steps so far, for the correction of the bias.
+      taken: number of steps so far, for the correction of the bias.
     """
 
     momentum: PyTree
     rows: Array
     columns: Array
-    step: Array
+    taken: Array
 
 
 def storage(bits: int) -> Storage:
@@ -55,7 +55,7 @@ def storage(bits: int) -> Storage:
     return Storage(
         lambda matrix: _quantization.empty(matrix, bits),
         lambda matrix: _quantization.quantize(matrix, bits),
-        _quantization.dequantize,
+        lambda held: _quantization.dequantize(held, bits),
     )
 
 
@@ -152,7 +152,7 @@ def residual_adam(
 
     def update(seen: Outside, held: FactoredAdam) -> tuple[Contribution, FactoredAdam]:
         fresh = seen.residual()
-        dtype, count = fresh.dtype, optax.safe_increment(held.step)
+        dtype, count = fresh.dtype, optax.safe_increment(held.taken)
         first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         square = fresh * fresh
         momentum = _average(first, store.decode(held.momentum), fresh)

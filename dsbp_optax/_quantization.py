@@ -5,11 +5,10 @@ are divided by their RMS; the scale of a column is that of least squared error.
 `benchmarks/FINDINGS.md` tells what other scales gave.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from dsbp_optax._types import Array
@@ -26,27 +25,19 @@ STEPS: Mapping[int, float] = {
 }
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "rows"],
-    meta_fields=["bits"],
-)
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """A matrix in a few bits a number.
+class Quantized(NamedTuple):
+    """A matrix in a few bits a number; how many, those who read it must know.
 
     Attributes:
       codes: ``(*batch, about a bits / 8, b)`` uint8; bits that do not divide a byte
         lie in planes of 4, 2 and 1, and a byte holds its rows from as many blocks.
       scale: ``(*batch, 1, b)``, what a unit of the levels stands for in a column.
       rows: ``(*batch, a, 1)``, RMS of each row.
-      bits: a key of `STEPS`.
     """
 
     codes: Array
     scale: Array
     rows: Array
-    bits: int
 
 
 def quantize(matrix: Array, bits: int) -> Quantized:
@@ -66,13 +57,18 @@ def quantize(matrix: Array, bits: int) -> Quantized:
     overlap = jnp.sum(scaled * decoded, axis=-2, keepdims=True)
     scale = overlap / jnp.sum(decoded * decoded, axis=-2, keepdims=True)
     codes = _pack(index.astype(jnp.uint8), bits)
-    return Quantized(codes, scale * step, rows, bits)
+    return Quantized(codes, scale * step, rows)
 
 
-def dequantize(held: Quantized) -> Array:
-    """The matrix ``(*batch, a, b)``, in the dtype of the scale."""
-    index = _unpack(held.codes, held.rows.shape[-2], held.bits)
-    centre = (2**held.bits - 1) / 2
+def dequantize(held: Quantized, bits: int) -> Array:
+    """The matrix ``(*batch, a, b)``, in the dtype of the scale.
+
+    Args:
+      held: what `quantize` made.
+      bits: as there.
+    """
+    index = _unpack(held.codes, held.rows.shape[-2], bits)
+    centre = (2**bits - 1) / 2
     levels: Array = index.astype(held.scale.dtype) - centre
     return levels * held.scale * held.rows
 
@@ -84,7 +80,6 @@ def empty(matrix: Array, bits: int) -> Quantized:
         _pack(jnp.zeros(matrix.shape, jnp.uint8), bits),
         jnp.zeros((*shape, 1, b), matrix.dtype),
         jnp.zeros((*shape, a, 1), matrix.dtype),
-        bits,
     )
 
 

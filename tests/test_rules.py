@@ -327,7 +327,9 @@ def test_quantisation_error_is_that_of_the_best_uniform_levels(
 ) -> None:
     x = draw(rows, 64, seed=9)
     held = _quantization.quantize(x, bits)
-    got = float(jnp.sum((_quantization.dequantize(held) - x) ** 2) / jnp.sum(x * x))
+    got = float(
+        jnp.sum((_quantization.dequantize(held, bits) - x) ** 2) / jnp.sum(x * x)
+    )
     assert held.codes.dtype == jnp.uint8
     assert held.codes.shape[0] in range(rows * bits // 8, rows * bits // 8 + 3)
     assert held.codes.shape == _quantization.empty(x, bits).codes.shape
@@ -337,8 +339,8 @@ def test_quantisation_error_is_that_of_the_best_uniform_levels(
 
 def test_quantised_zeros_stay_zero_and_scale_carries() -> None:
     x = jnp.zeros((16, 3))
-    assert not _quantization.dequantize(_quantization.quantize(x, 4)).any()
-    assert not _quantization.dequantize(_quantization.empty(x, 4)).any()
+    assert not _quantization.dequantize(_quantization.quantize(x, 4), 4).any()
+    assert not _quantization.dequantize(_quantization.empty(x, 4), 4).any()
     y = draw(64, 3)
     one, big = (_quantization.quantize(c * y, 4) for c in (1.0, 1e6))
     np.testing.assert_array_equal(one.codes, big.codes)
@@ -346,8 +348,8 @@ def test_quantised_zeros_stay_zero_and_scale_carries() -> None:
     np.testing.assert_allclose(one.scale, big.scale, rtol=1e-5)
     stacked = _quantization.quantize(jnp.stack([y, 2 * y]), 2)
     np.testing.assert_array_equal(
-        _quantization.dequantize(stacked)[0],
-        _quantization.dequantize(_quantization.quantize(y, 2)),
+        _quantization.dequantize(stacked, 2)[0],
+        _quantization.dequantize(_quantization.quantize(y, 2), 2),
     )
 
 

@@ -184,7 +184,9 @@ def speed_command(
         str | None, typer.Argument(help="default: three fixed figures")
     ] = None,
     optimizer: OptimizerNames = None,
-    baseline: Annotated[str, typer.Option(help="what ratios are against")] = "sgd",
+    baseline: Annotated[
+        str | None, typer.Option(help="default: the optimizer that each replaces")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="steps of each")] = speed.PERIOD,
     json: Json = None,
     quiet: Quiet = False,
@@ -198,15 +200,14 @@ def speed_command(
         table = report.speed_table(rows)
     else:
         chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
-        against = _lookup(CONTENDERS, baseline, "--baseline")
+        against = _lookup(CONTENDERS, baseline, "--baseline") if baseline else None
         contenders = _several(CONTENDERS, optimizer, "--optimizer")
         with report.make_progress(console, quiet) as progress:
             task = progress.add_task(f"steps of {workload}", total=rounds)
             rows = speed.whole_steps(
                 chosen, contenders, against, rounds, lambda: progress.advance(task)
             )
-        title = f"{workload}: whole steps; ratios against {baseline}"
-        table = report.steps_table(title, rows)
+        table = report.steps_table(f"{workload}: whole steps", rows)
     _save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
     if not quiet:
         console.print(table)
@@ -228,9 +229,7 @@ def transport_command(
 @app.command("stability")
 def stability_command(
     workload: WorkloadName = "digits_cnn",
-    optimizer: Annotated[
-        list[str] | None, typer.Option("--optimizer", help="repeat it; default: all")
-    ] = None,
+    optimizer: OptimizerNames = None,
     data_dir: DataDir = None,
     steps: Steps = None,
     seeds: Seeds = 20,
@@ -240,15 +239,15 @@ def stability_command(
 ) -> None:
     """Ours against the plain optimizers at every rate of theirs, from many seeds."""
     chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
-    names = optimizer or list(stability.PAIRS)
-    for name in names:
-        _lookup(stability.PAIRS, name, "--optimizer")
+    ours = {name: c for name, c in CONTENDERS.items() if c.plain}
+    contenders = _several(ours, optimizer, "--optimizer")
     steps = steps or (chosen.quick_steps if quick else chosen.steps)
     with _failures(), report.make_progress(console, quiet) as progress:
         data = chosen.load(data_dir)
-        task = progress.add_task("runs", total=stability.count(names, seeds))
+        task = progress.add_task("runs", total=stability.count(contenders, seeds))
         rows = stability.compare(
-            *(chosen, data, names, range(seeds), steps), lambda: progress.advance(task)
+            *(chosen, data, contenders, range(seeds), steps),
+            lambda: progress.advance(task),
         )
     record = {**records.environment(), "workload": workload, "steps": steps}
     _save(json, {**record, "rows": rows}, quiet)

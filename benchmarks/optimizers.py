@@ -36,6 +36,7 @@ class Contender:
       settings: keywords for the factory; the rest keeps the factory's defaults, weight
         decay included.
       ours: whether it is of this package; the others are its peers.
+      plain: of ours, the optimizer whose place and learning rate it takes.
       period: steps between refreshes of a basis, 0 for optimizers without one.
       window: steps at the start of each period that refresh.
       warm_start: whether all iterations of the first refresh happen on the first
@@ -49,6 +50,7 @@ class Contender:
     default_rate: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     ours: bool = False
+    plain: str | None = None
     period: int = 0
     window: int = 0
     warm_start: bool = False
@@ -144,6 +146,7 @@ CONTENDERS = {
             _COARSE,
             0.01,
             warm_start=True,
+            plain="sgd",
             **_OURS,
         ),
         Contender(
@@ -153,6 +156,7 @@ CONTENDERS = {
             _COARSE,
             0.1,
             {"momentum": 0.9},
+            plain="sgd",
             **_OURS,
         ),
         Contender(
@@ -161,6 +165,7 @@ CONTENDERS = {
             dsbp_optax.dsbp_adamw,
             _FINE,
             3e-3,
+            plain="adamw",
             **_OURS,
         ),
         Contender(
@@ -169,6 +174,7 @@ CONTENDERS = {
             dsbp_optax.dsbp_muon,
             _MUON,
             1e-2,
+            plain="muon",
             **_OURS,
         ),
         Contender(
@@ -217,3 +223,8 @@ CONTENDERS = {
         ),
     )
 }
+
+
+def plain_of(contender: Contender) -> Contender:
+    """The optimizer whose place a contender takes; itself where it takes none."""
+    return CONTENDERS[contender.plain] if contender.plain else contender

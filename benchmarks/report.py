@@ -168,8 +168,8 @@ def steps_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _table(title)
     _columns(
         table,
-        *("mean ms", "step ms", "refresh ms", "dearest/median", "ratio"),
-        *("95 % interval", "compile s"),
+        *("mean ms", "step ms", "refresh ms", "to step", "against"),
+        *("ratio", "95 % interval", "compile s"),
     )
     for row in rows:
         ratio = row["ratio"]
@@ -178,7 +178,8 @@ def steps_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{1e3 * row['seconds']:.2f}",
             f"{1e3 * row['step_seconds']:.2f}",
             _number(row["refresh_seconds"], ".2f", 1e3),
-            f"{row['dearest_to_median']:.2f}",
+            _interval(row["dearest"]),
+            row["against"],
             f"{ratio['value']:.3f}",
             f"{ratio['low']:.3f}-{ratio['high']:.3f}",
             f"{row['compile_seconds']:.1f}",
@@ -242,6 +243,12 @@ def _difference(entry: Entry, peer: Entry | None) -> str:
 def _seconds_to(entry: Entry, goal: float) -> float | None:
     steps = compare.steps_to(entry, goal)
     return None if steps is None else steps * entry.step_seconds
+
+
+def _interval(ratio: Mapping[str, float] | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str:

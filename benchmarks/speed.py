@@ -18,7 +18,7 @@ import optax
 
 import dsbp_optax
 from benchmarks import timing
-from benchmarks.optimizers import Contender
+from benchmarks.optimizers import Contender, plain_of
 from benchmarks.train import make_init, make_step, train_step
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -116,7 +116,7 @@ def refresh_step(rounds: int) -> list[Row]:
 def whole_steps(
     workload: Workload,
     contenders: Sequence[Contender],
-    baseline: Contender,
+    baseline: Contender | None = None,
     rounds: int = PERIOD,
     after_round: Callable[[], None] = lambda: None,
 ) -> list[Row]:
@@ -125,34 +125,37 @@ def whole_steps(
     Args:
       workload: what to train.
       contenders: in the order of the rows.
-      baseline: what the ratios are against; joined in where it is missing.
+      baseline: what the ratios are against; None for the plain optimizer whose place
+        each contender takes. Joined in where it is missing.
       rounds: steps of each that are timed; those of a whole period by default.
       after_round: called after each.
     """
-    everyone = [*contenders, *([] if baseline in contenders else [baseline])]
-    loops = {c.name: _loop(workload, c) for c in everyone}
+    against = {c.name: baseline or plain_of(c) for c in contenders}
+    everyone = {c.name: c for c in (*contenders, *against.values())}
+    loops = {name: _loop(workload, c) for name, c in everyone.items()}
     warmup = max(2 * WINDOW, 1)
     seconds = timing.interleave(loops, rounds, warmup, after_round)
     flags = {
-        c.name: np.asarray([c.refreshes(warmup + n) for n in range(rounds)], int)
-        for c in everyone
+        name: np.asarray([c.refreshes(warmup + n) for n in range(rounds)], int)
+        for name, c in everyone.items()
     }
-    base = seconds[baseline.name]
     rows = []
     for name, values in seconds.items():
-        mine = flags[name]
+        other, mine = against.get(name, everyone[name]).name, flags[name]
         # Rounds in which neither, one or both refresh.
-        strata = 2 * mine + flags[baseline.name]
+        strata = 2 * mine + flags[other]
         rows.append(
             {
                 "contender": name,
-                "against": baseline.name,
+                "against": other,
                 "rounds": rounds,
                 "seconds": timing.stratified_median(values, mine),
                 "step_seconds": float(np.median(values[mine == 0])),
                 "refresh_seconds": _refresh_median(values, mine),
-                "dearest_to_median": float(values.max() / np.median(values)),
-                "ratio": timing.ratio_of_medians(values, base, strata)._asdict(),
+                "dearest": _dearest(values, mine),
+                "ratio": timing.ratio_of_medians(
+                    values, seconds[other], strata
+                )._asdict(),
                 "compile_seconds": loops[name].compile_seconds,
             }
         )
@@ -166,6 +169,14 @@ def _loop(workload: Workload, contender: Contender) -> Loop:
     numbers = np.float32(1e-4), np.float32(1e6)
     step = make_step(workload, contender)
     return Loop(step, [params, opt_state], [batch, *numbers])
+
+
+def _dearest(values: np.ndarray, flags: np.ndarray) -> dict[str, float] | None:
+    """Steps that refresh against those that do not; None without any."""
+    if not flags.any():
+        return None
+    ratio = timing.ratio_of_groups(values[flags == 1], values[flags == 0])
+    return ratio._asdict()
 
 
 def _refresh_median(values: np.ndarray, flags: np.ndarray) -> float | None:

@@ -5,7 +5,7 @@ stays finite, so must ours, without a step that its guard against numbers that a
 finite had to skip; and its training loss must fall as far.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +13,9 @@ import numpy as np
 import dsbp_optax
 from benchmarks import timing, tune
 from benchmarks.data import Data
-from benchmarks.optimizers import CONTENDERS
+from benchmarks.optimizers import Contender, plain_of
 from benchmarks.train import Program, build, train
 from benchmarks.workloads import Workload
-
-#: Ours -> the plain optimizer whose learning rate it takes.
-PAIRS: Mapping[str, str] = {
-    "dsbp_sgd": "sgd",
-    "dsbp_adamw": "adamw",
-    "dsbp_muon": "muon",
-}
 
 Row = dict[str, Any]
 
@@ -30,7 +23,7 @@ Row = dict[str, Any]
 def compare(
     workload: Workload,
     data: Data,
-    names: Sequence[str],
+    contenders: Sequence[Contender],
     seeds: Sequence[int],
     steps: int,
     after_run: Callable[[], None] = lambda: None,
@@ -40,28 +33,28 @@ def compare(
     Args:
       workload: what to train.
       data: of the workload; only training samples are used for the figures.
-      names: keys of `PAIRS`.
+      contenders: those that take a plain one's place.
       seeds: of parameters and data order, the same for both.
       steps: length of each run.
       after_run: called after each.
     """
     rows = []
-    for name in names:
-        plain = CONTENDERS[PAIRS[name]]
-        programs = build(workload, CONTENDERS[name]), build(workload, plain)
+    for contender in contenders:
+        plain = plain_of(contender)
+        programs = build(workload, contender), build(workload, plain)
         for rate in plain.grid:
             rate = tune.shifted(rate, workload.grid_shift)
             ours, theirs = (
                 [_end(program, data, rate, steps, seed, after_run) for seed in seeds]
                 for program in programs
             )
-            rows.append(_row(name, rate, ours, theirs))
+            rows.append(_row(contender, rate, ours, theirs))
     return rows
 
 
-def count(names: Sequence[str], seeds: int) -> int:
+def count(contenders: Sequence[Contender], seeds: int) -> int:
     """Number of runs that `compare` makes."""
-    return sum(2 * seeds * len(CONTENDERS[PAIRS[name]].grid) for name in names)
+    return sum(2 * seeds * len(plain_of(one).grid) for one in contenders)
 
 
 class End(NamedTuple):
@@ -86,12 +79,14 @@ def _end(
     return End(float(loss), int(figures.get("dsbp/skipped", 0)))
 
 
-def _row(name: str, rate: float, ours: Sequence[End], theirs: Sequence[End]) -> Row:
+def _row(
+    contender: Contender, rate: float, ours: Sequence[End], theirs: Sequence[End]
+) -> Row:
     mine, plain = (np.asarray([end.loss for end in ends]) for ends in (ours, theirs))
     finite = bool(np.isfinite(plain).all() and np.isfinite(mine).all())
     return {
-        "contender": name,
-        "against": PAIRS[name],
+        "contender": contender.name,
+        "against": contender.plain,
         "learning_rate": rate,
         "seeds": len(ours),
         "diverged": int(np.sum(~np.isfinite(mine))),

@@ -120,6 +120,30 @@ def ratio_of_medians(
     return Ratio(float(value), float(low), float(high))
 
 
+def ratio_of_groups(
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Ratio:
+    """Ratio of medians of two groups of steps, resampled each on its own.
+
+    Args:
+      numerator: ``(a,)`` seconds.
+      denominator: ``(b,)`` seconds.
+      resamples: bootstrap samples.
+      seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    medians = [
+        np.median(rng.choice(group, (resamples, len(group))), axis=1)
+        for group in (numerator, denominator)
+    ]
+    low, high = np.quantile(medians[0] / medians[1], (0.025, 0.975))
+    value = np.median(numerator) / np.median(denominator)
+    return Ratio(float(value), float(low), float(high))
+
+
 def ratio_of_means(
     numerator: np.ndarray,
     denominator: np.ndarray,

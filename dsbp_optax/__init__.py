@@ -20,6 +20,7 @@ from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes, Coordinates
 from dsbp_optax._moments import residual_adam, residual_momentum
+from dsbp_optax._msam import SubspaceMsamState, evaluation_params, subspace_msam
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_muon, dsbp_sgd
@@ -31,6 +32,7 @@ from dsbp_optax._residual import (
     scale_residual_by_column,
     sign_residual,
 )
+from dsbp_optax._sam import SubspaceSamState, subspace_sam
 from dsbp_optax._schedule import AutoInterval, AutoRank
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
@@ -67,6 +69,8 @@ __all__ = [
     "SpectralSharpnessState",
     "Spectrum",
     "Statistic",
+    "SubspaceMsamState",
+    "SubspaceSamState",
     "add_spectral_sharpness",
     "add_statistics",
     "carry_adam_second_moment",
@@ -78,6 +82,7 @@ __all__ = [
     "dsbp_sgd",
     "eigh",
     "error_feedback",
+    "evaluation_params",
     "normalize_residual",
     "orthogonalize",
     "power_iteration",
@@ -91,6 +96,8 @@ __all__ = [
     "scale_residual",
     "scale_residual_by_column",
     "sign_residual",
+    "subspace_msam",
+    "subspace_sam",
     "sum_statistics",
     "whiten",
 ]

@@ -131,6 +131,23 @@ def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
     return MatrixView(shape, axes.batch, axes.outputs, axes.inputs)
 
 
+def view_of(shape: Shape, form: Shape, stacked: Shape) -> MatrixView:
+    """The view that arrays in kernel form betray; axes of length 1 count as stacked.
+
+    Args:
+      shape: of the kernel.
+      form: of its basis, in kernel form.
+      stacked: of one number a matrix, in kernel form.
+    """
+    axes = range(len(shape))
+    rows = [a for a in axes if form[a] > stacked[a]]
+    columns = [a for a in axes if form[a] == 1 and shape[a] > 1]
+    if not columns:  # One column: the last axis that can be it.
+        columns = [max(a for a in axes if shape[a] == 1)]
+    batch = tuple(a for a in axes if a not in rows and a not in columns)
+    return MatrixView(shape, batch, tuple(rows), tuple(columns))
+
+
 def to_matrices(kernel: Array, view: MatrixView) -> Array:
     """``kernel -> (*batch, d, m)``, flipped ``(*batch, m, d)``."""
     return kernel.transpose(view.order).reshape(*view.batch_shape, *view.matrix_shape)

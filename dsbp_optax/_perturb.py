@@ -1,0 +1,130 @@
+"""Steps away from the parameters, inside the eigenbases that a state holds."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _adapt, _checks, _layout, _plan, _spectral, _subspace
+from dsbp_optax._layout import MatrixView
+from dsbp_optax._spectral import SpectralProjectionState
+from dsbp_optax._types import Array, PyTree
+
+
+class Subspace(NamedTuple):
+    """The eigenbasis of one kernel.
+
+    Attributes:
+      basis: ``V (*batch, d, k)``, zero in directions that are not in use.
+      view: how the kernel is read as matrices.
+    """
+
+    basis: Array
+    view: MatrixView
+
+    def project(self, kernel: Array) -> Array:
+        """``V^T G``, shaped as moments in the inner state are."""
+        matrix = _layout.to_matrices(kernel.astype(self.basis.dtype), self.view)
+        return _subspace.project(self.basis, matrix, self.view.flipped)
+
+    def lift(self, coordinates: Array) -> Array:
+        """``V u``, shaped as the kernel."""
+        shaped = coordinates.reshape(self.view.coordinate_shape(self.basis.shape[-1]))
+        matrix = _subspace.lift(self.basis, shaped, self.view.flipped)
+        return _layout.from_matrices(matrix, self.view)
+
+
+def projections(opt_state: PyTree, who: str) -> list[SpectralProjectionState]:
+    """The projections' states in `opt_state`.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    states = [
+        state
+        for state in _spectral.find_states(opt_state)
+        if isinstance(state, SpectralProjectionState)
+    ]
+    if not states:
+        raise ValueError(
+            f"{who}: got an optimizer without scale_by_spectral_projection, expected "
+            "one whose state holds eigenbases. Remedy: wrap dsbp_sgd, dsbp_adamw, "
+            "dsbp_muon or a chain with the projection in it."
+        )
+    return states
+
+
+def subspaces(
+    states: list[SpectralProjectionState], leaves: Mapping[str, Any]
+) -> dict[str, Subspace]:
+    """The subspace of every projected kernel, by path.
+
+    Args:
+      states: of the projections.
+      leaves: parameters or gradients by path.
+
+    Raises:
+      ValueError: when a kernel of a state is not among the leaves.
+    """
+    found = {}
+    for state in states:
+        layers = _spectral.split_layers(state)
+        for path, owner in _spectral.owners_of(state).items():
+            if path not in leaves:
+                raise ValueError(
+                    f"the state holds a basis for '{path}', which is not among the "
+                    f"parameters ({_checks.some(leaves)}). Remedy: pass the whole "
+                    "tree that init saw."
+                )
+            basis = _adapt.basis_in_use(layers[owner])
+            stacked = state.spectrum[owner].trace.shape
+            view = _layout.view_of(jnp.shape(leaves[path]), basis.shape, stacked)
+            found[path] = Subspace(_layout.from_kernel_form(basis, view), view)
+    return found
+
+
+def scaled_to(
+    radius: Array, parts: Mapping[str, Array], joined: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+    """`parts` times ``radius / norm``, zero where the norm is.
+
+    Args:
+      radius: ``()``, length of the whole step.
+      parts: path -> part of the step; the norm is over all of them.
+      joined: parts of the norm, if not the same.
+    """
+    norm = optax.tree.norm(dict(parts if joined is None else joined))
+    factor = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+    return {path: (factor * part).astype(part.dtype) for path, part in parts.items()}
+
+
+def add(tree: PyTree, changes: Mapping[str, Array], sign: int = 1) -> PyTree:
+    """`tree` plus (or minus) `changes` by path, in the dtype of its leaves."""
+    leaves, treedef = _layout.flatten_with_paths(tree)
+    for path, change in changes.items():
+        leaf = leaves[path]
+        wide = leaf.astype(_plan.compute_dtype(leaf.dtype)) + sign * change
+        leaves[path] = wide.astype(leaf.dtype)
+    return treedef.unflatten(leaves.values())
+
+
+def lifted(
+    parts: Mapping[str, Array], spaces: Mapping[str, Subspace]
+) -> dict[str, Array]:
+    """Coordinates lifted to kernels; other parts as they are."""
+    return {
+        path: spaces[path].lift(part) if path in spaces else part
+        for path, part in parts.items()
+    }
+
+
+def value_at(radius: optax.ScalarOrSchedule, step: Array) -> Array:
+    """The radius at a step: a number, or what the schedule says."""
+    return jnp.asarray(radius(step) if callable(radius) else radius)
+
+
+def check_radius(who: str, radius: optax.ScalarOrSchedule) -> None:
+    """Raise for a radius that is negative or no number."""
+    if not callable(radius):
+        _checks.check_number(f"{who}: radius", radius, 0.0)

@@ -1,0 +1,197 @@
+"""Sharpness-aware minimisation whose ascent lies in the eigenbases."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax import _checks, _layout, _perturb, _plan
+from dsbp_optax._perturb import Subspace
+from dsbp_optax._types import Array, PyTree
+
+#: (parameters, 0) -> gradients, as `optax.contrib.sam` takes it.
+GradFn: TypeAlias = Callable[[PyTree, int], PyTree]
+Parts: TypeAlias = dict[str, Array]
+
+_WHO = "subspace_sam"
+
+
+class SubspaceSamState(NamedTuple):
+    """State of `subspace_sam`.
+
+    Attributes:
+      step: int32, updates seen.
+      change: path -> how the last ascent changed the gradient, ``V^T (G' - G)`` over
+        the norm of all ``V^T G``; empty where every step takes a second gradient.
+      optimizer: state of the wrapped optimizer.
+    """
+
+    step: Array
+    change: dict[str, Array]
+    optimizer: PyTree
+
+
+class Rule(NamedTuple):
+    """Everything that the wrapper is told; see `subspace_sam`."""
+
+    optimizer: optax.GradientTransformationExtraArgs
+    radius: optax.ScalarOrSchedule
+    adaptive: bool
+    every: int
+    unprojected: bool
+
+
+def subspace_sam(
+    optimizer: optax.GradientTransformation,
+    radius: optax.ScalarOrSchedule = 0.05,
+    *,
+    adaptive: bool = False,
+    every: int = 1,
+    unprojected: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Sharpness-aware minimisation whose ascent lies in the eigenbases.
+
+        G' = gradient at W + rho V normalize(V^T G),  then the optimizer's step with G'
+
+    Args:
+      optimizer: one that holds a `scale_by_spectral_projection`.
+      radius: rho, length of the ascent over all parameters; a number or a schedule.
+      adaptive: whether each coordinate is scaled by that of the parameters, as ASAM
+        does; a sensible radius is then larger by a factor of about ten.
+      every: steps from one second gradient to the next. Between them the change of
+        the gradient in the subspace is used again, scaled with the gradient.
+      unprojected: whether parameters without a basis take part, in full space.
+
+    Returns:
+      An optimizer; call ``update(grads, state, params, grad_fn=..., statistics=...)``
+      with ``grad_fn(params, i) -> gradients``, as `optax.contrib.sam` takes it.
+
+    Raises:
+      ValueError: without `grad_fn`, without parameters, or without a projection.
+
+    Cost: one more gradient every `every` steps, and ``4 d k m`` FLOPs a kernel; one
+    temporary set of parameters and gradients. State: none, or ``k m`` numbers a
+    kernel with `every` above 1.
+
+    Reference: Foret et al., SAM, arXiv 2010.01412; Kwon et al., ASAM, 2102.11600; Liu
+    et al., LookSAM, 2203.02714.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1, rank=2), 0.05)
+      >>> params = {"kernel": jnp.ones((16, 16))}
+      >>> grad_fn = jax.grad(lambda params, i: jnp.sum(params["kernel"] ** 4))
+      >>> grads, state = grad_fn(params, 0), tx.init(params)
+      >>> updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+    """
+    _perturb.check_radius(_WHO, radius)
+    _checks.check_integer(f"{_WHO}: every", every, 1)
+    wrapped = optax.with_extra_args_support(optimizer)
+    rule = Rule(wrapped, radius, adaptive, every, unprojected)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, rule),
+        lambda updates, state, params=None, **extra: _update(
+            rule, updates, state, params, **extra
+        ),
+    )
+
+
+def _init(rule: Rule, params: PyTree) -> SubspaceSamState:
+    held = rule.optimizer.init(params)
+    inside = _divided(params, _spaces(held, params), unprojected=False)
+    change = jax.tree.map(jnp.zeros_like, inside) if rule.every > 1 else {}
+    return SubspaceSamState(jnp.zeros([], jnp.int32), change, held)
+
+
+def _update(
+    rule: Rule,
+    updates: PyTree,
+    state: SubspaceSamState,
+    params: PyTree | None,
+    *,
+    grad_fn: GradFn | None = None,
+    **extra: Any,
+) -> tuple[PyTree, SubspaceSamState]:
+    if grad_fn is None or params is None:
+        raise ValueError(
+            f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
+            "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
+        )
+    spaces = _spaces(state.optimizer, params)
+    gradient = _divided(updates, spaces, rule.unprojected)
+    weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None
+    ascent = _ascent(gradient, weight, _perturb.value_at(rule.radius, state.step))
+    away = _perturb.add(params, _perturb.lifted(ascent, spaces))
+
+    def fresh(change: Parts) -> tuple[PyTree, Parts]:
+        there = jax.tree.map(lambda g, u: g.astype(u.dtype), grad_fn(away, 0), updates)
+        return there, _relative_change(there, gradient, spaces) if change else change
+
+    def again(change: Parts) -> tuple[PyTree, Parts]:
+        return _changed(updates, change, gradient, spaces), change
+
+    if rule.every == 1:
+        used, change = fresh(state.change)
+    else:
+        due = state.step % rule.every == 0
+        used, change = jax.lax.cond(due, fresh, again, state.change)
+    steps, held = rule.optimizer.update(used, state.optimizer, params, **extra)
+    if change:
+        turned = _spaces(held, params)
+        change = {p: turned[p].project(spaces[p].lift(x)) for p, x in change.items()}
+    return steps, SubspaceSamState(optax.safe_increment(state.step), change, held)
+
+
+def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
+    leaves, _ = _layout.flatten_with_paths(params)
+    return _perturb.subspaces(_perturb.projections(held, _WHO), leaves)
+
+
+def _relative_change(
+    there: PyTree, gradient: Mapping[str, Array], spaces: Mapping[str, Subspace]
+) -> Parts:
+    """``V^T (G' - G)`` over the norm of all ``V^T G``."""
+    inside = _divided(there, spaces, unprojected=False)
+    size = optax.tree.norm({path: gradient[path] for path in inside})
+    size = jnp.where(size > 0, size, 1)
+    return {path: (part - gradient[path]) / size for path, part in inside.items()}
+
+
+def _changed(
+    updates: PyTree,
+    change: Parts,
+    gradient: Mapping[str, Array],
+    spaces: Mapping[str, Subspace],
+) -> PyTree:
+    """The gradients, changed as the last ascent changed them."""
+    size = optax.tree.norm({path: gradient[path] for path in change})
+    parts = {path: size * part for path, part in change.items()}
+    return _perturb.add(updates, _perturb.lifted(parts, spaces))
+
+
+def _divided(
+    tree: PyTree, spaces: Mapping[str, Subspace], unprojected: bool
+) -> dict[str, Array]:
+    """Coordinates of projected kernels and, if asked for, the other leaves whole."""
+    leaves, _ = _layout.flatten_with_paths(tree)
+    parts = {}
+    for path, leaf in leaves.items():
+        if path in spaces:
+            parts[path] = spaces[path].project(leaf)
+        elif unprojected and jnp.issubdtype(leaf.dtype, jnp.floating):
+            parts[path] = leaf.astype(_plan.compute_dtype(leaf.dtype))
+    return parts
+
+
+def _ascent(
+    gradient: Mapping[str, Array], weight: Mapping[str, Array] | None, radius: Array
+) -> dict[str, Array]:
+    """SAM's ascent; with weights ASAM's, ``rho T^2 g / |T g|`` with ``T = |w|``."""
+    if weight is None:
+        return _perturb.scaled_to(radius, gradient)
+    once = {path: jnp.abs(weight[path]) * part for path, part in gradient.items()}
+    twice = {path: jnp.abs(weight[path]) * part for path, part in once.items()}
+    return _perturb.scaled_to(radius, twice, once)

@@ -1,0 +1,324 @@
+"""Sharpness-aware wrappers: laws, their controls, and what must not break."""
+
+from typing import Any
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dsbp_optax
+from dsbp_optax import Activations
+
+D, M, RHO = 12, 16, 0.1
+PATH = "layer/kernel"
+
+
+def make_params(seed: int = 0) -> Any:
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "layer": {
+            "kernel": jax.random.normal(keys[0], (D, M)),
+            "bias": jax.random.normal(keys[1], (M,)),
+        }
+    }
+
+
+def inputs(seed: int) -> Any:
+    scales = 2.0 ** -jnp.arange(D)
+    return jax.random.normal(jax.random.key(seed), (32, D)) * scales
+
+
+def loss_fn(params: Any, x: Any) -> Any:
+    y = x @ params["layer"]["kernel"] + params["layer"]["bias"]
+    return jnp.mean(jnp.sum(jnp.tanh(y) ** 2 + 0.1 * y**4, -1))
+
+
+def projection(inner: Any = None, rank: int = 4, **more: Any) -> Any:
+    return optax.chain(
+        dsbp_optax.scale_by_spectral_projection(
+            inner,
+            rank=rank,
+            update_every=4,
+            power_iterations=2,
+            project="always",
+            **more,
+        ),
+        optax.scale_by_learning_rate(0.05),
+    )
+
+
+def run(tx: Any, steps: int = 9, params: Any = None) -> tuple[Any, Any, list[Any]]:
+    """Parameters, state, and the points at which second gradients were taken."""
+    params, points = make_params() if params is None else params, []
+    state = tx.init(params)
+    for step in range(steps):
+        x = inputs(step)
+
+        def grad_fn(there: Any, number: int, x: Any = x) -> Any:
+            assert number == 0
+            points.append(there)
+            return jax.grad(loss_fn)(there, x)
+
+        grads = jax.grad(loss_fn)(params, x)
+        updates, state = tx.update(
+            grads, state, params, grad_fn=grad_fn, statistics={PATH: Activations(x)}
+        )
+        params = optax.apply_updates(params, updates)
+    return params, state, points
+
+
+def distance(left: Any, right: Any) -> float:
+    return float(optax.tree.norm(optax.tree.sub(left, right)))
+
+
+def plain_sam(rho: float) -> Any:
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+    tx = optax.contrib.sam(optax.sgd(0.05), ascent, opaque_mode=True)
+
+    def update(
+        grads: Any, state: Any, params: Any, *, grad_fn: Any, statistics: Any
+    ) -> Any:
+        del statistics
+        return tx.update(grads, state, params, grad_fn=grad_fn)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def test_with_a_whole_basis_it_is_sam() -> None:
+    whole = projection(rank=D, project_cold=True)
+    expected, _, _ = run(plain_sam(RHO))
+    got, _, _ = run(dsbp_optax.subspace_sam(whole, RHO))
+    assert distance(got, expected) < 1e-4
+    for wrong in (
+        dsbp_optax.subspace_sam(whole, 2 * RHO),
+        dsbp_optax.subspace_sam(whole, RHO, unprojected=False),
+        dsbp_optax.subspace_sam(projection(rank=3, project_cold=True), RHO),
+    ):
+        assert distance(run(wrong)[0], expected) > 1e-3
+
+
+@pytest.mark.parametrize("unprojected", [True, False])
+def test_the_ascent_has_its_length_and_lies_in_the_basis(unprojected: bool) -> None:
+    tx = dsbp_optax.subspace_sam(projection(), RHO, unprojected=unprojected)
+    params, state, _ = run(tx, 5)
+    seen = []
+    tx.update(
+        jax.grad(loss_fn)(params, inputs(7)),
+        state,
+        params,
+        grad_fn=lambda there, i: (
+            seen.append(there) or jax.grad(loss_fn)(there, inputs(7))
+        ),
+    )
+    ascent = optax.tree.sub(seen[0], params)
+    np.testing.assert_allclose(optax.tree.norm(ascent), RHO, rtol=1e-4)
+    assert (float(jnp.abs(ascent["layer"]["bias"]).max()) > 1e-3) == unprojected
+    basis = state.optimizer[0].basis[PATH][:, 0]
+    kernel = ascent["layer"]["kernel"]
+    outside = kernel - basis @ (basis.T @ kernel)
+    assert float(jnp.linalg.norm(outside)) < 1e-5
+    assert (
+        float(jnp.sum(kernel * jax.grad(loss_fn)(params, inputs(7))["layer"]["kernel"]))
+        > 0
+    )
+
+
+def test_asam_scales_by_the_parameters() -> None:
+    """In the coordinates of the basis: ``rho T^2 g / |T g|``."""
+    tx = dsbp_optax.subspace_sam(projection(), RHO, adaptive=True, unprojected=False)
+    params, state, _ = run(tx, 3)
+    seen = []
+    grads = jax.grad(loss_fn)(params, inputs(5))
+    tx.update(grads, state, params, grad_fn=lambda p, i: seen.append(p) or grads)
+    basis = np.asarray(state.optimizer[0].basis[PATH][:, 0], np.float64)
+    w, g = (
+        basis.T @ np.asarray(t["layer"]["kernel"], np.float64) for t in (params, grads)
+    )
+    expected = basis @ (RHO * w**2 * g / np.linalg.norm(np.abs(w) * g))
+    got = seen[0]["layer"]["kernel"] - params["layer"]["kernel"]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_change_is_used_again_until_the_next_second_gradient() -> None:
+    """On a quadratic with one curvature the change is exact: every step is SAM's."""
+    params = make_params()
+
+    def quadratic(p: Any) -> Any:
+        return 1.5 * optax.tree.norm(p, squared=True)
+
+    def train(every: int, frozen: bool = False) -> tuple[Any, int]:
+        tx = dsbp_optax.subspace_sam(
+            projection(rank=D, project_cold=True), RHO, every=every, unprojected=False
+        )
+        now, state, calls = params, tx.init(params), []
+        if frozen:
+            state = state._replace(step=state.step + 1)  # Nothing to use again yet.
+        step = jax.jit(
+            lambda g, s, p: tx.update(
+                g,
+                s,
+                p,
+                grad_fn=lambda q, i: (
+                    jax.debug.callback(lambda: calls.append(1)),
+                    jax.grad(quadratic)(q),
+                )[1],
+            )
+        )
+        for _ in range(2 if frozen else 6):
+            updates, state = step(jax.grad(quadratic)(now), state, now)
+            now = optax.apply_updates(now, updates)
+        jax.effects_barrier()
+        return now, len(calls)
+
+    always, calls = train(1)
+    assert calls == 6
+    third, calls = train(3)
+    assert calls == 2
+    assert distance(always, third) < 0.02 * distance(always, params)
+    none, calls = train(3, frozen=True)
+    assert calls == 0
+    plain = jax.tree.map(lambda x: x * (1 - 0.05 * 3) ** 2, params)
+    assert distance(none, plain) < 1e-5
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("every", [1, 2])
+def test_zero_gradients_stay_finite(adaptive: bool, every: int) -> None:
+    tx = dsbp_optax.subspace_sam(
+        dsbp_optax.dsbp_sgd(0.1, rank=2), RHO, adaptive=adaptive, every=every
+    )
+    params = make_params()
+    nothing, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(nothing, state, params, grad_fn=lambda p, i: nothing)
+        chex.assert_trees_all_equal(updates, nothing)
+        chex.assert_tree_all_finite(state)
+
+
+# --- along the momentum
+
+RECIPES = {
+    "dsbp_sgd": dsbp_optax.dsbp_sgd,
+    "dsbp_adamw": dsbp_optax.dsbp_adamw,
+    "dsbp_muon": dsbp_optax.dsbp_muon,
+}
+
+
+def schedule(step: Any) -> Any:
+    return RHO * (1 + step % 3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
+    """Against a loop that keeps the parameters and steps away for each gradient."""
+    base = RECIPES[name](
+        0.05, rank=3, update_every=3, power_iterations=2, weight_decay=0.1
+    )
+    wrapped = dsbp_optax.subspace_msam(base, schedule)
+    params = here = make_params()
+    state, held = wrapped.init(params), base.init(params)
+    away = jax.tree.map(jnp.zeros_like, params)
+    for step in range(8):
+        x = inputs(step)
+        statistics = {PATH: Activations(x)}
+        grads = jax.grad(loss_fn)(params, x)
+        updates, state = wrapped.update(grads, state, params, statistics=statistics)
+        params = optax.apply_updates(params, updates)
+        grads = jax.grad(loss_fn)(optax.tree.add(here, away), x)
+        updates, held = base.update(grads, held, here, statistics=statistics)
+        here = optax.apply_updates(here, updates)
+        momentum = jax.tree.leaves(held[0].inner)
+        (u,) = [m for m in momentum if m.shape == (3, M)][:1]
+        if name == "dsbp_adamw":
+            u = held[0].inner.mu[PATH]
+        lifted = held[0].basis[PATH][:, 0] @ u
+        lifted = schedule(step) * lifted / jnp.linalg.norm(lifted)
+        away = jax.tree.map(jnp.zeros_like, params)
+        away["layer"]["kernel"] = lifted
+        evaluated = dsbp_optax.evaluation_params(state, params)
+        assert distance(evaluated, here) < 2e-4
+        np.testing.assert_allclose(
+            distance(params, evaluated), schedule(step), rtol=1e-3
+        )
+
+
+def test_evaluation_needs_nothing_but_state_and_parameters() -> None:
+    tx = dsbp_optax.subspace_msam(
+        dsbp_optax.dsbp_sgd(0.05, rank=3, update_every=3), RHO
+    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    params = make_params()
+    state = tx.init(params)
+    for step in range(5):
+        grads = jax.grad(loss_fn)(params, inputs(step))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = dsbp_optax.evaluation_params(state, params)
+    assert distance(expected, params) > 0.9 * RHO
+    blank = tx.init(make_params(1))
+    restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(state))
+    got = dsbp_optax.evaluation_params(restored, params)
+    chex.assert_trees_all_equal(got, expected)
+    same = dsbp_optax.evaluation_params(optax.sgd(0.1).init(params), params)
+    chex.assert_trees_all_equal(same, params)
+
+
+def test_a_step_that_is_skipped_moves_nothing() -> None:
+    tx = dsbp_optax.subspace_msam(dsbp_optax.dsbp_sgd(0.05, rank=3), RHO)
+    params = make_params()
+    _, state = tx.update(jax.grad(loss_fn)(params, inputs(0)), tx.init(params), params)
+    broken = jax.tree.map(lambda x: x * jnp.nan, params)
+    updates, after = tx.update(broken, state, params)
+    assert float(optax.tree.norm(updates)) < 1e-6
+    chex.assert_trees_all_equal(after.optimizer[0].inner, state.optimizer[0].inner)
+
+
+def test_convolutions_and_stacks_are_read_as_by_the_optimizer() -> None:
+    """The lift of the wrapper is that of the projection, whatever the kernel."""
+    shapes = {"conv": (1, 1, 16, 24), "wide": (3, 3, 8, 16), "scan": (2, 16, 24)}
+    params = {
+        name: {"kernel": jax.random.normal(jax.random.key(n), shape)}
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+    for side in ("input", "output"):
+        tx = dsbp_optax.scale_by_spectral_projection(
+            optax.trace(0.9),
+            rank=2,
+            side=side,
+            project="always",
+            project_cold=True,
+            axes={"scan*": dsbp_optax.Axes(batch=(0,), inputs=(1,), outputs=(2,))},
+        )
+        wrapped = dsbp_optax.subspace_msam(tx, RHO)
+        updates, state = wrapped.update(params, wrapped.init(params))
+        plain, _ = tx.update(params, tx.init(params))
+        norm = optax.tree.norm(plain)
+        # The first momentum is the projected gradient itself.
+        expected = jax.tree.map(lambda u, norm=norm: u * (1 + RHO / norm), plain)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
+        assert float(state.radius) == pytest.approx(RHO)
+
+
+# --- what cannot work is said at once
+
+
+def test_refusals() -> None:
+    params = make_params()
+    for wrap in (dsbp_optax.subspace_sam, dsbp_optax.subspace_msam):
+        with pytest.raises(ValueError, match="without scale_by_spectral_projection"):
+            wrap(optax.adam(1e-3)).init(params)
+        with pytest.raises(ValueError, match="radius"):
+            wrap(dsbp_optax.dsbp_sgd(0.1), -1.0)
+    with pytest.raises(ValueError, match="keeps no momentum"):
+        dsbp_optax.subspace_msam(dsbp_optax.dsbp(0.1)).init(params)
+    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1, rank=2))
+    with pytest.raises(ValueError, match="got no grad_fn"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="got no parameters"):
+        tx.update(params, tx.init(params), grad_fn=lambda p, i: p)
+    with pytest.raises(ValueError, match="every"):
+        dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1), every=0)

@@ -27,6 +27,7 @@ __all__ = [
     "LinearMap",
     "Probe",
     "find_shared_inputs",
+    "make_grad_fn",
     "value_and_grad",
     "warm_start",
 ]
@@ -162,6 +163,58 @@ def warm_start(
     if owner is not None:
         nnx.update(owner.opt_state, nnx.state(warm))
     return warm
+
+
+def make_grad_fn(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
+) -> Callable[[PyTree, int], PyTree]:
+    """The ``grad_fn`` that `subspace_sam` and `optax.contrib.sam` ask for.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      model: the model; neither its parameters nor its batch statistics change.
+      *args: the batch.
+      has_aux: as for `value_and_grad`.
+      wrt: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
+    Returns:
+      ``(parameters, i) -> gradients``, both as `flax.nnx.Optimizer.update` handles
+      them.
+
+    Cost: none; each call of the result is one gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 16))
+      >>> tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1, rank=2))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> loss_fn = lambda model, x: (model(x) ** 2).mean()
+      >>> step = dsbp_optax.nnx.value_and_grad(loss_fn)
+      >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
+      >>> grad_fn = dsbp_optax.nnx.make_grad_fn(loss_fn, model, x)
+      >>> _ = optimizer.update(model, grads, grad_fn=grad_fn, statistics=statistics)
+    """
+    graphdef, *parts = nnx.split(model, wrt, ...)
+    rest = _pure(parts[1])
+
+    def grad_fn(params: PyTree, number: int) -> PyTree:
+        del number
+
+        def loss(params: PyTree) -> Array:
+            result = loss_fn(nnx.merge(graphdef, params, rest), *args, **kwargs)
+            value: Array = result[0] if has_aux else result
+            return value
+
+        return jax.grad(loss)(params)
+
+    return grad_fn
 
 
 def find_shared_inputs(

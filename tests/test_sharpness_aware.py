@@ -3,12 +3,14 @@
 from typing import Any
 
 import chex
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations
@@ -301,6 +303,91 @@ def test_convolutions_and_stacks_are_read_as_by_the_optimizer() -> None:
         expected = jax.tree.map(lambda u, norm=norm: u * (1 + RHO / norm), plain)
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
         assert float(state.radius) == pytest.approx(RHO)
+
+
+# --- batch statistics are those of the first gradient alone
+
+
+class Linen(nn.Module):
+    """One normalised layer."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(M, name="layer")(x)
+        return nn.BatchNorm(use_running_average=False, name="norm")(x)
+
+
+def test_linen_batch_statistics_move_once_a_step() -> None:
+    model, x = Linen(), inputs(0)
+    variables = model.init(jax.random.key(0), x)
+    params, stats = variables["params"], variables["batch_stats"]
+    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1, rank=2), RHO)
+
+    def loss(params: Any, x: Any) -> Any:
+        y, changed = model.apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
+        return jnp.mean(y**4), changed["batch_stats"]
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        value_and_grad = dsbp_optax.linen.value_and_grad(loss, has_aux=True)
+        (_, new), grads, statistics = value_and_grad(params, x, opt_state=state)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            grad_fn=lambda p, i: jax.grad(loss, has_aux=True)(p, x)[0],
+            statistics=statistics,
+        )
+        return updates, new, state
+
+    updates, new, _ = step(params, tx.init(params))
+    mean = jnp.mean(x @ params["layer"]["kernel"], axis=0)
+    np.testing.assert_allclose(new["norm"]["mean"], 0.01 * mean, atol=1e-6)
+    chex.assert_tree_all_finite(updates)
+
+
+class Nnx(nnx.Module):
+    """The same."""
+
+    def __init__(self) -> None:
+        self.layer = nnx.Linear(D, M, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(M, rngs=nnx.Rngs(1))
+
+    def __call__(self, x: Any) -> Any:
+        return self.norm(self.layer(x))
+
+
+def test_nnx_batch_statistics_move_once_a_step() -> None:
+    x = inputs(0)
+
+    def loss(model: Any, x: Any) -> Any:
+        return jnp.mean(model(x) ** 4)
+
+    def train(rho: float | None) -> Any:
+        model, tx = Nnx(), dsbp_optax.dsbp_sgd(0.1, rank=2)
+        wrapped = tx if rho is None else dsbp_optax.subspace_sam(tx, rho)
+        optimizer = nnx.Optimizer(model, wrapped, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model: Any, optimizer: Any) -> None:
+            value_and_grad = dsbp_optax.nnx.value_and_grad(loss)
+            _, grads, found = value_and_grad(model, x, opt_state=optimizer)
+            more = {}
+            if rho is not None:
+                more["grad_fn"] = dsbp_optax.nnx.make_grad_fn(loss, model, x)
+            optimizer.update(model, grads, statistics=found, **more)
+
+        step(model, optimizer)
+        return model
+
+    plain, sam, none = train(None), train(RHO), train(0.0)
+    np.testing.assert_array_equal(sam.norm.mean[...], plain.norm.mean[...])
+    np.testing.assert_array_equal(sam.norm.var[...], plain.norm.var[...])
+    kernels = [m.layer.kernel[...] for m in (plain, none, sam)]
+    np.testing.assert_allclose(kernels[0], kernels[1], atol=1e-6)
+    assert float(jnp.abs(kernels[0] - kernels[2]).max()) > 1e-5
 
 
 # --- what cannot work is said at once

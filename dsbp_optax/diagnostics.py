@@ -8,11 +8,38 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _layout, _plan, _spectral
+from dsbp_optax._curvature import (
+    Density,
+    Eigenvalues,
+    Estimate,
+    gauss_newton_product,
+    hessian_product,
+    m_sharpness,
+    spectral_density,
+    stack_batches,
+    top_eigenvalues,
+    trace,
+)
 from dsbp_optax._eigenbasis import Schedule
 from dsbp_optax._plan import Decision
 from dsbp_optax._types import Array, PyTree, state_bytes
 
-__all__ = ["Decision", "explain", "metrics", "state_bytes"]
+__all__ = [
+    "Decision",
+    "Density",
+    "Eigenvalues",
+    "Estimate",
+    "explain",
+    "gauss_newton_product",
+    "hessian_product",
+    "m_sharpness",
+    "metrics",
+    "spectral_density",
+    "stack_batches",
+    "state_bytes",
+    "top_eigenvalues",
+    "trace",
+]
 
 
 class Explanation(dict[str, list[Decision]]):
@@ -102,12 +129,12 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
 
 
 def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
-    values, trace = spectrum.eigenvalues, spectrum.trace[..., 0]
+    values, whole = spectrum.eigenvalues, spectrum.trace[..., 0]
     total, tiny = jnp.sum(values, -1), jnp.finfo(values.dtype).tiny
     return {
         "energy": spectrum.energy,
-        "leading_share": values[..., 0] / jnp.maximum(trace, tiny),
-        "explained": total / jnp.maximum(trace, tiny),
+        "leading_share": values[..., 0] / jnp.maximum(whole, tiny),
+        "explained": total / jnp.maximum(whole, tiny),
         "effective_rank": total**2 / jnp.maximum(jnp.sum(values**2, -1), tiny),
         "residual": spectrum.residual,
         "failures": spectrum.failures,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout, _plan, _spectral
+from dsbp_optax import _layout, _plan, _spectral, _subspace
 from dsbp_optax._curvature import (
     Density,
     Eigenvalues,
@@ -20,7 +20,7 @@ from dsbp_optax._curvature import (
     top_eigenvalues,
     trace,
 )
-from dsbp_optax._eigenbasis import Schedule
+from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._plan import Decision
 from dsbp_optax._types import Array, PyTree, state_bytes
 
@@ -34,12 +34,20 @@ __all__ = [
     "hessian_product",
     "m_sharpness",
     "metrics",
+    "principal_angles",
     "spectral_density",
     "stack_batches",
     "state_bytes",
     "top_eigenvalues",
     "trace",
+    "warnings",
 ]
+
+
+#: Residual of the eigenpairs above which a basis is called stale.
+_STALE = 0.25
+#: Steps without a basis that are nothing to speak of.
+_PATIENCE = 10
 
 
 class Explanation(dict[str, list[Decision]]):
@@ -94,11 +102,12 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     For each projected parameter: ``energy`` (share of the gradient inside the basis
     at the last refresh), ``leading_share`` (``lambda_1 / tr C``), ``explained``
     (``sum lambda / tr C``), ``effective_rank`` (``(sum lambda)^2 / sum lambda^2``),
-    ``residual`` (of the eigenpairs), ``failures``, ``iterations`` and ``staleness``
-    (steps since the last refresh that was accepted); with an adaptive interval
-    ``interval``, ``drift`` and ``jitter``, with an adaptive rank ``active_rank``; of
-    the whole: ``step`` and ``skipped``. Stacked kernels are averaged, but for the
-    staleness, which is the greatest. Can be jit-compiled.
+    ``largest`` (``lambda_1`` a sample), ``residual`` (of the eigenpairs), ``failures``,
+    ``iterations`` and ``staleness`` (steps since the last refresh that was accepted);
+    ``state_bytes`` (basis, moments and residual of this kernel); with an adaptive
+    interval ``interval``, ``drift`` and ``jitter``, with an adaptive rank
+    ``active_rank``; of the whole: ``step`` and ``skipped``. Stacked kernels are
+    averaged, but for the staleness, which is the greatest. Can be jit-compiled.
 
     Args:
       opt_state: any nest of optax states.
@@ -123,9 +132,130 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
             figures[f"dsbp/staleness/{path}{suffix}"] = behind
             for name, value in _decisions(state.schedule.get(path)).items():
                 figures[f"dsbp/{name}/{path}{suffix}"] = jnp.max(value)
+            size = jnp.asarray(_kernel_bytes(state, path))
+            figures[f"dsbp/state_bytes/{path}{suffix}"] = size
         figures[f"dsbp/step{suffix}"] = jnp.asarray(state.step)
         figures[f"dsbp/skipped{suffix}"] = jnp.asarray(state.skipped)
     return figures
+
+
+def principal_angles(first: PyTree, second: PyTree) -> dict[str, Array]:
+    """Angles between the eigenbases of two states, by path of the kernel.
+
+    Two states of one run tell how far its bases have turned in between. Two states
+    whose bases were made from two halves of a batch (`warm_start` on each, from the
+    same ``tx.init``) tell how far a basis can be reproduced.
+
+    Args:
+      first: any nest of optax states.
+      second: another of the same optimizer.
+
+    Returns:
+      Path -> ``(*stacked, k)`` radians, ascending.
+
+    Raises:
+      ValueError: when the states hold different kernels or ranks.
+
+    Cost: two singular value decompositions of ``k`` columns a kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
+      >>> state = tx.init({"kernel": jnp.ones((8, 8))})
+      >>> dsbp_optax.diagnostics.principal_angles(state, state)["kernel"].shape
+      (2,)
+    """
+    one, two = _bases(first), _bases(second)
+    shapes = [{path: v.shape for path, v in bases.items()} for bases in (one, two)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"principal_angles: got bases {shapes[0]} and {shapes[1]}, expected the "
+            "same. Remedy: two states of one optimizer."
+        )
+    return {path: _subspace.principal_angles(one[path], two[path]) for path in one}
+
+
+def warnings(opt_state: PyTree) -> list[str]:
+    """What is amiss with the bases, in words, with the remedy; empty if nothing is.
+
+    The two ways in which the method fails by its authors' account are a *stale basis*,
+    one that the activations have left behind, and an *ill-conditioned or diverging
+    iteration*.
+
+    Args:
+      opt_state: any nest of optax states, not traced.
+
+    Returns:
+      One sentence a kernel and defect.
+
+    Cost: reads a few scalars a kernel off the device.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
+      >>> dsbp_optax.diagnostics.warnings(tx.init({"kernel": jnp.ones((8, 8))}))
+      []
+    """
+    found = []
+    for state in _spectral.find_states(opt_state):
+        step, skipped = int(state.step), int(state.skipped)
+        if skipped:
+            found.append(
+                f"{skipped} of {step} steps were skipped, their gradients were not "
+                "finite. Remedy: a smaller learning rate, clipping, or loss scaling."
+            )
+        for path, spectrum in state.spectrum.items():
+            found += _defects(path, spectrum, step)
+    return found
+
+
+def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
+    residual, failures = float(spectrum.residual.max()), int(spectrum.failures.max())
+    last = int(spectrum.refreshed.min())
+    found = []
+    if last < 0 and step > _PATIENCE:
+        found.append(
+            f"{path}: no basis after {step} steps. Remedy: pass statistics= to update, "
+            "and batches of more samples than the rank."
+        )
+    elif residual > _STALE:
+        found.append(
+            f"{path}: stale basis: at its last refresh, in step {last}, it missed its "
+            f"layer's covariance by {residual:.0%} of the leading eigenvalue. Remedy: "
+            "a smaller update_every or update_every='auto', or more power_iterations."
+        )
+    if failures:
+        found.append(
+            f"{path}: ill-conditioned or diverging iteration: {failures} refreshes "
+            "were refused, the basis before them was kept. Remedy: a smaller rank or "
+            "rank='auto', larger batches, decay above 0, a smaller learning rate if "
+            "activations grow."
+        )
+    return found
+
+
+def _bases(opt_state: PyTree) -> dict[str, Array]:
+    """Path -> ``(*stacked, d, k)``."""
+    found = {}
+    for state in _spectral.find_states(opt_state):
+        for path, basis in state.basis.items():
+            stacked = state.spectrum[path].trace.shape[:-1]
+            batch = [axis for axis, length in enumerate(stacked) if length > 1]
+            rest = [axis for axis in range(basis.ndim) if axis not in batch]
+            ordered = basis.transpose(*batch, *rest)
+            shape = (*(stacked[axis] for axis in batch), -1, basis.shape[-1])
+            found[path + _spectral.STATES[type(state)]] = ordered.reshape(shape)
+    return found
+
+
+def _kernel_bytes(state: _spectral.SpectralState, path: str) -> int:
+    """Bytes of basis, moments and residual state of one kernel."""
+    held = [state.basis[path]]
+    for name in ("inner", "residual"):
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name, ())):
+            if jax.tree_util.DictKey(path) in keys:
+                held.append(leaf)
+    return state_bytes(held)
 
 
 def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
@@ -133,6 +263,7 @@ def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
     total, tiny = jnp.sum(values, -1), jnp.finfo(values.dtype).tiny
     return {
         "energy": spectrum.energy,
+        "largest": values[..., 0],
         "leading_share": values[..., 0] / jnp.maximum(whole, tiny),
         "explained": total / jnp.maximum(whole, tiny),
         "effective_rank": total**2 / jnp.maximum(jnp.sum(values**2, -1), tiny),

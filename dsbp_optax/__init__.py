@@ -104,7 +104,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`dsbp_optax.linen` and `dsbp_optax.nnx` on first use: Flax stays optional."""
-    if name in ("linen", "nnx"):
+    """`linen`, `nnx` and `plotting` on first use: Flax and Matplotlib stay optional."""
+    if name in ("linen", "nnx", "plotting"):
         return importlib.import_module(f"dsbp_optax.{name}")
     raise AttributeError(f"module 'dsbp_optax' has no attribute '{name}'")

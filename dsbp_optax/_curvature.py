@@ -128,7 +128,7 @@ def hessian_product(
     def one(vector: PyTree, batch: Any) -> PyTree:
         return jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (params,), (vector,))[1]
 
-    return lambda vector: _mean(lambda batch: one(vector, batch), batches)
+    return lambda vector: mean(lambda batch: one(vector, batch), batches)
 
 
 def gauss_newton_product(
@@ -170,7 +170,7 @@ def gauss_newton_product(
         (result,) = pull(jax.jvp(slope, (outputs,), (push,))[1])
         return result
 
-    return lambda vector: _mean(lambda batch: one(vector, batch), batches)
+    return lambda vector: mean(lambda batch: one(vector, batch), batches)
 
 
 def top_eigenvalues(
@@ -379,8 +379,8 @@ def m_sharpness(
             rise = jnp.maximum(rise, loss_fn(away, batch) - base)
         return rise
 
-    mean: Array = _mean(one, batches)
-    return mean
+    rise: Array = mean(one, batches)
+    return rise
 
 
 def _to_length(tree: PyTree, length: Scalar) -> PyTree:
@@ -389,7 +389,7 @@ def _to_length(tree: PyTree, length: Scalar) -> PyTree:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
-def _mean(function: Callable[[Any], PyTree], batches: PyTree) -> PyTree:
+def mean(function: Callable[[Any], PyTree], batches: PyTree) -> PyTree:
     """Mean of `function` over the leading axis, one batch after the other."""
     first = jax.tree.map(lambda x: x[0], batches)
     count = len(jax.tree.leaves(batches)[0])

@@ -21,20 +21,31 @@ from dsbp_optax._curvature import (
     trace,
 )
 from dsbp_optax._eigenbasis import Schedule, Spectrum
+from dsbp_optax._pac_bayes import Bound, Divergence, kl_divergence, pac_bayes_bound
 from dsbp_optax._plan import Decision
+from dsbp_optax._snapshot import Snapshot, snapshot
+from dsbp_optax._surface import Surface, loss_surface
 from dsbp_optax._types import Array, PyTree, state_bytes
 
 __all__ = [
+    "Bound",
     "Decision",
     "Density",
+    "Divergence",
     "Eigenvalues",
     "Estimate",
+    "Snapshot",
+    "Surface",
     "explain",
     "gauss_newton_product",
     "hessian_product",
+    "kl_divergence",
+    "loss_surface",
     "m_sharpness",
     "metrics",
+    "pac_bayes_bound",
     "principal_angles",
+    "snapshot",
     "spectral_density",
     "stack_batches",
     "state_bytes",

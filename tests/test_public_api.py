@@ -16,12 +16,14 @@ import pytest
 import dsbp_optax
 import dsbp_optax.linen
 import dsbp_optax.nnx
+import dsbp_optax.plotting
 
 MODULES = (
     dsbp_optax,
     dsbp_optax.diagnostics,
     dsbp_optax.linen,
     dsbp_optax.nnx,
+    dsbp_optax.plotting,
 )
 ROOT = pathlib.Path(dsbp_optax.__file__).parent
 #: Functions that people call first; their docstrings say more.
@@ -32,6 +34,8 @@ MAIN = (
     dsbp_optax.dsbp_sgd,
     dsbp_optax.dsbp_adamw,
     dsbp_optax.dsbp_muon,
+    dsbp_optax.subspace_sam,
+    dsbp_optax.subspace_msam,
     dsbp_optax.linen.value_and_grad,
     dsbp_optax.nnx.value_and_grad,
 )

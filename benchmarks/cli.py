@@ -1,4 +1,4 @@
-"""The command line: demo, run, campaign, report, speed, stability, transport, list."""
+"""The command line; `python -m benchmarks --help` lists what there is."""
 
 import dataclasses
 import time
@@ -10,7 +10,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from benchmarks import compare, records, report, speed, stability, transport, workers
+from benchmarks import (
+    compare,
+    flatness,
+    records,
+    report,
+    speed,
+    stability,
+    transport,
+    workers,
+)
 from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remaining
 from benchmarks.compare import Entry
 from benchmarks.data import Data, DataError
@@ -253,6 +262,39 @@ def stability_command(
     _save(json, {**record, "rows": rows}, quiet)
     if not quiet:
         console.print(report.stability_table(rows))
+
+
+@app.command("flatness")
+def flatness_command(
+    workload: WorkloadName,
+    optimizer: OptimizerNames = None,
+    data_dir: DataDir = None,
+    steps: Steps = None,
+    seeds: Seeds = 3,
+    json: Json = None,
+    quick: Quick = False,
+    tuned: Records = RESULTS,
+    quiet: Quiet = False,
+) -> None:
+    """Train, then take the curvature of the training loss: eigenvalues, trace, rise."""
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    steps = steps or (chosen.quick_steps if quick else chosen.steps)
+    entrants = []
+    for contender in _several(CONTENDERS, optimizer, "--optimizer"):
+        rate, source = learning_rate_for(chosen, contender, tuned)
+        entrants.append(
+            (contender, Order("final", rate, 0, steps, quick, source=source))
+        )
+    with _failures(), report.make_progress(console, quiet) as progress:
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=seeds * len(entrants))
+        found = flatness.compare(
+            *(chosen, data, entrants, range(seeds)), lambda: progress.advance(task)
+        )
+    _save(json, {"records": found}, quiet)
+    if not quiet:
+        title = f"{workload}: {steps} steps, curvature of the training loss"
+        console.print(report.flatness_table(title, found))
 
 
 def _fixed_figures(quiet: bool) -> list[speed.Row]:

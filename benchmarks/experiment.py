@@ -43,7 +43,7 @@ def carry_out(
     order: Order,
     after_step: Callable[[], None] = lambda: None,
 ) -> Record:
-    """Train once.
+    """Train once and describe it; `carry_out_run` returns the run as well.
 
     Args:
       program: workload and contender, compiled.
@@ -54,6 +54,16 @@ def carry_out(
     Raises:
       DataError: when there are fewer training samples than one batch.
     """
+    return carry_out_run(program, data, order, after_step)[0]
+
+
+def carry_out_run(
+    program: Program,
+    data: Data,
+    order: Order,
+    after_step: Callable[[], None] = lambda: None,
+) -> tuple[Record, Run]:
+    """The record of a run, and the run with its trained parameters."""
     workload = program.workload
     if len(data.train) < workload.batch_size:
         raise DataError(
@@ -76,7 +86,8 @@ def carry_out(
         value = workload.measure(run.params, data.validation, None)
         record["validation_value"] = value
     seconds = time.perf_counter() - start
-    return {**record, "seconds": seconds, "train_samples": len(data.train)}
+    record |= {"seconds": seconds, "train_samples": len(data.train)}
+    return record, run
 
 
 def _describe(program: Program, order: Order, run: Run) -> Record:

@@ -92,6 +92,18 @@ def _sam(
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def _subspace_sam(
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, rho: float = 0.05
+) -> optax.GradientTransformationExtraArgs:
+    return dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(learning_rate, momentum), rho)
+
+
+def _subspace_msam(
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, rho: float = 0.3
+) -> optax.GradientTransformationExtraArgs:
+    return dsbp_optax.subspace_msam(dsbp_optax.dsbp_sgd(learning_rate, momentum), rho)
+
+
 def _galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = _RANK,
@@ -175,6 +187,26 @@ CONTENDERS = {
             _MUON,
             1e-2,
             plain="muon",
+            **_OURS,
+        ),
+        Contender(
+            "dsbp_sgd_sam",
+            "dsbp_sgd with a second gradient, uphill inside the eigenbases",
+            _subspace_sam,
+            _COARSE,
+            0.1,
+            {"momentum": 0.9, "rho": 0.05},
+            plain="sam",
+            **_OURS,
+        ),
+        Contender(
+            "dsbp_sgd_msam",
+            "dsbp_sgd, its parameters kept uphill along the momentum",
+            _subspace_msam,
+            _COARSE,
+            0.1,
+            {"momentum": 0.9, "rho": 0.3},
+            plain="sgd",
             **_OURS,
         ),
         Contender(

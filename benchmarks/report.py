@@ -144,6 +144,26 @@ def transport_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def flatness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a contender of `benchmarks.flatness`: means over seeds."""
+    table = _table(title)
+    _columns(table, "lambda max", "lambda 10", "trace", "m-sharpness", "metric")
+    names = dict.fromkeys(record["optimizer"] for record in found)
+    for name in names:
+        runs = [r for r in found if r["optimizer"] == name and not r["diverged"]]
+        if not runs:
+            table.add_row(name, *("not finite",) * 5)
+            continue
+        values = np.asarray([run["hessian_eigenvalues"] for run in runs])
+        others = ("hessian_trace", "m_sharpness", runs[0]["metric"])
+        table.add_row(
+            name,
+            *(f"{values[:, place].mean():.2f}" for place in (0, -1)),
+            *(f"{np.mean([run[key] for run in runs]):.4g}" for key in others),
+        )
+    return table
+
+
 def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a rate of `benchmarks.stability`."""
     table = _table("Stability: final training loss against the plain optimizer's")

@@ -51,7 +51,7 @@ class Run:
       step_seconds: of every step.
       refreshing: for every step, whether it refreshed a basis.
       diverged: whether some loss was not finite; the run then ends.
-      params: the trained parameters.
+      params: the trained parameters, as they are evaluated.
       opt_state: the optimizer's state at the end.
     """
 
@@ -191,11 +191,13 @@ def train(
             count = None if number == steps else workload.curve_samples
             count = None if count is None else min(count, len(judge))
             point = {"step": number, "train_loss": float(np.mean(losses))}
-            run.curve.append({**point, "value": workload.measure(params, judge, count)})
+            judged = dsbp_optax.evaluation_params(opt_state, params)
+            run.curve.append({**point, "value": workload.measure(judged, judge, count)})
             losses = []
             if run.diverged:
                 break
-    run.params, run.opt_state = params, opt_state
+    run.params = dsbp_optax.evaluation_params(opt_state, params)
+    run.opt_state = opt_state
     return run
 
 

@@ -154,6 +154,8 @@ def _step_away(held: PyTree, tree: PyTree, radius: Array) -> dict[str, Array]:
 def _momentum(state: SpectralProjectionState) -> dict[str, Array]:
     """The first moment in coordinates, by path: the first that the state has."""
     paths = frozenset(_spectral.owners_of(state))
+    if not paths:
+        return {}
     fields, moments = _transport.split(state.inner, paths, _transport.TABLE)
     for field, held in zip(fields, moments, strict=True):
         if field.kind == "first" and paths <= held.keys():

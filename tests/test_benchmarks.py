@@ -1108,3 +1108,30 @@ def test_a_run_that_is_not_finite_has_no_ratio():
     assert row["ratio"] is None
     row = stability._row(ours, 0.1, [fine, fine], [fine, fine])
     assert row["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_flatness_of_what_was_trained(tiny, tmp_path):
+    path = tmp_path / "flatness.json"
+    names = ("sgd", "dsbp_sgd_msam", "dsbp_sgd_sam")
+    chosen = [word for name in names for word in ("--optimizer", name)]
+    result = invoke("flatness", "digits_cnn", *chosen, "--seeds", 1, "--json", path)
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())["records"]
+    assert [record["optimizer"] for record in found] == list(names)
+    for record in found:
+        values = np.asarray(record["hessian_eigenvalues"])
+        assert len(values) == 10 and (np.diff(values) <= 0).all() and values[0] > 0
+        assert max(record["hessian_residuals"]) < 0.05 * values[0]
+        assert record["m_sharpness"] > 0
+    assert all(name in result.output for name in names)
+
+
+def test_the_momentum_perturbed_are_judged_without_their_step(tiny):
+    """What a run hands out are the parameters to be evaluated."""
+    wide = dataclasses.replace(tiny, model=models.Mlp((64,)))
+    program = train.build(wide, CONTENDERS["dsbp_sgd_msam"])
+    data = wide.load(None)
+    run = train.train(program, data, data.validation, rate=0.1, steps=6, seed=0)
+    value = wide.measure(run.params, data.validation, None)
+    assert run.curve[-1]["value"] == pytest.approx(value)
+    assert float(run.opt_state.radius) == pytest.approx(0.3)

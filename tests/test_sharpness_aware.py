@@ -390,6 +390,15 @@ def test_nnx_batch_statistics_move_once_a_step() -> None:
     assert float(jnp.abs(kernels[0] - kernels[2]).max()) > 1e-5
 
 
+def test_without_projected_kernels_the_wrappers_change_nothing() -> None:
+    params = {"bias": jnp.ones(3)}
+    base = dsbp_optax.dsbp_sgd(0.1)
+    expected, _ = base.update(params, base.init(params), params)
+    tx = dsbp_optax.subspace_msam(base, RHO)
+    got, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal(got, expected)
+
+
 # --- what cannot work is said at once
 
 

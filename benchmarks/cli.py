@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,6 +15,7 @@ from benchmarks import (
     flatness,
     records,
     report,
+    robustness,
     speed,
     stability,
     transport,
@@ -24,7 +25,7 @@ from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remain
 from benchmarks.compare import Entry
 from benchmarks.data import Data, DataError
 from benchmarks.experiment import Order, Record, carry_out
-from benchmarks.optimizers import CONTENDERS
+from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.plots import plot_comparison
 from benchmarks.train import build
 from benchmarks.workloads import WORKLOADS, Workload
@@ -277,24 +278,66 @@ def flatness_command(
     quiet: Quiet = False,
 ) -> None:
     """Train, then take the curvature of the training loss: eigenvalues, trace, rise."""
+    chosen, entrants = _entrants(workload, optimizer, steps, quick, tuned)
+    found = _measured(flatness.compare, chosen, entrants, data_dir, seeds, quiet)
+    _save(json, {"records": found}, quiet)
+    if not quiet:
+        console.print(report.flatness_table(f"{workload}: curvature", found))
+
+
+@app.command("robustness")
+def robustness_command(
+    workload: WorkloadName,
+    optimizer: OptimizerNames = None,
+    data_dir: DataDir = None,
+    steps: Steps = None,
+    seeds: Seeds = 3,
+    json: Json = None,
+    quick: Quick = False,
+    tuned: Records = RESULTS,
+    quiet: Quiet = False,
+) -> None:
+    """Train, then attack and corrupt the test images."""
+    chosen, entrants = _entrants(workload, optimizer, steps, quick, tuned)
+    found = _measured(robustness.compare, chosen, entrants, data_dir, seeds, quiet)
+    _save(json, {"records": found}, quiet)
+    if not quiet:
+        console.print(report.robustness_table(f"{workload}: accuracy, %", found))
+
+
+def _entrants(
+    workload: str,
+    optimizer: list[str] | None,
+    steps: int | None,
+    quick: bool,
+    tuned: Path,
+) -> tuple[Workload, list[tuple[Contender, Order]]]:
+    """The workload, and each contender with the rate and length of its runs."""
     chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
     steps = steps or (chosen.quick_steps if quick else chosen.steps)
     entrants = []
     for contender in _several(CONTENDERS, optimizer, "--optimizer"):
         rate, source = learning_rate_for(chosen, contender, tuned)
-        entrants.append(
-            (contender, Order("final", rate, 0, steps, quick, source=source))
-        )
+        order = Order("final", rate, 0, steps, quick, source=source)
+        entrants.append((contender, order))
+    return chosen, entrants
+
+
+def _measured(
+    compare: Callable[..., list[Record]],
+    workload: Workload,
+    entrants: list[tuple[Contender, Order]],
+    data_dir: Path | None,
+    seeds: int,
+    quiet: bool,
+) -> list[Record]:
+    """What `compare` finds, with a bar of runs."""
     with _failures(), report.make_progress(console, quiet) as progress:
-        data = chosen.load(data_dir)
+        data = workload.load(data_dir)
         task = progress.add_task("runs", total=seeds * len(entrants))
-        found = flatness.compare(
-            *(chosen, data, entrants, range(seeds)), lambda: progress.advance(task)
+        return compare(
+            *(workload, data, entrants, range(seeds)), lambda: progress.advance(task)
         )
-    _save(json, {"records": found}, quiet)
-    if not quiet:
-        title = f"{workload}: {steps} steps, curvature of the training loss"
-        console.print(report.flatness_table(title, found))
 
 
 def _fixed_figures(quiet: bool) -> list[speed.Row]:

@@ -51,6 +51,11 @@ def measure(workload: Workload, params: Params, data: Data) -> dict[str, Any]:
     }
 
 
+def placed(order: Order, seed: int) -> Order:
+    """The same order from another seed."""
+    return dataclasses.replace(order, seed=seed)
+
+
 def compare(
     workload: Workload,
     data: Data,
@@ -71,8 +76,7 @@ def compare(
     for contender, order in contenders:
         program = build(workload, contender)
         for seed in seeds:
-            placed = dataclasses.replace(order, seed=seed)
-            record, run = carry_out_run(program, data, placed)
+            record, run = carry_out_run(program, data, placed(order, seed))
             if not run.diverged:
                 record |= measure(workload, run.params, data)
             found.append(record)

@@ -164,6 +164,24 @@ def flatness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def robustness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a contender of `benchmarks.robustness`: means over seeds, percent."""
+    table = _table(title)
+    runs = [record for record in found if not record["diverged"]]
+    attacks = list(runs[0]["attacks"]) if runs else []
+    radii = runs[0]["attack_radii"] if runs else []
+    places = [(name, n) for name in attacks for n in range(len(radii))]
+    _columns(table, "clean", *(f"{a} {255 * radii[n]:.0f}/255" for a, n in places))
+    _columns(table, "corrupted")
+    for name in dict.fromkeys(record["optimizer"] for record in runs):
+        mine = [run for run in runs if run["optimizer"] == name]
+        clean = np.mean([run[run["metric"]] for run in mine])
+        bent = np.mean([list(run["corruptions"].values()) for run in mine])
+        hit = [np.mean([run["attacks"][a][n] for run in mine]) for a, n in places]
+        table.add_row(name, *(f"{100 * value:.1f}" for value in (clean, *hit, bent)))
+    return table
+
+
 def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a rate of `benchmarks.stability`."""
     table = _table("Stability: final training loss against the plain optimizer's")

@@ -91,6 +91,8 @@ class Workload:
       curve_samples: samples that judge along the way; None for all. The last
         evaluation always takes all.
       heavy: for accelerators; a campaign leaves it out unless it is named.
+      pixel_mean: of images, what was taken off pixels in [0, 1].
+      pixel_std: of images, what they were divided by then.
     """
 
     name: str
@@ -108,6 +110,16 @@ class Workload:
     grid_shift: int = 0
     curve_samples: int | None = None
     heavy: bool = False
+    pixel_mean: tuple[float, ...] = (0.0,)
+    pixel_std: tuple[float, ...] = (1.0,)
+
+    def to_pixels(self, inputs: Any) -> Any:
+        """Images as pixels in [0, 1]."""
+        return inputs * np.asarray(self.pixel_std) + np.asarray(self.pixel_mean)
+
+    def from_pixels(self, pixels: Any) -> Any:
+        """The inverse of `to_pixels`."""
+        return (pixels - np.asarray(self.pixel_mean)) / np.asarray(self.pixel_std)
 
     def init(self, seed: int, pretrained: Params = None) -> Params:
         """Fresh parameters, those in `pretrained` replaced by theirs."""
@@ -181,6 +193,8 @@ def _cifar(name: str, summary: str, model: models.ResNet, **settings: Any) -> Wo
         load=data.load_cifar10,
         batch_size=128,
         sampler=data.augmented,
+        pixel_mean=data.CIFAR10_MEAN,
+        pixel_std=data.CIFAR10_STD,
         curve_samples=2_000,
         **settings,
     )

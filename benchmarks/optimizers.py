@@ -163,7 +163,7 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_sgd",
-            "momentum whitened in the eigenbasis, the rest in 4 bits",
+            "momentum whitened in the eigenbasis, the rest in 5 bits",
             dsbp_optax.dsbp_sgd,
             _COARSE,
             0.1,
@@ -182,7 +182,7 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_muon",
-            "orthogonalised momentum, exact in the eigenbasis, the rest in 4 bits",
+            "orthogonalised momentum, finer in the eigenbasis, the rest in 5 bits",
             dsbp_optax.dsbp_muon,
             _MUON,
             1e-2,

@@ -121,7 +121,7 @@ def dsbp_sgd(
     nesterov: bool = False,
     rank: PerPath[Rank] = 8,
     whitening: Scalar = 1.0,
-    residual: ResidualChoice = "int4",
+    residual: ResidualChoice = "int5",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
     power_iterations: Scalar = 5,
@@ -134,8 +134,8 @@ def dsbp_sgd(
     stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
-    moment_dtype: Any = None,
-    basis_dtype: Any = None,
+    moment_dtype: Any = "bfloat16",
+    basis_dtype: Any = "bfloat16",
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, whitened in the activation eigenbasis and coarse outside.
@@ -149,7 +149,7 @@ def dsbp_sgd(
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
-      residual: "int4" keeps the residual's momentum in four bits a number, see
+      residual: "int5" keeps the residual's momentum in five bits a number, see
         `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       side: side of the kernel that carries the basis.
@@ -165,8 +165,9 @@ def dsbp_sgd(
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
-      moment_dtype: dtype that moments in the subspace are stored in.
-      basis_dtype: dtype that bases are stored in.
+      moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
+        rounded stochastically; None keeps that of the computation.
+      basis_dtype: dtype that bases are stored in; None as above.
       statistics_in_state: reserve a place for `put_statistics`.
 
     Returns:
@@ -175,8 +176,8 @@ def dsbp_sgd(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``k (d + m)`` floats and ``d m / 2`` bytes of state a projected kernel instead
-    of ``d m`` floats.
+    Cost: ``2 k (d + m) + 5 d m / 8`` bytes of state a projected kernel instead of
+    ``4 d m``.
 
     Reference: the eigenbasis is that of arXiv 2505.23369.
 
@@ -322,7 +323,7 @@ def dsbp_muon(
     nesterov: bool = True,
     rank: PerPath[Rank] = 8,
     whitening: Scalar = 0.0,
-    residual: ResidualChoice = "int4",
+    residual: ResidualChoice = "int5",
     scale: _orthogonal.Scale = "muon",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -339,8 +340,8 @@ def dsbp_muon(
     stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
-    moment_dtype: Any = None,
-    basis_dtype: Any = None,
+    moment_dtype: Any = "bfloat16",
+    basis_dtype: Any = "bfloat16",
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon whose momentum is split along the activation eigenbasis.
@@ -349,7 +350,7 @@ def dsbp_muon(
         W <- W - eta (orthogonalize(V u + r) + weight_decay W)
 
     The coordinates in the basis are exact, and whitened if asked for; what is outside
-    takes half a byte a number. Parameters that are no kernels get Adam with the
+    takes five bits a number. Parameters that are no kernels get Adam with the
     same learning rate, as in `optax.contrib.muon`.
 
     Args:
@@ -359,7 +360,7 @@ def dsbp_muon(
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
-      residual: "int4" keeps the residual's momentum in four bits a number, see
+      residual: "int5" keeps the residual's momentum in five bits a number, see
         `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       scale: size of the orthogonalised update, see `orthogonalize`.
@@ -379,8 +380,9 @@ def dsbp_muon(
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
-      moment_dtype: dtype that moments in the subspace are stored in.
-      basis_dtype: dtype that bases are stored in.
+      moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
+        rounded stochastically; None keeps that of the computation.
+      basis_dtype: dtype that bases are stored in; None as above.
       statistics_in_state: reserve a place for `put_statistics`.
 
     Returns:
@@ -389,8 +391,8 @@ def dsbp_muon(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``k (d + m)`` floats and ``d m / 2`` bytes of state a projected kernel instead
-    of ``d m`` floats; the FLOPs of Muon.
+    Cost: ``2 k (d + m) + 5 d m / 8`` bytes of state a projected kernel instead of
+    ``4 d m``; the FLOPs of Muon.
 
     Reference: Jordan et al., Muon (2024), in the eigenbasis of arXiv 2505.23369.
 

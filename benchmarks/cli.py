@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks import (
     compare,
+    controls,
     flatness,
     records,
     report,
@@ -263,6 +264,50 @@ def stability_command(
     _save(json, {**record, "rows": rows}, quiet)
     if not quiet:
         console.print(report.stability_table(rows))
+
+
+@app.command("controls")
+def controls_command(
+    workload: WorkloadName,
+    of: Annotated[str, typer.Option(help="the rule; see `list`")] = "dsbp_muon",
+    data_dir: DataDir = None,
+    out: Records = RESULTS,
+    hours: Annotated[float, typer.Option(min=0, help="start no run after")] = 1.0,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    quiet: Quiet = False,
+) -> None:
+    """A rule with one part taken away at a time, at its own rate; can be continued."""
+    deadline = time.monotonic() + 3600 * hours
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    known = {control.of: CONTENDERS[control.of] for control in controls.CONTROLS}
+    rule = _lookup(known, of, "--of")
+    rate, _ = learning_rate_for(chosen, rule, out)
+    plan = [
+        (control, controls.orders(chosen, control, rate, seeds, quick))
+        for control in controls.CONTROLS
+        if control.of == of
+    ]
+    entries = compare.read_entries(chosen, out, [of])
+    with _failures(), report.make_progress(console, quiet) as progress:
+        if not entries:
+            raise DataError(
+                f"{out / workload / of}: got no final record, expected those of the "
+                f"rule itself. Remedy: campaign {workload} --optimizer {of} first."
+            )
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=sum(len(wanted) for _, wanted in plan))
+        for control, wanted in plan:
+            progress.update(task, description=control.contender.name)
+            if not controls.carry_out_missing(
+                *(out, chosen, data, control, wanted, deadline),
+                lambda: progress.advance(task),
+            ):
+                break
+    if not quiet:
+        found = [controls.best(out, chosen, *pair) for pair in plan]
+        entries += compare.entries(chosen, [r for each in found for r in each])
+        console.print(report.controls_table(f"{workload}: {of}", entries))
 
 
 @app.command("flatness")

@@ -54,6 +54,23 @@ def results_table(title: str, found: Sequence[Entry]) -> Table:
     return table
 
 
+def controls_table(title: str, found: Sequence[Entry]) -> Table:
+    """The rule first, then the rule without one of its parts, against it."""
+    table = _table(f"{title} and its controls", "rule")
+    against = "against the rule (95 %)"
+    _columns(table, "rate", found[0].metric.label, "runs", against, "kernels KiB")
+    for entry in found:
+        table.add_row(
+            entry.name,
+            f"{entry.records[0]['learning_rate']:g}",
+            _spread(entry),
+            f"{len(entry.records)}",
+            "" if entry is found[0] else _difference(entry, found[0]),
+            _number(entry.median("projected_state_bytes"), ",.1f", 1 / 2**10),
+        )
+    return table
+
+
 def cost_table(title: str, found: Sequence[Entry]) -> Table:
     """Memory and times; the ratio is of the kernels' state, to the best peer's."""
     peer = compare.best_peer(found)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
 from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._filter import complement, whiten
@@ -57,6 +58,7 @@ __all__ = [
     "AutoInterval",
     "AutoRank",
     "Axes",
+    "ClipByNormGrowthState",
     "Coordinates",
     "Covariance",
     "Eigenpairs",
@@ -74,6 +76,7 @@ __all__ = [
     "add_spectral_sharpness",
     "add_statistics",
     "carry_adam_second_moment",
+    "clip_by_norm_growth",
     "complement",
     "diagnostics",
     "dsbp",

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsbp_optax import _checks, _layout, _spectral
+from dsbp_optax import _checks, _layout, _plan, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
@@ -67,9 +67,10 @@ def project_gradients(grads: PyTree, opt_state: PyTree) -> PyTree:
         )
     leaves, treedef = _layout.flatten_with_paths(grads)
     for state in states:
+        layers = _spectral.split_layers(state)
         for path, owner in _spectral.owners_of(state).items():
-            stacked = state.spectrum[owner].trace.shape
-            leaves[path] = _project(path, leaves, state.basis[owner], stacked)
+            basis, stacked = layers[owner].basis, layers[owner].spectrum.trace.shape
+            leaves[path] = _project(path, leaves, basis, stacked)
     return treedef.unflatten(leaves.values())
 
 
@@ -97,10 +98,11 @@ def _project(
     rows = [a for a in every if form[a] != stacked[a]]
     used = [a for a in every if form[a] > 1]
     kept = [a for a in every if a not in rows]
+    dtype = _plan.compute_dtype(jnp.result_type(gradient))
     values = jnp.einsum(
-        _layout.astype(gradient, basis.dtype),
+        _layout.astype(gradient, dtype),
         list(every),
-        basis.reshape(*(form[a] for a in used), basis.shape[-1]),
+        basis.astype(dtype).reshape(*(form[a] for a in used), basis.shape[-1]),
         [*used, len(shape)],
         [*kept, len(shape)],
     )

@@ -15,6 +15,7 @@ from dsbp_optax import (
     _quantization,
     _residual,
 )
+from dsbp_optax._clip import clip_by_norm_growth
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._moments import residual_adam, residual_momentum
 from dsbp_optax._project import scale_by_spectral_projection
@@ -121,6 +122,7 @@ def dsbp_sgd(
     nesterov: bool = False,
     rank: PerPath[Rank] = 8,
     whitening: Scalar = 1.0,
+    clip: Scalar | None = 2.0,
     residual: ResidualChoice = "int5",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
@@ -149,6 +151,10 @@ def dsbp_sgd(
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
+      clip: largest ratio of the gradient's norm to its running mean, see
+        `clip_by_norm_growth`; None for any. Whitening keeps units alive that plain
+        SGD kills when its rate is too high, and without a bound the loss then grows
+        without end.
       residual: "int5" keeps the residual's momentum in five bits a number, see
         `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
@@ -187,7 +193,7 @@ def dsbp_sgd(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
-    return _recipe(
+    tx = _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,
         weight_decay,
@@ -211,6 +217,7 @@ def dsbp_sgd(
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
+    return tx if clip is None else optax.chain(clip_by_norm_growth(clip), tx)
 
 
 def dsbp_adamw(

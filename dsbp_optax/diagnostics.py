@@ -249,8 +249,8 @@ def _bases(opt_state: PyTree) -> dict[str, Array]:
     """Path -> ``(*stacked, d, k)``."""
     found = {}
     for state in _spectral.find_states(opt_state):
-        for path, basis in state.basis.items():
-            stacked = state.spectrum[path].trace.shape[:-1]
+        for path, layer in _spectral.split_layers(state).items():
+            basis, stacked = layer.basis, layer.spectrum.trace.shape[:-1]
             batch = [axis for axis, length in enumerate(stacked) if length > 1]
             rest = [axis for axis in range(basis.ndim) if axis not in batch]
             ordered = basis.transpose(*batch, *rest)

@@ -335,3 +335,24 @@ def test_orthogonalised_updates_of_coordinates_and_a_fallback() -> None:
         functools.partial(np.testing.assert_allclose, atol=1e-4), got, expected
     )
     assert float(jnp.abs(got["wide"]).max()) > 0
+
+
+def test_bases_stored_in_half_precision_are_widened_before_they_project() -> None:
+    """Products in bfloat16 would be off in the third digit."""
+    tx = projection(basis_dtype=jnp.bfloat16)
+    params = params_of(dense=(D, M))
+    state = tx.init(params)
+    for seed in range(3):
+        grads = gradients(params, seed)
+        _, state = tx.update(grads, state, params, statistics={PATH: activations(seed)})
+    basis = state.basis[PATH]
+    assert basis.dtype == jnp.bfloat16
+    kernel = np.asarray(grads["dense"]["kernel"], np.float64)
+    exact = np.asarray(basis[:, 0], np.float64).T @ kernel
+    found = project_gradients(grads, state)["dense"]["kernel"].values
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found[0].T, exact, rtol=1e-5, atol=1e-5)
+    rounded = basis[:, 0].T @ grads["dense"]["kernel"].astype(jnp.bfloat16)
+    assert not np.allclose(rounded.astype(jnp.float32), exact, rtol=1e-5, atol=1e-5)
+    angles = dsbp_optax.diagnostics.principal_angles(state, state)[PATH]
+    assert angles.dtype == jnp.float32 and float(angles.max()) < 0.1

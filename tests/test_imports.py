@@ -31,6 +31,7 @@ LEVELS = {
     "_share": 1,
     "_schedule": 1,
     "_subspace": 1,
+    "_clip": 2,
     "_curvature": 2,
     "_statistics": 2,
     "_plan": 2,

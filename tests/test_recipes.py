@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dsbp_optax
-from dsbp_optax import diagnostics
+from dsbp_optax import _spectral, diagnostics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = {"rank": 2, "update_every": 4, "power_iterations": 2}
@@ -156,26 +156,26 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
     params = {"kernel": jnp.zeros((d, m))}
 
     def held(tx: Any) -> int:
-        state = jax.eval_shape(tx.init, params)[0]
+        (state,) = _spectral.find_states(jax.eval_shape(tx.init, params))
         kept = (state.basis, state.inner, state.residual, state.fallback)
         large = [x for x in jax.tree.leaves(kept) if x.ndim]
         return diagnostics.state_bytes(large)
 
-    basis, moment = 4 * d * k, 4 * k * m
-    codes, scale = d * m // 2, 4 * (d + m)
+    basis, moment, bit = 2 * d * k, 2 * k * m, d * m // 8
+    scale = 4 * (d + m)
     expected = {
-        dsbp_optax.dsbp_sgd(0.1): basis + moment + codes + scale,
-        dsbp_optax.dsbp_muon(0.1): basis + moment + codes + scale,
+        dsbp_optax.dsbp_sgd(0.1): basis + moment + 5 * bit + scale,
+        dsbp_optax.dsbp_muon(0.1): basis + moment + 5 * bit + scale,
         dsbp_optax.dsbp_sgd(0.1, residual=0.5): basis + moment,
-        dsbp_optax.dsbp_adamw(0.1): basis + 2 * moment + codes + 2 * scale,
-        dsbp_optax.dsbp_adamw(0.1, residual=0.5): basis + 2 * moment,
+        dsbp_optax.dsbp_adamw(0.1): 2 * basis + 4 * moment + 4 * bit + 2 * scale,
+        dsbp_optax.dsbp_adamw(0.1, residual=0.5): 2 * basis + 4 * moment,
     }
     for tx, size in expected.items():
         assert abs(held(tx) - size) <= 0.02 * size
-    half = dsbp_optax.dsbp_sgd(
-        0.1, residual=0.5, moment_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16
+    whole = {"moment_dtype": None, "basis_dtype": None}
+    assert (
+        held(dsbp_optax.dsbp_sgd(0.1, residual=0.5, **whole)) == 2 * basis + 2 * moment
     )
-    assert held(half) == (basis + moment) // 2
 
 
 @every_recipe

@@ -20,6 +20,7 @@ from dsbp_optax import (
     _precision,
     _quantization,
     _residual,
+    _spectral,
     _subspace,
     _transport,
 )
@@ -536,9 +537,11 @@ def test_fallback_may_use_parameters() -> None:
 @pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon"])
 def test_half_precision_storage_changes_little(name) -> None:
     make = functools.partial(getattr(dsbp_optax, name), 0.01, rank=8, residual=0.5)
-    half = make(moment_dtype=jnp.bfloat16, basis_dtype=jnp.bfloat16)
-    whole, low = run(make(), 12), run(half, 12)
-    state = half.init(make_params())[0]
+    half, full = (
+        make(moment_dtype=dtype, basis_dtype=dtype) for dtype in (jnp.bfloat16, None)
+    )
+    whole, low = run(full, 12), run(half, 12)
+    (state,) = _spectral.find_states(half.init(make_params()))
     assert state.basis["layer/kernel"].dtype == jnp.bfloat16
     kept = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.shape == (8, M)}
     assert kept == {"bfloat16"}

@@ -51,13 +51,15 @@ class Rider:
     """What is differentiated beside a kernel, in kernel form.
 
     The value of `count` says whether this step collects; its cotangent counts the
-    samples. The cotangents of the others are ``Y``, ``|A|^2`` and the sum of samples.
+    samples. The cotangents of the others are ``Y``, ``|A|^2`` and the sum of samples,
+    that of `coordinates`, where there are any, the kernel's gradient in the basis.
     """
 
     basis: Array
     count: Array
     trace: Array
     total: Array
+    coordinates: Array | None = None
 
 
 def make_riders(opt_state: PyTree) -> dict[str, Rider]:
@@ -140,6 +142,7 @@ def observe(
     linear: LinearMap,
     kernel: tuple[int, ...],
     riders: Mapping[str, Rider],
+    probe: set[str] | None = None,
 ) -> Any:
     """The layer's own result, its input or output observed on the way.
 
@@ -150,11 +153,15 @@ def observe(
       linear: how the layer acts.
       kernel: the shape of its kernel.
       riders: the riders on this kernel, by key.
+      probe: takes note of kernels that need no gradient of their own; the result is
+        then of the right shape only, and hangs on the input alone.
     """
-    outputs = []
+    outputs, held = [], {}
     for key, rider in riders.items():
         if rider_side(key, rider, linear, kernel) == "output":
-            outputs.append(rider)
+            outputs.append(dataclasses.replace(rider, coordinates=None))
+        elif rider.coordinates is not None:
+            held[key] = rider
         elif args:
             args = (observe_input(linear, args[0], rider), *args[1:])
         else:
@@ -163,7 +170,28 @@ def observe(
     y = call(*args, **kwargs)
     for rider in outputs:
         y = observe_output(linear, y, rider)
-    return y
+    for rider in held.values():
+        y = take_coordinates(linear, first_argument(args, kwargs), y, rider)
+    if probe is None or not held:
+        return y
+    probe.update(held)
+    return jnp.zeros_like(y) + 0 * jnp.sum(first_argument(args, kwargs)).astype(y.dtype)
+
+
+def first_argument(args: Any, kwargs: Any) -> Any:
+    """The input of a layer: the first argument, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def take_coordinates(linear: LinearMap, x: Array, y: Array, rider: Rider) -> Array:
+    """`y` itself; the cotangent of `rider` holds ``V^T G`` and the sketch.
+
+    As if the layer were ``y = L_x(K) + L_x(V) S`` at ``S = 0``, differentiated with
+    respect to ``S``: what is kept for the backward pass is ``L_x(V)``, of k columns,
+    and the sketch, in the place of ``x``.
+    """
+    core = _core_form(rider, linear, "input")
+    return _take(linear.apply, linear.batch, y, x, core)
 
 
 def find_rule(
@@ -208,12 +236,16 @@ def _core_form(rider: Rider, linear: LinearMap, side: str) -> Rider:
     """The rider without the axes that are 1 for being on the other side."""
     split = linear.batch + linear.inputs
 
-    def core(x: Array) -> Array:
-        front, inputs = x.shape[: linear.batch], x.shape[linear.batch : split]
-        kept = inputs if side == "input" else x.shape[split:-1]
+    def core(x: Array, inputs: bool) -> Array:
+        front = x.shape[: linear.batch]
+        kept = x.shape[linear.batch : split] if inputs else x.shape[split:-1]
         return x.reshape(*front, *kept, x.shape[-1])
 
-    return Rider(*map(core, jax.tree.leaves(rider)))
+    statistic = dataclasses.replace(rider, coordinates=None)
+    found: Rider = jax.tree.map(lambda x: core(x, side == "input"), statistic)
+    if rider.coordinates is None:
+        return found
+    return dataclasses.replace(found, coordinates=core(rider.coordinates, False))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -251,6 +283,49 @@ def _tap_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
 
 
 _tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take(
+    apply: Callable[[Array, Array], Array],
+    batch: int,
+    y: Array,
+    x: Array,
+    rider: Rider,
+) -> Array:
+    del apply, batch, x, rider
+    return y
+
+
+def _take_fwd(apply: Any, batch: int, y: Array, x: Array, rider: Rider) -> Any:
+    """Keeps ``A V`` and the sketch, and of the input nothing."""
+    z = apply(jax.lax.stop_gradient(x).astype(rider.basis.dtype), rider.basis)
+    seen = dataclasses.replace(rider, coordinates=None)
+
+    def sketch(x: Array, seen: Rider) -> Rider:
+        return sketch_layer(apply, batch, x, seen)
+
+    def nothing(x: Array, seen: Rider) -> Rider:
+        del x
+        zeros: Rider = jax.tree.map(jnp.zeros_like, seen)
+        return zeros
+
+    collect = rider.count.reshape(-1)[0] > 0
+    return y, (z, jax.lax.cond(collect, sketch, nothing, x, seen))
+
+
+def _take_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
+    del apply
+    z, seen = saved
+    front, rank, outputs = z.shape[:batch], z.shape[-1], cotangent.shape[z.ndim - 1 :]
+    samples = z.reshape(*front, -1, rank)
+    deltas = cotangent.astype(z.dtype).reshape(*samples.shape[:-1], -1)
+    product = jnp.einsum("...nm,...nk->...mk", deltas, samples)
+    coordinates = product.reshape(*front, *outputs, rank)
+    return cotangent, None, dataclasses.replace(seen, coordinates=coordinates)
+
+
+_take.defvjp(_take_fwd, _take_bwd)
 
 
 def sketch_layer(

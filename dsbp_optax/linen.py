@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.training import train_state
 
-from dsbp_optax import _inputs, _layout, _tap
+from dsbp_optax import _held, _inputs, _layout, _tap
 from dsbp_optax._convolution import shifted_convolution
 from dsbp_optax._share import Groups
 from dsbp_optax._tap import LinearMap, Rider
@@ -26,6 +26,7 @@ __all__ = [
     "LinearMap",
     "TrainState",
     "find_shared_inputs",
+    "subspace_value_and_grad",
     "value_and_grad",
     "warm_start",
 ]
@@ -140,6 +141,87 @@ def value_and_grad(
     return wrapped
 
 
+def subspace_value_and_grad(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
+) -> Callable[..., Any]:
+    """`value_and_grad` that never forms the gradient of a projected kernel.
+
+    Projected kernels are held constant. Their layers keep ``A V`` (``n x k``) for the
+    backward pass in the place of their inputs ``A``, and give the coordinates
+    ``V^T G`` (``k x m``) in the place of the gradient ``G``. For optimizers without a
+    residual rule, ``residual=None``; others refuse coordinates.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      strict: as for `value_and_grad`, and whether it is an error when the loss
+        depends on a projected kernel elsewhere than through its layer.
+
+    Returns:
+      ``(params, *args, opt_state, **kwargs) -> (value, grads, statistics)``, with
+      `dsbp_optax.Coordinates` in the place of the gradients of projected kernels:
+      to rounding what `dsbp_optax.project_gradients` makes of whole ones. Kernels
+      whose layer has no rule, and bases on the output side, get whole gradients.
+
+    Raises:
+      ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
+        or another use of, a projected kernel; when the state holds no projection.
+
+    Cost: for a layer ``4 n d m`` FLOPs and ``n k`` numbers kept, where the whole
+    gradient takes ``6 n d m`` and ``n d``; the loss is traced once more.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, dsbp_optax
+      >>> model, x = nn.Dense(8), jnp.ones((4, 16))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> tx = dsbp_optax.dsbp_adamw(1e-3, rank=2, residual=None)
+      >>> opt_state = tx.init(params)
+      >>> loss_fn = lambda params, x: (model.apply({"params": params}, x) ** 2).mean()
+      >>> step = dsbp_optax.linen.subspace_value_and_grad(loss_fn)
+      >>> loss, grads, statistics = step(params, x, opt_state=opt_state)
+      >>> grads["kernel"].values.shape
+      (1, 8, 2)
+      >>> updates, opt_state = tx.update(
+      ...     grads, opt_state, params, statistics=statistics)
+    """
+    every_rule = {**_RULES, **_tap.check_rules(rules)}
+
+    def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+        leaves, treedef = _layout.flatten_with_paths(params)
+        owners, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
+        riders = _held.make_riders(opt_state, leaves)
+
+        def run(recorder: _Recorder, leaves: Any, riders: dict[str, Rider]) -> Any:
+            tree = treedef.unflatten(leaves.values())
+            recorder.start(tree, riders, (args, kwargs))
+            with nn.intercept_methods(recorder.intercept):
+                return loss_fn(tree, *args, **kwargs)
+
+        def probe(leaves: dict[str, Any], held: set[str]) -> Array:
+            found = run(_Recorder(every_rule, (), held), leaves, riders)
+            loss: Array = found[0] if has_aux else found
+            return loss
+
+        held = _held.find_held(probe, leaves, strict)
+        recorder = _Recorder(every_rule, _inputs.members_of(shared))
+        free = {path: leaf for path, leaf in leaves.items() if path not in held}
+        value, (grads, cotangents) = jax.value_and_grad(
+            lambda free, riders: run(recorder, {**leaves, **free}, riders),
+            argnums=(0, 1),
+            has_aux=has_aux,
+        )(free, _held.release(riders, held, owners))
+        recorder.finish(strict, shared)
+        joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
+        return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
+
+    return wrapped
+
+
 def warm_start(
     loss_fn: Callable[..., Any],
     params: PyTree,
@@ -233,9 +315,13 @@ class _Recorder:
     """
 
     def __init__(
-        self, rules: Mapping[type, LayerRule], watched: Collection[str]
+        self,
+        rules: Mapping[type, LayerRule],
+        watched: Collection[str],
+        probe: set[str] | None = None,
     ) -> None:
         self.rules = rules
+        self.probe = probe
         self.calls = _inputs.Calls(watched)
         self.foreign: set[int] = set()
         self.tapped: set[str] = set()
@@ -281,7 +367,7 @@ class _Recorder:
             self.calls.note(path, linear, shape, args, kwargs)
         riders = {k: r for k, r in mine.items() if isinstance(r, Rider)}
         self.tapped.update(riders)
-        return _tap.observe(call, args, kwargs, linear, shape, riders)
+        return _tap.observe(call, args, kwargs, linear, shape, riders, self.probe)
 
     def _inject(self, scope: Any) -> None:
         """Put the riders beside their kernels in the variables of one `apply`.

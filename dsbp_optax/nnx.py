@@ -5,18 +5,19 @@ value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
 optimizer.update(model, grads, statistics=statistics)
 """
 
+import contextlib
 import contextvars
 import functools
 import types
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsbp_optax import _inputs, _layout, _tap
+from dsbp_optax import _held, _inputs, _layout, _tap
 from dsbp_optax._convolution import shifted_convolution
 from dsbp_optax._share import Groups
 from dsbp_optax._tap import LinearMap, Rider
@@ -28,6 +29,7 @@ __all__ = [
     "Probe",
     "find_shared_inputs",
     "make_grad_fn",
+    "subspace_value_and_grad",
     "value_and_grad",
     "warm_start",
 ]
@@ -93,30 +95,152 @@ def value_and_grad(
     every_rule = {**_RULES, **_tap.check_rules(rules)}
 
     def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
-        state = (
-            opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
-        )
-        state = _pure(state)
+        state = _state_of(opt_state)
         riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        copy = nnx.clone(model)
-        recorder.watch(copy)
-        for key, rider in riders.items():
-            _attach(copy, key, rider, recorder)
+        copy = _observed_copy(model, riders, recorder)
         differentiate = nnx.value_and_grad(
             loss_fn, argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)), has_aux=has_aux
         )
-        token = _RECORDER.set(recorder)
-        try:
+        with _recording(recorder):
             value, both = differentiate(copy, *args, **kwargs)
-        finally:
-            _RECORDER.reset(token)
         nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
         recorder.finish(riders, strict, shared)
         probes, grads = nnx.split_state(both, Probe, ...)
         return value, grads, _tap.to_sketches(_cotangents(probes), recorder.tapped)
 
     return wrapped
+
+
+def subspace_value_and_grad(
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = nnx.Param,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
+) -> Callable[..., Any]:
+    """`value_and_grad` that never forms the gradient of a projected kernel.
+
+    Projected kernels are held constant. Their layers keep ``A V`` (``n x k``) for the
+    backward pass in the place of their inputs ``A``, and give the coordinates
+    ``V^T G`` (``k x m``) in the place of the gradient ``G``. For optimizers without a
+    residual rule, ``residual=None``; others refuse coordinates.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
+      wrt: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      strict: as for `value_and_grad`, and whether it is an error when the loss
+        depends on a projected kernel elsewhere than through its layer.
+
+    Returns:
+      ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, with
+      `dsbp_optax.Coordinates` in the place of the gradients of projected kernels:
+      to rounding what `dsbp_optax.project_gradients` makes of whole ones. Kernels
+      whose layer has no rule, and bases on the output side, get whole gradients.
+
+    Raises:
+      ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
+        or another use of, a projected kernel; when the state holds no projection.
+
+    Cost: for a layer ``4 n d m`` FLOPs and ``n k`` numbers kept, where the whole
+    gradient takes ``6 n d m`` and ``n d``; the loss is traced once more.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 16))
+      >>> tx = dsbp_optax.dsbp_adamw(1e-3, rank=2, residual=None)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> step = dsbp_optax.nnx.subspace_value_and_grad(
+      ...     lambda model, x: (model(x) ** 2).mean())
+      >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
+      >>> _ = optimizer.update(model, grads, statistics=statistics)
+    """
+    every_rule = {**_RULES, **_tap.check_rules(rules)}
+
+    def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+        state = _state_of(opt_state)
+        leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
+        owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
+        riders = _held.make_riders(state, leaves)
+
+        def call(model: Any) -> Any:
+            found = loss_fn(model, *args, **kwargs)
+            return found[0] if has_aux else found
+
+        probe = _probed_loss(call, model, wrt, riders, every_rule)
+        held = _held.find_held(probe, leaves, strict)
+        recorder = _Recorder(every_rule, _inputs.members_of(shared))
+        copy = _observed_copy(model, _held.release(riders, held, owners), recorder)
+        chosen = nnx.Any(nnx.All(wrt, lambda path, _: _joined(path) not in held), Probe)
+        differentiate = nnx.value_and_grad(
+            loss_fn, argnums=nnx.DiffState(0, chosen), has_aux=has_aux
+        )
+        with _recording(recorder):
+            value, both = differentiate(copy, *args, **kwargs)
+        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
+        recorder.finish(owners, strict, shared)
+        probes, rest = nnx.split_state(both, Probe, ...)
+        grads, cotangents = _layout.flatten_with_paths(rest)[0], _cotangents(probes)
+        joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
+        return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
+
+    return wrapped
+
+
+def _probed_loss(
+    call: Callable[[Any], Any],
+    model: Any,
+    wrt: Any,
+    riders: Mapping[str, Rider],
+    rules: Mapping[type, LayerRule],
+) -> Callable[[dict[str, Any], set[str]], Array]:
+    """``(parameters by path, a set to note held kernels in) -> loss``, for `_held`."""
+    copy = _observed_copy(model, riders, _Recorder(rules, ()))
+    graphdef, *parts = nnx.split(copy, wrt, ...)
+    treedef, rest = _layout.flatten_with_paths(parts[0])[1], _pure(parts[1])
+
+    def loss(leaves: dict[str, Any], held: set[str]) -> Array:
+        merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
+        with _recording(_Recorder(rules, (), held)):
+            value: Array = call(merged)
+        return value
+
+    return loss
+
+
+def _observed_copy(
+    model: Any, riders: Mapping[str, Rider], recorder: "_Recorder"
+) -> Any:
+    """A copy whose layers are watched and carry riders."""
+    copy = nnx.clone(model)
+    recorder.watch(copy)
+    for key, rider in riders.items():
+        _attach(copy, key, rider, recorder)
+    return copy
+
+
+@contextlib.contextmanager
+def _recording(recorder: "_Recorder") -> Iterator[None]:
+    """Layers that are called meanwhile report to `recorder`."""
+    token = _RECORDER.set(recorder)
+    try:
+        yield
+    finally:
+        _RECORDER.reset(token)
+
+
+def _joined(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _state_of(opt_state: PyTree) -> PyTree:
+    """The pure optimizer state, of an `flax.nnx.Optimizer` too."""
+    held = opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
+    return _pure(held)
 
 
 def warm_start(
@@ -267,11 +391,8 @@ def find_shared_inputs(
     def traced(values: PyTree, args: Any, kwargs: Any) -> None:
         loss_fn(nnx.merge(graphdef, values), *args, **kwargs)
 
-    token = _RECORDER.set(recorder)
-    try:
+    with _recording(recorder):
         _inputs.trace(traced, values, args, kwargs)
-    finally:
-        _RECORDER.reset(token)
     return recorder.calls.groups(leaves)
 
 
@@ -279,9 +400,13 @@ class _Recorder:
     """The rules of one call, what it tapped, and what entered the watched layers."""
 
     def __init__(
-        self, rules: Mapping[type, LayerRule], watched: Collection[str]
+        self,
+        rules: Mapping[type, LayerRule],
+        watched: Collection[str],
+        probe: set[str] | None = None,
     ) -> None:
         self.rules = rules
+        self.probe = probe
         self.calls = _inputs.Calls(watched)
         self.tapped: set[str] = set()
         self.untappable: set[str] = set()
@@ -384,7 +509,7 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
         )
     if hasattr(layer, _PATH):
         recorder.calls.note(getattr(layer, _PATH), linear, kernel, args, kwargs)
-    return _tap.observe(call, args, kwargs, linear, kernel, riders)
+    return _tap.observe(call, args, kwargs, linear, kernel, riders, recorder.probe)
 
 
 def _cotangents(probes: Any) -> dict[str, Rider]:

@@ -43,6 +43,7 @@ LEVELS = {
     "_moments": 4,
     "_spectral": 4,
     "_coordinates": 5,
+    "_held": 6,
     "_refresh": 5,
     "_tap": 5,
     "_rule": 6,

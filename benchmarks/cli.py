@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import jax
 import typer
 from rich.console import Console
 
 from benchmarks import (
+    communication,
     compare,
     controls,
     flatness,
@@ -308,6 +310,27 @@ def controls_command(
         found = [controls.best(out, chosen, *pair) for pair in plan]
         entries += compare.entries(chosen, [r for each in found for r in each])
         console.print(report.controls_table(f"{workload}: {of}", entries))
+
+
+@app.command("communication")
+def communication_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    devices: Annotated[int, typer.Option(min=2, help="that share the batch")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
+    route: Annotated[str, typer.Option(help="subspace, or whole")] = "subspace",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """What a data-parallel step sends, read off its compiled program; nothing runs."""
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    _lookup(communication.ROUTES, route, "--route")
+    jax.config.update("jax_num_cpu_devices", devices)
+    program = communication.compile_step(chosen, rank, route, devices)
+    found = communication.account(*program)
+    record = {**records.environment(), "workload": workload, "rank": rank}
+    _save(json, {**record, "devices": devices, "route": route, **found}, quiet)
+    if not quiet:
+        console.print(report.communication_table(f"{workload}, {route} route", found))
 
 
 @app.command("flatness")

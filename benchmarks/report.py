@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks import compare
+from benchmarks import communication, compare
 from benchmarks.compare import Entry
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
@@ -68,6 +68,23 @@ def controls_table(title: str, found: Sequence[Entry]) -> Table:
             "" if entry is found[0] else _difference(entry, found[0]),
             _number(entry.median("projected_state_bytes"), ",.1f", 1 / 2**10),
         )
+    return table
+
+
+def communication_table(title: str, found: Mapping[str, Any]) -> Table:
+    """What a step sends; refreshes apart, by the period's share of them."""
+    table = _table(f"{title}: numbers sent in a step", "what")
+    _columns(table, "numbers")
+    share = f"coordinates of projected kernels, {found['share']:.4f} of their gradients"
+    table.add_row(share, f"{found['coordinates']:,}")
+    for name, count in found["others"].items():
+        table.add_row(name, f"{count:,}")
+    table.add_row("scalars", f"{found['scalars']:,}")
+    share = communication.WINDOW / communication.PERIOD
+    table.add_row("sketches, in a step that refreshes", f"{found['refresh']:,}")
+    table.add_row("the same, a step's share", f"{share * found['refresh']:,.0f}")
+    for shape in found["unknown"]:
+        table.add_row(f"not expected: {shape}", f"{int(np.prod(shape)):,}")
     return table
 
 

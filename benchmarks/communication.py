@@ -1,0 +1,164 @@
+"""What one data-parallel training step sends, read off its compiled program.
+
+Parameters and optimizer state are replicated, the batch is split. The compiler then
+adds a reduction over devices for every sum over samples; its operands are what is sent.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import dsbp_optax
+from benchmarks.workloads import Workload
+from dsbp_optax import Coordinates
+
+Shape = tuple[int, ...]
+#: Steps from refresh to refresh, and how many of them refresh.
+PERIOD, WINDOW = 100, 5
+#: Ways to a gradient.
+ROUTES = {
+    "whole": dsbp_optax.linen.value_and_grad,
+    "subspace": dsbp_optax.linen.subspace_value_and_grad,
+}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+    r"(?:-start)?\("
+)
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%\S+)"
+)
+_ARRAY = re.compile(r"\b[a-z]+\d*\[([\d,]*)\]")
+
+
+class Sent(NamedTuple):
+    """One operand of a collective.
+
+    Attributes:
+      kind: such as "all-reduce".
+      shape: of the operand.
+      conditional: whether it lies in a branch that most steps do not take.
+    """
+
+    kind: str
+    shape: Shape
+    conditional: bool
+
+
+def sent(program: str) -> list[Sent]:
+    """Every operand of every collective in the text of a compiled program."""
+    branches = {
+        name.strip().lstrip("%")
+        for found in _BRANCHES.finditer(program)
+        for name in (found[1] or found[2]).rstrip(",").split(",")
+    }
+    computation, operands = "", []
+    for line in program.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            computation = head[1]
+        if (found := _COLLECTIVE.search(line)) is not None:
+            for dims in _ARRAY.findall(found[1]):
+                shape = tuple(int(n) for n in dims.split(",") if n)
+                operands.append(Sent(found[2], shape, computation in branches))
+    return operands
+
+
+def compile_step(
+    workload: Workload, rank: int, route: str, devices: int
+) -> tuple[str, Any, Any]:
+    """The text of a compiled step, parameters and optimizer state (shapes).
+
+    Args:
+      workload: what to train.
+      rank: of every basis.
+      route: a key of `ROUTES`.
+      devices: number of devices to split the batch over.
+    """
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    tx = dsbp_optax.dsbp_adamw(
+        1e-3,
+        rank=rank,
+        residual=None,
+        update_every=PERIOD,
+        power_iterations=WINDOW,
+    )
+    differentiate = ROUTES[route](workload.loss)
+
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        loss, grads, seen = differentiate(params, batch, opt_state=opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, statistics=seen)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    params = jax.eval_shape(lambda: workload.init(0))
+    opt_state = jax.eval_shape(tx.init, params)
+    rows = workload.batch_size - workload.batch_size % devices
+    program = jax.jit(
+        step,
+        in_shardings=(everywhere, everywhere, split),
+        out_shardings=everywhere,
+        donate_argnums=(0, 1),
+    )
+    text = program.lower(params, opt_state, workload.example(rows)).compile().as_text()
+    return text, params, opt_state
+
+
+def account(program: str, params: Any, opt_state: Any) -> dict[str, Any]:
+    """The numbers that a step sends, by what they are.
+
+    Returns:
+      ``coordinates``: of projected kernels, in every step; ``full``: of their whole
+      gradients; ``share``: the first by the second; ``others``: name -> numbers of
+      parameters in full space; ``scalars``; ``refresh``: in branches that refresh, of
+      which a step has a share of ``WINDOW / PERIOD``; ``unknown`` and ``forbidden``:
+      shapes that are none of these, and those of projected kernels.
+    """
+    small = _by_path(jax.eval_shape(dsbp_optax.project_gradients, params, opt_state))
+    whole = _by_path(params)
+    projected = {p: x for p, x in small.items() if isinstance(x, Coordinates)}
+    others = {p: x.shape for p, x in whole.items() if p not in projected}
+    operands = sent(program)
+    steady = Counter(_plain(one.shape) for one in operands if not one.conditional)
+    expected = Counter(_coordinates(x.values.shape) for x in projected.values())
+    named = Counter(map(_plain, others.values()))
+    kernels = {_plain(whole[path].shape) for path in projected} - {*named, *expected}
+    coordinates = sum(math.prod(s) * min(n, steady[s]) for s, n in expected.items())
+    full = sum(math.prod(whole[path].shape) for path in projected)
+    known = expected + named + Counter({(): steady[()]})
+    return {
+        "coordinates": coordinates,
+        "full": full,
+        "share": coordinates / full,
+        "others": {p: math.prod(s) for p, s in others.items() if steady[_plain(s)]},
+        "scalars": steady[()],
+        "refresh": sum(math.prod(one.shape) for one in operands if one.conditional),
+        "unknown": sorted((steady - known).elements()),
+        "forbidden": sorted(s for s in steady.elements() if s in kernels),
+    }
+
+
+def _plain(shape: Sequence[int]) -> Shape:
+    """Without axes of length 1, in an order of its own: compilers move axes."""
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def _coordinates(form: Shape) -> Shape:
+    """Of coordinates in kernel form: the output axes count as one."""
+    return _plain((math.prod(form[:-1]), form[-1]))
+
+
+def _by_path(tree: Any) -> Mapping[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Coordinates)
+    )
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+        for keys, leaf in leaves
+    }

@@ -35,6 +35,7 @@ from dsbp_optax._residual import (
 )
 from dsbp_optax._sam import SubspaceSamState, subspace_sam
 from dsbp_optax._schedule import AutoInterval, AutoRank
+from dsbp_optax._sharding import state_shardings
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
     SpectralProjectionState,
@@ -99,6 +100,7 @@ __all__ = [
     "scale_residual",
     "scale_residual_by_column",
     "sign_residual",
+    "state_shardings",
     "subspace_msam",
     "subspace_sam",
     "sum_statistics",

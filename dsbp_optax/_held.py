@@ -2,7 +2,7 @@
 
 A kernel that enters the loss through its layer alone needs no gradient of its own: its
 coordinates in the basis come out of the layer's rider, see
-`dsbp_optax._tap.take_coordinates`. One that enters elsewhere too (a penalty, a tied
+`dsbp_optax._coordinate_tap`. One that enters elsewhere too (a penalty, a tied
 head) has a gradient that the layer does not see, and must not be held.
 """
 
@@ -16,8 +16,8 @@ from jax.interpreters import partial_eval
 
 from dsbp_optax import _checks, _spectral, _tap
 from dsbp_optax._layout import Coordinates
+from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._tap import Rider
 from dsbp_optax._types import Array, PyTree
 
 

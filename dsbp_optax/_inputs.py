@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from dsbp_optax import _spectral
 from dsbp_optax._layout import Shape
+from dsbp_optax._rider import LinearMap
 from dsbp_optax._share import Groups
-from dsbp_optax._tap import LinearMap
 from dsbp_optax._types import PyTree
 
 

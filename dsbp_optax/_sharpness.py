@@ -19,6 +19,7 @@ from dsbp_optax import (
     _eigenbasis,
     _layout,
     _plan,
+    _sharding,
     _spectral,
     _subspace,
 )
@@ -113,9 +114,7 @@ def add_spectral_sharpness(
     )
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, rule),
-        lambda updates, state, params=None, **extra: _update(
-            rule, updates, state, params, **extra
-        ),
+        _sharding.update_in_place(functools.partial(_update, rule)),
     )
 
 

@@ -16,6 +16,7 @@ from dsbp_optax import (
     _layout,
     _plan,
     _residual,
+    _sharding,
     _spectral,
     _transport,
 )
@@ -38,9 +39,7 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
     refresh_step = make_refresh(rule.refresh)
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, rule),
-        lambda updates, state, params=None, **extra: _update(
-            rule, refresh_step, updates, state, params, **extra
-        ),
+        _sharding.update_in_place(functools.partial(_update, rule, refresh_step)),
     )
 
 

@@ -5,8 +5,7 @@ value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
 updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 """
 
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -15,10 +14,11 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.training import train_state
 
-from dsbp_optax import _held, _inputs, _layout, _tap
+from dsbp_optax import _held, _inputs, _layout, _rider, _tap
 from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._recorder import Recorder
+from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
-from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
 __all__ = [
@@ -135,7 +135,7 @@ def value_and_grad(
 
         differentiate = jax.value_and_grad(tapped_loss, argnums=(0, 1), has_aux=has_aux)
         value, (grads, cotangents) = differentiate(params, riders)
-        recorder.finish(strict, shared)
+        recorder.finish(recorder.riders, strict, shared)
         return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
 
     return wrapped
@@ -215,7 +215,7 @@ def subspace_value_and_grad(
             argnums=(0, 1),
             has_aux=has_aux,
         )(free, _held.release(riders, held, owners))
-        recorder.finish(strict, shared)
+        recorder.finish(recorder.riders, strict, shared)
         joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
         return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
 
@@ -308,38 +308,16 @@ def find_shared_inputs(
     return recorder.calls.groups(leaves)
 
 
-class _Recorder:
+class _Recorder(Recorder):
     """Carries riders into the layers of one trace and notes what happened there.
 
     Kernels that are watched but have no rider are marked by an empty dict.
     """
 
-    def __init__(
-        self,
-        rules: Mapping[type, LayerRule],
-        watched: Collection[str],
-        probe: set[str] | None = None,
-    ) -> None:
-        self.rules = rules
-        self.probe = probe
-        self.calls = _inputs.Calls(watched)
-        self.foreign: set[int] = set()
-        self.tapped: set[str] = set()
-        self.seen: set[str] = set()
-        self.riders: dict[str, Rider] = {}
-        self.leaves: dict[str, Any] = {}
-
     def start(self, params: PyTree, riders: dict[str, Rider], foreign: PyTree) -> None:
         self.riders = riders
         self.foreign = {id(leaf) for leaf in jax.tree.leaves(foreign)}
         self.leaves, _ = _layout.flatten_with_paths(params)
-
-    def finish(self, strict: bool, shared: Mapping[str, Collection[str]]) -> None:
-        if not strict:
-            return
-        self.calls.check(shared)
-        for key in _tap.check_tapped(self.riders, self.tapped, self.seen):
-            warnings.warn(_tap.no_rule(key), stacklevel=3)
 
     def intercept(
         self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
@@ -352,18 +330,18 @@ class _Recorder:
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         marks = module.get_variable("params", _MARK, {})
-        self.seen.update(_tap.parameter_path(key) for key in marks)
+        self.seen.update(_rider.parameter_path(key) for key in marks)
         linear = _tap.find_rule(self.rules, type(module))(module) if marks else None
         if linear is None:
             return call(*args, **kwargs)
         mine = {
             k: r
             for k, r in marks.items()
-            if _tap.parameter_path(k).rpartition("/")[2] == linear.parameter
+            if _rider.parameter_path(k).rpartition("/")[2] == linear.parameter
         }
         kernel = meta.unbox(module.get_variable("params", linear.parameter))
         shape = jnp.shape(kernel)
-        for path in {_tap.parameter_path(key) for key in mine}:
+        for path in {_rider.parameter_path(key) for key in mine}:
             self.calls.note(path, linear, shape, args, kwargs)
         riders = {k: r for k, r in mine.items() if isinstance(r, Rider)}
         self.tapped.update(riders)
@@ -385,7 +363,7 @@ class _Recorder:
         empty: dict[str, Any] = {path: {} for path in self.calls.watched}
         for key, rider in {**empty, **self.riders}.items():
             if key.startswith(prefix):
-                *owners, _ = _tap.parameter_path(key)[len(prefix) :].split("/")
+                *owners, _ = _rider.parameter_path(key)[len(prefix) :].split("/")
                 node = merged
                 for owner in owners:
                     node = node.get(owner, {})

@@ -9,18 +9,18 @@ import contextlib
 import contextvars
 import functools
 import types
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsbp_optax import _held, _inputs, _layout, _tap
+from dsbp_optax import _held, _inputs, _layout, _rider, _tap
 from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._recorder import Recorder
+from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
-from dsbp_optax._tap import LinearMap, Rider
 from dsbp_optax._types import Array, PyTree
 
 __all__ = [
@@ -98,16 +98,10 @@ def value_and_grad(
         state = _state_of(opt_state)
         riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        copy = _observed_copy(model, riders, recorder)
-        differentiate = nnx.value_and_grad(
-            loss_fn, argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)), has_aux=has_aux
-        )
-        with _recording(recorder):
-            value, both = differentiate(copy, *args, **kwargs)
-        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
+        differentiate = _differentiate(loss_fn, has_aux, wrt, riders, recorder)
+        value, grads, cotangents = differentiate(model, *args, **kwargs)
         recorder.finish(riders, strict, shared)
-        probes, grads = nnx.split_state(both, Probe, ...)
-        return value, grads, _tap.to_sketches(_cotangents(probes), recorder.tapped)
+        return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
 
     return wrapped
 
@@ -174,21 +168,39 @@ def subspace_value_and_grad(
         probe = _probed_loss(call, model, wrt, riders, every_rule)
         held = _held.find_held(probe, leaves, strict)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        copy = _observed_copy(model, _held.release(riders, held, owners), recorder)
-        chosen = nnx.Any(nnx.All(wrt, lambda path, _: _joined(path) not in held), Probe)
-        differentiate = nnx.value_and_grad(
-            loss_fn, argnums=nnx.DiffState(0, chosen), has_aux=has_aux
-        )
-        with _recording(recorder):
-            value, both = differentiate(copy, *args, **kwargs)
-        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
+        free = nnx.All(wrt, lambda path, _: "/".join(map(str, path)) not in held)
+        released = _held.release(riders, held, owners)
+        differentiate = _differentiate(loss_fn, has_aux, free, released, recorder)
+        value, rest, cotangents = differentiate(model, *args, **kwargs)
         recorder.finish(owners, strict, shared)
-        probes, rest = nnx.split_state(both, Probe, ...)
-        grads, cotangents = _layout.flatten_with_paths(rest)[0], _cotangents(probes)
+        grads, _ = _layout.flatten_with_paths(rest)
         joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
         return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
 
     return wrapped
+
+
+def _differentiate(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    wrt: Any,
+    riders: Mapping[str, Rider],
+    recorder: "_Recorder",
+) -> Callable[..., Any]:
+    """``(model, ...) -> (value, gradients, cotangents of the riders)``."""
+    differentiate = nnx.value_and_grad(
+        loss_fn, argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)), has_aux=has_aux
+    )
+
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        copy = _observed_copy(model, riders, recorder)
+        with _recording(recorder):
+            value, both = differentiate(copy, *args, **kwargs)
+        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
+        probes, grads = nnx.split_state(both, Probe, ...)
+        return value, grads, _cotangents(probes)
+
+    return call
 
 
 def _probed_loss(
@@ -231,10 +243,6 @@ def _recording(recorder: "_Recorder") -> Iterator[None]:
         yield
     finally:
         _RECORDER.reset(token)
-
-
-def _joined(path: Any) -> str:
-    return "/".join(map(str, path))
 
 
 def _state_of(opt_state: PyTree) -> PyTree:
@@ -396,38 +404,14 @@ def find_shared_inputs(
     return recorder.calls.groups(leaves)
 
 
-class _Recorder:
+class _Recorder(Recorder):
     """The rules of one call, what it tapped, and what entered the watched layers."""
-
-    def __init__(
-        self,
-        rules: Mapping[type, LayerRule],
-        watched: Collection[str],
-        probe: set[str] | None = None,
-    ) -> None:
-        self.rules = rules
-        self.probe = probe
-        self.calls = _inputs.Calls(watched)
-        self.tapped: set[str] = set()
-        self.untappable: set[str] = set()
 
     def watch(self, model: Any) -> None:
         for path in self.calls.watched:
             layer = _observed_layer(model, path, self)
             if layer is not None:
                 setattr(layer, _PATH, path)
-
-    def finish(
-        self,
-        riders: Mapping[str, Rider],
-        strict: bool,
-        shared: Mapping[str, Collection[str]],
-    ) -> None:
-        if not strict:
-            return
-        self.calls.check(shared)
-        for key in _tap.check_tapped(riders, self.tapped, self.untappable):
-            warnings.warn(_tap.no_rule(key), stacklevel=3)
 
 
 _RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
@@ -454,10 +438,10 @@ def _observed_layer(model: Any, path: str, recorder: _Recorder) -> Any:
 
 def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
     """Hang a probe on the layer that owns a kernel."""
-    path = _tap.parameter_path(key)
+    path = _rider.parameter_path(key)
     layer = _observed_layer(model, path, recorder)
     if layer is None:
-        recorder.untappable.add(path)
+        recorder.seen.add(path)
         return
     name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
     setattr(layer, name, Probe(rider, key=key))

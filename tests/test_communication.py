@@ -14,6 +14,7 @@ SCRIPT = """
 import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
 from test_communication import SMALL
 from benchmarks import communication
 found = {

@@ -1,0 +1,72 @@
+"""The gradient of a kernel in coordinates, taken inside the differentiated function.
+
+An identity on the layer's output, whose derivative keeps ``A V`` and the sketch of the
+forward pass, and of the layer's input nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsbp_optax import _sharding
+from dsbp_optax._rider import LinearMap, Rider, core_form, sketch_if_asked
+from dsbp_optax._types import Array
+
+
+def take_coordinates(linear: LinearMap, x: Array, y: Array, rider: Rider) -> Array:
+    """`y` itself; the cotangent of `rider` holds ``V^T G`` and the sketch.
+
+    As if the layer were ``y = L_x(K) + L_x(V) S`` at ``S = 0``, differentiated with
+    respect to ``S``: what is kept for the backward pass is ``L_x(V)``, of k columns,
+    and the sketch, in the place of ``x``.
+    """
+    core = core_form(rider, linear, "input")
+    return _take(linear.apply, linear.batch, y, x, core)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take(
+    apply: Callable[[Array, Array], Array],
+    batch: int,
+    y: Array,
+    x: Array,
+    rider: Rider,
+) -> Array:
+    del apply, batch, x, rider
+    return y
+
+
+def _take_fwd(apply: Any, batch: int, y: Array, x: Array, rider: Rider) -> Any:
+    """Keeps ``A V`` and the sketch, and of the input nothing."""
+    seen = dataclasses.replace(rider, coordinates=None)
+
+    def keep(x: Array, seen: Rider) -> tuple[Array, Rider]:
+        x = jax.lax.stop_gradient(x).astype(seen.basis.dtype)
+        return apply(x, seen.basis), sketch_if_asked(apply, batch, x, seen)
+
+    samples = jax.eval_shape(apply, x, seen.basis).ndim - 1
+    likes = _sharding.leading(x, samples, samples + 1), seen
+    return y, _sharding.in_place(keep, likes, x, seen)
+
+
+def _take_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
+    del apply
+    z, seen = saved
+
+    def product(z: Array, cotangent: Array) -> Array:
+        front, rank = z.shape[:batch], z.shape[-1]
+        outputs = cotangent.shape[z.ndim - 1 :]
+        samples = z.reshape(*front, -1, rank)
+        deltas = cotangent.astype(z.dtype).reshape(*samples.shape[:-1], -1)
+        found = jnp.einsum("...nm,...nk->...mk", deltas, samples)
+        return found.reshape(*front, *outputs, rank)
+
+    coordinates = _sharding.in_place(product, _sharding.leading(z, 0, 0), z, cotangent)
+    return cotangent, None, dataclasses.replace(seen, coordinates=coordinates)
+
+
+_take.defvjp(_take_fwd, _take_bwd)

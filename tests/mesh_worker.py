@@ -1,0 +1,204 @@
+"""What `test_sharding` runs in a process that has eight devices; prints JSON."""
+
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dsbp_optax
+from dsbp_optax import _spectral
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # compiles much, runs little
+
+FSDP = {"up": P("data", "model"), "down": P("model", "data")}
+TENSOR = {"up": P(None, "model"), "down": P(None, "model")}
+
+
+class Net(nn.Module):
+    """A product over a sharded axis is ambiguous on an explicit mesh: gather first."""
+
+    explicit: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = jnp.tanh(nn.Dense(128, name="up", use_bias=False)(x))
+        h = jax.sharding.reshard(h, P("data", None)) if self.explicit else h
+        y = nn.Dense(64, name="down", use_bias=False)(h)
+        return jax.sharding.reshard(y, P("data", None)) if self.explicit else y
+
+
+INPUTS = jax.random.normal(jax.random.key(0), (32, 64))
+PARAMS = Net(False).init(jax.random.key(1), INPUTS)["params"]
+ROUTES = {
+    "subspace": (
+        dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None),
+        dsbp_optax.linen.subspace_value_and_grad,
+    ),
+    "whole": (
+        dsbp_optax.dsbp_muon(1e-2, rank=4),
+        dsbp_optax.linen.value_and_grad,
+    ),
+}
+
+
+def stepper(route: str, explicit: bool) -> Any:
+    tx, differentiate = ROUTES[route]
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        return jnp.mean((Net(explicit).apply({"params": params}, x) - x) ** 2)
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        loss, grads, seen = differentiate(loss_fn)(params, x, opt_state=state)
+        updates, state = tx.update(grads, state, params, statistics=seen)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
+def train(step: Any, params: Any, state: Any, x: Any) -> tuple[Any, Any, list[float]]:
+    losses = []
+    for _ in range(8):
+        params, state, loss = step(params, state, x)
+        losses.append(float(loss))
+    return params, state, losses
+
+
+def identical_replicas(array: Any) -> bool:
+    """Whether devices that hold the same part hold the same bits."""
+    parts: dict[str, bytes] = {}
+    return all(
+        parts.setdefault(str(shard.index), np.asarray(shard.data).tobytes())
+        == np.asarray(shard.data).tobytes()
+        for shard in array.addressable_shards
+    )
+
+
+def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    tx, _ = ROUTES[route]
+    with jax.set_mesh(mesh):
+        places = {k: {"kernel": NamedSharding(mesh, s)} for k, s in specs.items()}
+        params = jax.device_put(PARAMS, places)
+        shapes = jax.eval_shape(tx.init, params)
+        held = dsbp_optax.state_shardings(shapes, params)
+        state = jax.jit(tx.init, out_shardings=held)(params)
+        x = jax.device_put(INPUTS, NamedSharding(mesh, P("data")))
+        explicit = kind == AxisType.Explicit
+        outs = None if explicit else (places, held, NamedSharding(mesh, P()))
+        before = jax.tree.map(jax.typeof, state)
+        step = jax.jit(stepper(route, explicit), out_shardings=outs)
+        _, state, losses = train(step, params, state, x)
+    (spectral,) = _spectral.find_states(state)
+    arrays = [a for a in jax.tree.leaves(state) if a.ndim]
+    return {
+        "losses": losses,
+        "same_types": before == jax.tree.map(jax.typeof, state),
+        "replicas": all(identical_replicas(a) for a in jax.tree.leaves(state)),
+        "basis": {k: str(b.sharding.spec) for k, b in spectral.basis.items()},
+        "moments": {
+            k: str(m.sharding.spec)
+            for k, m in getattr(spectral.inner, "mu", {}).items()
+        },
+        "bytes": sum(a.nbytes for a in arrays),
+        "bytes_here": sum(a.addressable_shards[0].data.nbytes for a in arrays),
+    }
+
+
+def updates_on_explicit() -> dict[str, Any]:
+    """Updates alone, kernels and bases sharded on both axes, eager and jitted."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    gaps = {}
+    with jax.set_mesh(mesh):
+        places = {k: {"kernel": NamedSharding(mesh, s)} for k, s in FSDP.items()}
+        params = jax.device_put(PARAMS, places)
+        for name in ("dsbp_sgd", "dsbp_adamw", "dsbp_muon", "dsbp"):
+            settings = {"rank": 4, "update_every": 2, "side": "input"}
+            tx = getattr(dsbp_optax, name)(0.1, **settings)
+            state, plain = tx.init(PARAMS), tx.init(PARAMS)
+            state = jax.device_put(state, dsbp_optax.state_shardings(state, params))
+            types = jax.tree.map(jax.typeof, (params, state))
+            seen = {"up/kernel": dsbp_optax.Activations(INPUTS)}
+            for _ in range(3):
+                updates, state = jax.jit(tx.update)(
+                    params, state, params, statistics=seen
+                )
+                alone, plain = jax.jit(tx.update)(
+                    PARAMS, plain, PARAMS, statistics=seen
+                )
+            assert types == jax.tree.map(jax.typeof, (updates, state)), name
+            pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(alone), strict=True)
+            gaps[name] = max(
+                float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+                for a, b in pairs
+            )
+    return gaps
+
+
+def nnx_optimizer() -> dict[str, Any]:
+    """An `nnx.Optimizer` whose state lies where the parameters lie."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.up = nnx.Linear(64, 128, rngs=rngs)
+            self.down = nnx.Linear(128, 64, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.down(jnp.tanh(self.up(x)))
+
+    collect = dsbp_optax.nnx.value_and_grad(lambda m, x: jnp.mean((m(x) - x) ** 2))
+
+    @nnx.jit
+    def step(model: Any, opt: Any, x: Any) -> Any:
+        loss, grads, seen = collect(model, x, opt_state=opt)
+        opt.update(model, grads, statistics=seen)
+        return loss
+
+    losses = []
+    for sharded in (False, True):
+        model = Model(nnx.Rngs(0))
+        opt = nnx.Optimizer(model, dsbp_optax.dsbp_muon(1e-2, rank=4), wrt=nnx.Param)
+        x = INPUTS
+        if sharded:
+            for name, spec in FSDP.items():
+                layer = getattr(model, name)
+                for leaf, place in (("kernel", spec), ("bias", P())):
+                    old = getattr(layer, leaf)
+                    array = jax.device_put(old[...], NamedSharding(mesh, place))
+                    setattr(layer, leaf, nnx.Param(array))
+            params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+            state = nnx.state(opt)
+            places = dsbp_optax.state_shardings(state, params)
+            nnx.update(opt, jax.device_put(state, places))
+            x = jax.device_put(INPUTS, NamedSharding(mesh, P("data")))
+        losses.append([float(step(model, opt, x)) for _ in range(6)])
+    kernels = [
+        leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(opt))
+        if "basis" in str(keys) and "up/kernel" in str(keys)
+    ]
+    return {"losses": losses, "basis": str(kernels[0].sharding.spec)}
+
+
+def main() -> None:
+    found: dict[str, Any] = {"alone": {}, "mesh": {}}
+    for route, (tx, _) in ROUTES.items():
+        step = jax.jit(stepper(route, False))
+        found["alone"][route] = train(step, PARAMS, tx.init(PARAMS), INPUTS)[2]
+        found["mesh"][f"{route} auto"] = on_mesh(route, AxisType.Auto, FSDP)
+        found["mesh"][f"{route} explicit"] = on_mesh(route, AxisType.Explicit, TENSOR)
+    found["updates"] = updates_on_explicit()
+    found["nnx"] = nnx_optimizer()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,8 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       >>> shapes = jax.eval_shape(tx.init, {"kernel": kernel})
       >>> places = dsbp_optax.state_shardings(shapes, {"kernel": kernel})
       >>> state = jax.jit(tx.init, out_shardings=places)({"kernel": kernel})
-      >>> state[0].basis["kernel"].sharding.spec
-      PartitionSpec('data', None, None)
+      >>> tuple(state[0].basis["kernel"].sharding.spec)
+      ('data', None, None)
     """
     leaves, _ = _layout.flatten_with_paths(params)
     given = {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}

@@ -102,9 +102,9 @@ def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
         "losses": losses,
         "same_types": before == jax.tree.map(jax.typeof, state),
         "replicas": all(identical_replicas(a) for a in jax.tree.leaves(state)),
-        "basis": {k: str(b.sharding.spec) for k, b in spectral.basis.items()},
+        "basis": {k: tuple(b.sharding.spec) for k, b in spectral.basis.items()},
         "moments": {
-            k: str(m.sharding.spec)
+            k: tuple(m.sharding.spec)
             for k, m in getattr(spectral.inner, "mu", {}).items()
         },
         "bytes": sum(a.nbytes for a in arrays),
@@ -185,7 +185,7 @@ def nnx_optimizer() -> dict[str, Any]:
         for keys, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(opt))
         if "basis" in str(keys) and "up/kernel" in str(keys)
     ]
-    return {"losses": losses, "basis": str(kernels[0].sharding.spec)}
+    return {"losses": losses, "basis": tuple(kernels[0].sharding.spec)}
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def controls_command(
             ):
                 break
     if not quiet:
-        found = [controls.best(out, chosen, *pair) for pair in plan]
+        found = [controls.made(out, chosen, *pair) for pair in plan]
         entries += compare.entries(chosen, [r for each in found for r in each])
         console.print(report.controls_table(f"{workload}: {of}", entries))
 

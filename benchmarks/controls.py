@@ -4,7 +4,6 @@ What a part is worth is the difference to the rule without it, seed by seed. Eac
 leaves one record; what has a record is not run again.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import dsbp_optax
-from benchmarks import records, tune
+from benchmarks import records
 from benchmarks.data import Data
 from benchmarks.experiment import Order, Record, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
@@ -85,19 +84,14 @@ class Control:
       name: as recorded.
       of: the contender that it is a control of.
       contender: what is trained.
-      shifts: half decades from the rule's rate that are tried; the best on
-        validation samples counts.
     """
 
     name: str
     of: str
     contender: Contender
-    shifts: tuple[int, ...] = (0,)
 
 
-def _control(
-    of: str, name: str, summary: str, shifts: tuple[int, ...] = (0,), **changes: Any
-) -> Control:
+def _control(of: str, name: str, summary: str, **changes: Any) -> Control:
     base = CONTENDERS[of]
     factory = changes.pop("factory", base.factory)
     settings = changes.pop("settings", {**base.settings, **changes})
@@ -105,7 +99,7 @@ def _control(
     contender = replace(
         base, name=full, summary=summary, factory=factory, settings=settings
     )
-    return Control(name, of, contender, shifts)
+    return Control(name, of, contender)
 
 
 def _of_any(of: str) -> tuple[Control, ...]:
@@ -120,12 +114,12 @@ CONTROLS: tuple[Control, ...] = (
     *_of_any("dsbp_muon"),
     _control("dsbp_muon", "rank 1", "one direction a kernel", rank=1),
     _control(
-        *("dsbp_muon", "no momentum", "the gradient itself, orthogonalised", (-1, 0)),
+        *("dsbp_muon", "no momentum", "the gradient itself, orthogonalised"),
         momentum=0.0,
         residual=dsbp_optax.scale_residual(1.0),
     ),
     _control(
-        *("dsbp_muon", "coordinates alone", "16 x m numbers, no residual", (-1, 0)),
+        *("dsbp_muon", "coordinates alone", "16 x m numbers, no residual"),
         factory=orthogonal_coordinates,
         settings={},
     ),
@@ -140,13 +134,9 @@ def orders(
 ) -> list[Order]:
     """All runs of one control, given the rate of its rule."""
     steps = workload.quick_steps if quick else workload.steps
+    source = f"that of {control.of}"
     return [
-        Order(
-            *("final", tune.shifted(rate, shift), seed, steps, quick),
-            source=f"that of {control.of}, moved by {shift} half decades",
-        )
-        for shift in control.shifts
-        for seed in range(seeds)
+        Order("final", rate, seed, steps, quick, source=source) for seed in range(seeds)
     ]
 
 
@@ -183,19 +173,9 @@ def carry_out_missing(
     return True
 
 
-def best(
+def made(
     out: Path, workload: Workload, control: Control, wanted: Sequence[Order]
 ) -> list[Record]:
-    """Records of the control's best rate by its mean on validation samples."""
-    groups: dict[float, list[Record]] = {}
-    for order in wanted:
-        path = path_of(out, workload, control, order)
-        if path.exists():
-            groups.setdefault(order.rate, []).append(records.read(path))
-
-    def score(group: list[Record]) -> float:
-        scores = [workload.metric.score(record["validation_value"]) for record in group]
-        mean = math.fsum(scores) / len(scores)
-        return mean if math.isfinite(mean) else -math.inf
-
-    return max(groups.values(), key=score, default=[])
+    """Records of the runs that were made."""
+    paths = [path_of(out, workload, control, order) for order in wanted]
+    return [records.read(path) for path in paths if path.exists()]

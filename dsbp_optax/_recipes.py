@@ -217,7 +217,7 @@ def dsbp_sgd(
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
-    return tx if clip is None else optax.chain(clip_by_norm_growth(clip), tx)
+    return _clipped(tx, clip)
 
 
 def dsbp_adamw(
@@ -231,6 +231,7 @@ def dsbp_adamw(
     mu_dtype: Any = None,
     nesterov: bool = False,
     rank: PerPath[Rank] = 8,
+    clip: Scalar | None = None,
     residual: ResidualChoice = "int4",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
@@ -262,6 +263,8 @@ def dsbp_adamw(
       mu_dtype: dtype of the first moment, None for the coordinates' own.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
+      clip: largest ratio of the gradient's norm to its running mean, see
+        `clip_by_norm_growth`; 2.0 keeps high rates stable; None for any.
       residual: "int4" keeps the residual's first moment in four bits a number and
         factors the second, see `residual_adam`; likewise "int1" to "int6", "int8",
         "float32"; a number is the share of `normalize_residual`; a rule; None drops
@@ -298,7 +301,7 @@ def dsbp_adamw(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
-    return _recipe(
+    tx = _recipe(
         optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov),
         learning_rate,
         weight_decay,
@@ -321,6 +324,7 @@ def dsbp_adamw(
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
+    return _clipped(tx, clip)
 
 
 def dsbp_muon(
@@ -463,6 +467,12 @@ def _recipe(
         return updates, new
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _clipped(
+    tx: optax.GradientTransformationExtraArgs, clip: Scalar | None
+) -> optax.GradientTransformationExtraArgs:
+    return tx if clip is None else optax.chain(clip_by_norm_growth(clip), tx)
 
 
 def _residual_rule(

@@ -30,6 +30,7 @@ import dsbp_optax
 from benchmarks import (
     campaign,
     compare,
+    controls,
     data,
     kernels,
     models,
@@ -1096,6 +1097,55 @@ def test_stability_pairs_runs_at_every_rate_of_the_plain_optimizer(tiny, tmp_pat
         ratio = np.mean(row["losses"]) / np.mean(row["losses_against"])
         assert row["ratio"]["value"] == pytest.approx(ratio)
         assert (row["diverged"], row["skipped"]) == (0, 0)
+
+
+@pytest.mark.parametrize("of", ["dsbp_muon", "dsbp_sgd"])
+def test_controls_take_one_part_away(of, tmp_path):
+    """Each differs from its rule; runs have a record each and are not made twice."""
+    every = [control for control in controls.CONTROLS if control.of == of]
+    names = {control.name for control in every}
+    assert {"random basis", "gradient basis"} < names
+    lacking = invoke("controls", "digits_cnn", "--of", of, "--out", tmp_path)
+    assert lacking.exit_code == 1
+    assert f"campaign digits_cnn --optimizer {of}" in lacking.stderr
+
+
+def test_controls_are_carried_out_once(tiny, tmp_path, monkeypatch):
+    workload, (control, *_) = WORKLOADS["digits_cnn"], controls.CONTROLS
+    data, wanted = (
+        workload.load(None),
+        controls.orders(workload, control, 0.01, 2, True),
+    )
+    seconds = time.monotonic() + 60
+    arguments = (tmp_path, workload, data, control, wanted)
+    assert controls.carry_out_missing(*arguments, seconds)
+    found = controls.made(tmp_path, workload, control, wanted)
+    assert [record["seed"] for record in found] == [0, 1]
+    assert {record["optimizer"] for record in found} == {"dsbp_muon, random basis"}
+    monkeypatch.setattr(controls, "build", None)  # nothing is left to build for
+    assert controls.carry_out_missing(*arguments, seconds)
+    assert not controls.carry_out_missing(
+        *arguments[:3], controls.CONTROLS[1], wanted, time.monotonic() - 1
+    )
+
+
+def test_a_random_basis_stays_and_a_blind_optimizer_sees_no_statistics():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
+    seen = {"w": dsbp_optax.Activations(jnp.asarray(rng.normal(size=(99, 64))))}
+    settings = {"update_every": 1, "power_iterations": 1}
+    bases = {}
+    for control in controls.CONTROLS[:2]:
+        tx = control.contender.factory(0.1, **control.contender.settings, **settings)
+        state = tx.init(params)
+        first = state[0].basis["w"].astype(jnp.float32)
+        _, state = jax.jit(tx.update)(params, state, params, statistics=seen)
+        spectrum, basis = state[0].spectrum["w"], state[0].basis["w"]
+        cross = np.asarray(first[:, 0].T @ basis[:, 0].astype(jnp.float32))
+        angles = np.linalg.svd(cross, compute_uv=False)
+        bases[control.name] = float(angles.min()), int(spectrum.activations.max())
+    assert bases["random basis"][0] > 0.99 and bases["random basis"][1] == 1
+    assert bases["gradient basis"][0] < 0.9 and bases["gradient basis"][1] == 0
 
 
 def test_a_run_that_is_not_finite_has_no_ratio():

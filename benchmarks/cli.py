@@ -15,6 +15,7 @@ from benchmarks import (
     communication,
     compare,
     controls,
+    estimate,
     flatness,
     records,
     report,
@@ -331,6 +332,32 @@ def communication_command(
     _save(json, {**record, "devices": devices, "route": route, **found}, quiet)
     if not quiet:
         console.print(report.communication_table(f"{workload}, {route} route", found))
+
+
+@app.command("estimate")
+def estimate_command(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="repeat it; default: all")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 128,
+    devices: Annotated[int, typer.Option(min=1, help="in data parallel")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="a step and device")] = 16_384,
+    flops: Annotated[float, typer.Option(min=1, help="of a device, a second")] = 4e14,
+    memory: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 3.3e12,
+    network: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 5e10,
+    write: Annotated[Path | None, typer.Option(help="a Markdown file")] = None,
+) -> None:
+    """State, FLOPs, traffic and time of a step of a large model, by formulas."""
+    chosen = model or list(estimate.MODELS)
+    for name in chosen:
+        _lookup(estimate.MODELS, name, "--model")
+    machine = estimate.Machine(devices, flops, memory, network)
+    text = estimate.document(chosen, machine, rank, tokens)
+    if write is None:
+        console.print(text, markup=False, soft_wrap=True, highlight=False)
+        return
+    write.write_text(text)
+    report.written(console, [write])
 
 
 @app.command("flatness")

@@ -1,6 +1,7 @@
 """The command line; `python -m benchmarks --help` lists what there is."""
 
 import dataclasses
+import json as json_module
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from benchmarks import (
     communication,
     compare,
     controls,
+    distributed,
     estimate,
     flatness,
     records,
@@ -332,6 +334,50 @@ def communication_command(
     _save(json, {**record, "devices": devices, "route": route, **found}, quiet)
     if not quiet:
         console.print(report.communication_table(f"{workload}, {route} route", found))
+
+
+@app.command("distributed")
+def distributed_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    optimizer: OptimizerName = "dsbp_muon",
+    processes: Annotated[int, typer.Option(min=1, help="that train together")] = 2,
+    devices: Annotated[int, typer.Option(min=1, help="of each process")] = 2,
+    data_dir: DataDir = None,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    timeout: Annotated[float, typer.Option(help="seconds for each run")] = 900.0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Several processes on this machine against one, on the same global batches."""
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    contender = _lookup(CONTENDERS, optimizer, "--optimizer")
+    rate, _ = learning_rate_for(chosen, contender, RESULTS)
+    with _failures():
+        if (place := distributed.child_place()) is not None:
+            distributed.join(place)
+            found = distributed.losses(chosen, contender, data_dir, rate, steps)
+            print(json_module.dumps(found))
+            return
+        options = ["--optimizer", optimizer, "--steps", str(steps)]
+        options += [] if data_dir is None else ["--data-dir", str(data_dir)]
+        command = distributed.command(["distributed", workload, *options])
+        groups = {
+            "together": distributed.Place("", processes, 0, devices),
+            "alone": distributed.Place("", 1, 0, 1),
+        }
+        found = {k: distributed.run(command, p, timeout) for k, p in groups.items()}
+        gap = distributed.largest_gap(found["together"], found["alone"])
+    record = {**records.environment(), "workload": workload, "optimizer": optimizer}
+    record |= {"processes": processes, "devices": devices, "gap": gap, "losses": found}
+    _save(json, record, quiet)
+    if not quiet:
+        first, last = found["together"][0], found["together"][-1]
+        console.print(
+            f"{processes} processes of {devices} devices: loss {first:.4f} -> "
+            f"{last:.4f}; from one process on one device it differs by {gap:.1e} of "
+            "itself at most",
+            soft_wrap=True,
+        )
 
 
 @app.command("estimate")

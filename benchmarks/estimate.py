@@ -266,8 +266,8 @@ def document(names: Sequence[str], machine: Machine, rank: int, each: int) -> st
     head = """# Scale
 
 Estimates by the formulas of `benchmarks/estimate.py`, written by
-`python -m benchmarks estimate --write benchmarks/SCALE.md`; nothing of this size has been
-run. State and FLOPs of the formulas are held against small models by a test. Times
+`python -m benchmarks estimate --write benchmarks/SCALE.md`; nothing of this size has
+been run. State and FLOPs of the formulas are held against small models by a test. Times
 follow from the stated rates: nothing is hidden behind anything else, and every device
 makes the whole update. Kernels with one input share a basis.
 """

@@ -193,11 +193,12 @@ def dsbp_sgd(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
-    tx = _recipe(
+    return _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,
         weight_decay,
         mask,
+        clip,
         rank=rank,
         spectral_filter=_whitening(whitening),
         residual=_residual_rule(
@@ -217,7 +218,6 @@ def dsbp_sgd(
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
-    return _clipped(tx, clip)
 
 
 def dsbp_adamw(
@@ -301,11 +301,12 @@ def dsbp_adamw(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
-    tx = _recipe(
+    return _recipe(
         optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov),
         learning_rate,
         weight_decay,
         mask,
+        clip,
         rank=rank,
         residual=_residual_rule(
             residual, lambda bits: residual_adam(b1, b2, eps, bits, nesterov=nesterov)
@@ -324,7 +325,6 @@ def dsbp_adamw(
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,
     )
-    return _clipped(tx, clip)
 
 
 def dsbp_muon(
@@ -418,6 +418,7 @@ def dsbp_muon(
         learning_rate,
         weight_decay,
         mask,
+        None,
         rank=rank,
         spectral_filter=_whitening(whitening),
         residual=_residual_rule(
@@ -445,8 +446,10 @@ def _recipe(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Scalar,
     mask: Mask,
+    clip: Scalar | None,
     **projection: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    """Clipping, projection, decay, learning rate; the state of the projection first."""
     without = _eigenbasis.is_zero(weight_decay)
     tx = optax.chain(
         scale_by_spectral_projection(inner, **projection),
@@ -454,25 +457,30 @@ def _recipe(
         optax.identity() if without else optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    limit = None if clip is None else clip_by_norm_growth(clip)
+
+    def init(params: PyTree) -> tuple[Any, ...]:
+        held = () if limit is None else (limit.init(params),)
+        return (*tx.init(params), *held)
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
-    ) -> tuple[PyTree, Any]:
-        updates, new = tx.update(updates, state, params, **extra)
+        updates: PyTree,
+        state: tuple[Any, ...],
+        params: PyTree | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, tuple[Any, ...]]:
+        *chained, held = (*state, None) if limit is None else state
+        if limit is not None:
+            updates, held = limit.update(updates, held)
+        updates, new = tx.update(updates, tuple(chained), params, **extra)
         # A step that was skipped does not decay the weights either.
         taken = new[0].skipped == state[0].skipped
         updates = jax.tree.map(
             lambda u: jnp.where(taken, u, 0).astype(u.dtype), updates
         )
-        return updates, new
+        return updates, new if limit is None else (*new, held)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def _clipped(
-    tx: optax.GradientTransformationExtraArgs, clip: Scalar | None
-) -> optax.GradientTransformationExtraArgs:
-    return tx if clip is None else optax.chain(clip_by_norm_growth(clip), tx)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _residual_rule(

@@ -106,8 +106,8 @@ def widened(updates: PyTree) -> Callable[[Array, str], Array]:
     leaves, _ = _layout.flatten_with_paths(updates)
 
     def one(moment: Array, name: str) -> Array:
-        dtype = jnp.result_type(leaves[name.rpartition("#")[0]])
-        return moment.astype(_plan.compute_dtype(dtype))
+        leaf = leaves.get(name.rpartition("#")[0], moment)  # missing: an error later
+        return moment.astype(_plan.compute_dtype(jnp.result_type(leaf)))
 
     return one
 

@@ -151,9 +151,13 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
 
     def put(state: SpectralState) -> SpectralState:
         suffix = STATES[type(state)]
-        filled = {
+        given = {
             path: statistics.get(path + suffix, empty)
             for path, empty in state.statistics.items()
+        }
+        filled = {  # The dtypes of a state stay, whatever took the sketch.
+            path: cast_like(x, state.statistics[path]) if isinstance(x, Sketch) else x
+            for path, x in given.items()
         }
         return state._replace(statistics=filled)
 

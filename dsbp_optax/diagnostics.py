@@ -176,7 +176,10 @@ def principal_angles(first: PyTree, second: PyTree) -> dict[str, Array]:
       >>> dsbp_optax.diagnostics.principal_angles(state, state)["kernel"].shape
       (2,)
     """
-    one, two = _bases(first), _bases(second)
+    one, two = (
+        {path: jnp.linalg.qr(basis)[0] for path, basis in _bases(state).items()}
+        for state in (first, second)
+    )
     shapes = [{path: v.shape for path, v in bases.items()} for bases in (one, two)]
     if shapes[0] != shapes[1]:
         raise ValueError(

@@ -10,7 +10,7 @@ import optax
 
 import dsbp_optax
 from dsbp_optax import Activations, Sketch
-from dsbp_optax._spectral import STATES, find_states
+from dsbp_optax._spectral import STATES, find_states, split_layers
 
 KERNELS = ("first/kernel", "second/kernel")
 TABLE, WIDTH, HIDDEN, OUT = 5, 16, 12, 8
@@ -106,9 +106,9 @@ def sketches(opt_state: Any, params: Any, batch: Batch, side: str = "input") -> 
     """Statistics in the form that adapters pass: taken with the state's own bases."""
     seen = forward(params, batch)[side]
     return {
-        path + STATES[type(state)]: sketch(seen[path], basis)
+        path + STATES[type(state)]: sketch(seen[path], layer.basis)
         for state in find_states(opt_state)
-        for path, basis in state.basis.items()
+        for path, layer in split_layers(state).items()
     }
 
 

@@ -302,7 +302,7 @@ def test_multi_steps_takes_the_sum_of_micro_batches():
         jax.tree.map(lambda x, s=s: x[s], whole) for s in (slice(12), slice(12, 24))
     ]
     case = CASES["dsbp_sgd"]
-    tx = case.optimizer()
+    tx = case.optimizer(moment_dtype=None, basis_dtype=None)
     state = tx.init(params)
     seen = [sketches(state, params, half) for half in halves]
     summed = dsbp_optax.add_statistics(*seen)

@@ -217,8 +217,9 @@ def schedule(step: Any) -> Any:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
     """Against a loop that keeps the parameters and steps away for each gradient."""
+    exact = {"moment_dtype": None, "basis_dtype": None}
     base = RECIPES[name](
-        0.05, rank=3, update_every=3, power_iterations=2, weight_decay=0.1
+        0.05, rank=3, update_every=3, power_iterations=2, weight_decay=0.1, **exact
     )
     wrapped = dsbp_optax.subspace_msam(base, schedule)
     params = here = make_params()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsbp_optax import _spectral
+from dsbp_optax import _spectral, _tap
 from dsbp_optax._layout import Shape
 from dsbp_optax._rider import LinearMap
 from dsbp_optax._share import Groups
@@ -66,7 +66,7 @@ class Calls:
           kwargs: of the call.
         """
         if path in self.watched:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = _tap.first_argument(args, kwargs)
             inputs = linear.batch + linear.inputs
             reading = jax.make_jaxpr(linear.apply)(
                 jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32),

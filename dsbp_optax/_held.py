@@ -14,35 +14,33 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from dsbp_optax import _checks, _spectral, _tap
+from dsbp_optax import _checks, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
 
 
-def make_riders(opt_state: PyTree, leaves: Mapping[str, Any]) -> dict[str, Rider]:
+def add_coordinates(
+    owners: Mapping[str, Rider], opt_state: PyTree, leaves: Mapping[str, Any]
+) -> dict[str, Rider]:
     """A rider for each projected kernel, those that share a basis included.
 
     Args:
+      owners: of `_tap.make_riders`, one for each basis.
       opt_state: any nest of optax states.
       leaves: path -> parameter.
 
     Raises:
       ValueError: when the state holds no projection, or a basis of no parameter.
     """
-    riders, found = _tap.make_riders(opt_state), False
+    riders, found = dict(owners), False
     for state in _spectral.find_states(opt_state):
         if not isinstance(state, SpectralProjectionState):
             continue
         found = True
         for path, owner in _spectral.owners_of(state).items():
-            if path not in leaves:
-                raise ValueError(
-                    f"the state holds a basis for '{path}', which is not among the "
-                    f"parameters ({_checks.some(leaves)}). Remedy: differentiate the "
-                    "parameters that init saw."
-                )
+            _spectral.check_path(path, leaves)
             stacked = state.spectrum[owner].trace.shape[:-1]
             rider = riders[owner]
             if path != owner:  # Its statistic would be the owner's once more.
@@ -105,7 +103,7 @@ def release(
     """Riders for kernels some of which are not held, and take no coordinates then.
 
     Args:
-      riders: of `make_riders`.
+      riders: of `add_coordinates`.
       held: paths that are held.
       owners: keys of the riders that collect statistics; the rest is dropped.
     """

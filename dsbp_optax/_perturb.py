@@ -71,12 +71,7 @@ def subspaces(
     for state in states:
         layers = _spectral.split_layers(state)
         for path, owner in _spectral.owners_of(state).items():
-            if path not in leaves:
-                raise ValueError(
-                    f"the state holds a basis for '{path}', which is not among the "
-                    f"parameters ({_checks.some(leaves)}). Remedy: pass the whole "
-                    "tree that init saw."
-                )
+            _spectral.check_path(path, leaves)
             basis = _adapt.basis_in_use(layers[owner])
             stacked = state.spectrum[owner].trace.shape
             view = _layout.view_of(jnp.shape(leaves[path]), basis.shape, stacked)

@@ -100,6 +100,16 @@ def owners_of(state: SpectralState) -> dict[str, str]:
     return owners
 
 
+def check_path(path: str, leaves: Mapping[str, Any]) -> None:
+    """Raise where a projected kernel is not among the parameters."""
+    if path not in leaves:
+        raise ValueError(
+            f"the state holds a basis for '{path}', which is not among the "
+            f"parameters ({_checks.some(leaves)}). Remedy: pass the whole "
+            "tree that init saw."
+        )
+
+
 def map_states(
     function: Callable[[SpectralState], SpectralState], opt_state: PyTree
 ) -> PyTree:

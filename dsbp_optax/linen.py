@@ -194,7 +194,7 @@ def subspace_value_and_grad(
     def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
         leaves, treedef = _layout.flatten_with_paths(params)
         owners, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
-        riders = _held.make_riders(opt_state, leaves)
+        riders = _held.add_coordinates(owners, opt_state, leaves)
 
         def run(recorder: _Recorder, leaves: Any, riders: dict[str, Rider]) -> Any:
             tree = treedef.unflatten(leaves.values())

@@ -159,7 +159,7 @@ def subspace_value_and_grad(
         state = _state_of(opt_state)
         leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
         owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
-        riders = _held.make_riders(state, leaves)
+        riders = _held.add_coordinates(owners, state, leaves)
 
         def call(model: Any) -> Any:
             found = loss_fn(model, *args, **kwargs)

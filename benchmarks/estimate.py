@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Bytes of a float32, of a bfloat16, and of a residual's number in five bits.
-_FLOAT, _HALF, _COARSE = 4, 2, 5 / 8
+#: Bytes of a float32, of a bfloat16, and of a residual's number in six bits.
+_FLOAT, _HALF, _COARSE = 4, 2, 6 / 8
 _NEWTON_SCHULZ = 5
 
 
@@ -166,14 +166,14 @@ RULES: Mapping[str, Rule] = {
         lambda d, m, k: 4.0 * d * m * k,
     ),
     "dsbp_muon": Rule(
-        lambda d, m, k: _HALF * k * m + _COARSE * d * m + _FLOAT * (d + m),
+        lambda d, m, k: _HALF * k * m + _COARSE * d * m + _HALF * (d + m),
         lambda d, m, k: _HALF * k * d,
         lambda d, m, k: _projections(d, m, k) + newton_schulz_flops(d, m),
         sketched=True,
     ),
     "dsbp_adamw, subspace": Rule(
-        lambda d, m, k: 2 * _FLOAT * k * m,
-        lambda d, m, k: _FLOAT * k * d,
+        lambda d, m, k: 2 * _HALF * k * m,
+        lambda d, m, k: _HALF * k * d,
         lambda d, m, k: 2.0 * d * m * k,
         subspace=True,
         sketched=True,

@@ -173,7 +173,7 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_adamw",
-            "AdamW, exact in the eigenbasis, the rest in 4 bits and factored",
+            "AdamW, exact in the eigenbasis, the rest in 5 bits and factored",
             dsbp_optax.dsbp_adamw,
             _FINE,
             3e-3,
@@ -182,7 +182,7 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_muon",
-            "orthogonalised momentum, finer in the eigenbasis, the rest in 5 bits",
+            "orthogonalised momentum, finer in the eigenbasis, the rest in 6 bits",
             dsbp_optax.dsbp_muon,
             _MUON,
             1e-2,

@@ -34,7 +34,7 @@ from dsbp_optax._residual import (
     sign_residual,
 )
 from dsbp_optax._sam import SubspaceSamState, subspace_sam
-from dsbp_optax._schedule import AutoInterval, AutoRank
+from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
 from dsbp_optax._sharding import state_shardings
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
@@ -64,6 +64,7 @@ __all__ = [
     "Covariance",
     "Eigenpairs",
     "Operator",
+    "RankFraction",
     "Residual",
     "Schedule",
     "Sketch",

@@ -80,7 +80,7 @@ def residual_momentum(
     Raises:
       ValueError: for other numbers of bits.
 
-    Cost: ``bits d m / 8`` bytes and ``d + m`` floats of state for each kernel; one
+    Cost: ``bits d m / 8 + 2 (d + m)`` bytes of state for each kernel; one
     more lift, ``2 d k m`` FLOPs.
 
     Example:
@@ -131,7 +131,7 @@ def residual_adam(
     Raises:
       ValueError: for other numbers of bits.
 
-    Cost: ``bits d m / 8`` bytes and ``2 (d + m)`` floats of state for each kernel; one
+    Cost: ``bits d m / 8 + 6 (d + m)`` bytes of state for each kernel; one
     more lift, ``2 d k m`` FLOPs, and two reductions over the residual.
 
     Reference: the factors are those of Adafactor, arXiv 1804.04235.

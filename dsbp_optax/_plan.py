@@ -16,6 +16,7 @@ import optax
 
 from dsbp_optax import _checks, _layout, _schedule, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
+from dsbp_optax._schedule import RankFraction
 from dsbp_optax._types import Array, PyTree, Side, state_bytes
 
 #: Names whose arrays are tables, scales or offsets, not linear maps.
@@ -119,7 +120,7 @@ def views(
       owners: path of each projected parameter -> path of its basis.
     """
     leaves, _ = _layout.flatten_with_paths(params)
-    found = {}
+    found, asked = {}, dict.fromkeys(owners.values(), 0)
     for path, owner in owners.items():
         if path not in leaves:
             raise ValueError(
@@ -128,9 +129,11 @@ def views(
                 "that init saw, or init again."
             )
         shape = _layout.kernel_shape(path, leaves[path], bases[owner])
-        view, side = _view(path, shape, leaves, choices)
-        _check_basis(path, bases[owner], view, side, choices)
+        view, _ = _view(path, shape, leaves, choices)
+        asked[owner] = max(asked[owner], _rank(path, view, choices) or 0)
         found[path] = view
+    for path, owner in owners.items():
+        _check_basis(path, bases[owner], found[path], asked[owner], choices)
     return found
 
 
@@ -173,13 +176,12 @@ def _no_kernel(path: str, leaf: Any, choices: Choices) -> str | None:
 
 
 def _check_basis(
-    path: str, basis: Any, view: MatrixView, side: Side, choices: Choices
+    path: str, basis: Any, view: MatrixView, asked: int, choices: Choices
 ) -> None:
     """A restored state must be of this optimizer and these parameters."""
-    rank = _layout.resolve(choices.rank, path, view.shape, None)
-    asked = min(check_rank(rank, path) or 0, view.size)
     expected = _layout.kernel_form_shape(view, True, asked)
     if basis.shape != expected:
+        side = _side(path, view.shape, choices)
         raise ValueError(
             f"the state's basis of '{path}': got shape {basis.shape}, expected "
             f"{expected} ({side} side, rank {asked}). Remedy: restore a state of the "
@@ -196,10 +198,19 @@ def _candidate(
     if (reason := _no_kernel(path, leaf, choices)) is not None:
         return Decision(False, reason)
     view, side = _view(path, shape, leaves, choices)
-    rank = check_rank(_layout.resolve(choices.rank, path, shape, None), path)
+    rank = _rank(path, view, choices)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    return _Candidate(path, dtype, view, side, min(rank, view.size))
+    return _Candidate(path, dtype, view, side, rank)
+
+
+def _rank(path: str, view: MatrixView, choices: Choices) -> int | None:
+    """The rank of one kernel, at most d; None where it is not to be projected."""
+    asked = _layout.resolve(choices.rank, path, view.shape, None)
+    if isinstance(asked, RankFraction):
+        return asked.of(view.size, view.other)
+    rank = check_rank(asked, path)
+    return None if rank is None else min(rank, view.size)
 
 
 def _grouped(
@@ -207,7 +218,14 @@ def _grouped(
 ) -> list[tuple[_Candidate, ...]]:
     """Candidates that keep one basis together; most are alone."""
     groups = _share.resolve_groups(choices.share, candidates)
+    candidates = dict(candidates)
     for owner, *others in groups:
+        most = max(candidates[path].rank for path in (owner, *others))
+        for path in (owner, *others):
+            one = candidates[path]
+            asked = _layout.resolve(choices.rank, path, one.view.shape, None)
+            if isinstance(asked, RankFraction):
+                candidates[path] = one._replace(rank=most)
         for other in others:
             _check_pair(candidates[owner], candidates[other])
     shared = {path for group in groups for path in group}
@@ -348,6 +366,8 @@ def check_rank(rank: Any, path: str = "") -> int | None:
     """
     if rank is None:
         return None
+    if isinstance(rank, RankFraction):
+        return rank.most
     if (rule := _schedule.auto_rank(rank)) is not None:
         return rule.most
     if isinstance(rank, jax.Array):

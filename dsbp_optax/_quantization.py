@@ -1,7 +1,8 @@
 """Arrays of a few bits a number: uniform levels, a scale a row and one a column.
 
 The levels are those of least error for a normal distribution of unit variance. Rows
-are divided by their RMS; the scale of a column is that of least squared error.
+are divided by their RMS; the scale of a column is that of least squared error. Both
+scales are kept in bfloat16, whose rounding is far below a level's width.
 `benchmarks/FINDINGS.md` tells what other scales gave.
 """
 
@@ -31,8 +32,9 @@ class Quantized(NamedTuple):
     Attributes:
       codes: ``(*batch, about a bits / 8, b)`` uint8; bits that do not divide a byte
         lie in planes of 4, 2 and 1, and a byte holds its rows from as many blocks.
-      scale: ``(*batch, 1, b)``, what a unit of the levels stands for in a column.
-      rows: ``(*batch, a, 1)``, RMS of each row.
+      scale: ``(*batch, 1, b)`` bfloat16, what a unit of the levels stands for in a
+        column.
+      rows: ``(*batch, a, 1)`` bfloat16, RMS of each row.
     """
 
     codes: Array
@@ -48,8 +50,8 @@ def quantize(matrix: Array, bits: int) -> Quantized:
       bits: a key of `STEPS`.
     """
     levels, step = 2**bits, STEPS[bits]
-    rows = _rms(matrix, -1)
-    scaled = matrix / jnp.where(rows > 0, rows, 1)
+    rows = _rms(matrix, -1).astype(jnp.bfloat16)
+    scaled = matrix / jnp.where(rows > 0, rows, 1).astype(matrix.dtype)
     columns = _rms(scaled, -2)
     unit = scaled / jnp.where(columns > 0, columns, 1) / step
     index = jnp.clip(jnp.floor(unit) + levels // 2, 0, levels - 1)
@@ -57,11 +59,11 @@ def quantize(matrix: Array, bits: int) -> Quantized:
     overlap = jnp.sum(scaled * decoded, axis=-2, keepdims=True)
     scale = overlap / jnp.sum(decoded * decoded, axis=-2, keepdims=True)
     codes = _pack(index.astype(jnp.uint8), bits)
-    return Quantized(codes, scale * step, rows)
+    return Quantized(codes, (scale * step).astype(jnp.bfloat16), rows)
 
 
 def dequantize(held: Quantized, bits: int) -> Array:
-    """The matrix ``(*batch, a, b)``, in the dtype of the scale.
+    """The matrix ``(*batch, a, b)``, float32.
 
     Args:
       held: what `quantize` made.
@@ -69,8 +71,9 @@ def dequantize(held: Quantized, bits: int) -> Array:
     """
     index = _unpack(held.codes, held.rows.shape[-2], bits)
     centre = (2**bits - 1) / 2
-    levels: Array = index.astype(held.scale.dtype) - centre
-    return levels * held.scale * held.rows
+    levels = index.astype(jnp.float32) - centre
+    scaled: Array = levels * held.scale.astype(jnp.float32)
+    return scaled * held.rows.astype(jnp.float32)
 
 
 def empty(matrix: Array, bits: int) -> Quantized:
@@ -78,8 +81,8 @@ def empty(matrix: Array, bits: int) -> Quantized:
     *shape, a, b = matrix.shape
     return Quantized(
         _pack(jnp.zeros(matrix.shape, jnp.uint8), bits),
-        jnp.zeros((*shape, 1, b), matrix.dtype),
-        jnp.zeros((*shape, a, 1), matrix.dtype),
+        jnp.zeros((*shape, 1, b), jnp.bfloat16),
+        jnp.zeros((*shape, a, 1), jnp.bfloat16),
     )
 
 

@@ -20,7 +20,7 @@ from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._moments import residual_adam, residual_momentum
 from dsbp_optax._project import scale_by_spectral_projection
 from dsbp_optax._residual import Factor, Residual
-from dsbp_optax._schedule import Every, Rank
+from dsbp_optax._schedule import Every, Rank, RankFraction
 from dsbp_optax._types import PyTree, Scalar, Side, Solver
 
 Mask: TypeAlias = Any
@@ -36,6 +36,9 @@ _BITS: Mapping[str, int] = {
     **{f"int{bits}": bits for bits in _quantization.STEPS},
     "float32": 32,
 }
+
+#: Directions that pay for themselves beside a residual that keeps the rest.
+_FEW = RankFraction(1 / 16, most=8)
 
 
 def dsbp(
@@ -120,7 +123,7 @@ def dsbp_sgd(
     momentum: Scalar = 0.9,
     *,
     nesterov: bool = False,
-    rank: PerPath[Rank] = 8,
+    rank: PerPath[Rank] = _FEW,
     whitening: Scalar = 1.0,
     clip: Scalar | None = 2.0,
     residual: ResidualChoice = "int5",
@@ -149,7 +152,8 @@ def dsbp_sgd(
       learning_rate: eta, a number or a schedule; SGD's own is a fair start.
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
+      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+        callable. By default a sixteenth of the narrower side, at most 8.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       clip: largest ratio of the gradient's norm to its running mean, see
         `clip_by_norm_growth`; None for any. Whitening keeps units alive that plain
@@ -182,7 +186,7 @@ def dsbp_sgd(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``2 k (d + m) + 5 d m / 8`` bytes of state a projected kernel instead of
+    Cost: ``2 (k + 1) (d + m) + 5 d m / 8`` bytes of state a projected kernel instead of
     ``4 d m``.
 
     Reference: the eigenbasis is that of arXiv 2505.23369.
@@ -230,9 +234,9 @@ def dsbp_adamw(
     *,
     mu_dtype: Any = None,
     nesterov: bool = False,
-    rank: PerPath[Rank] = 8,
-    clip: Scalar | None = None,
-    residual: ResidualChoice = "int4",
+    rank: PerPath[Rank] = _FEW,
+    clip: Scalar | None = 2.0,
+    residual: ResidualChoice = "int5",
     side: PerPath[Side] = "input",
     update_every: Every = 100,
     power_iterations: Scalar = 5,
@@ -243,8 +247,8 @@ def dsbp_adamw(
     stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
-    moment_dtype: Any = None,
-    basis_dtype: Any = None,
+    moment_dtype: Any = "bfloat16",
+    basis_dtype: Any = "bfloat16",
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose moments are exact in the activation eigenbasis, coarse outside.
@@ -260,12 +264,14 @@ def dsbp_adamw(
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: transformation for parameters that are no kernels; None: the same.
-      mu_dtype: dtype of the first moment, None for the coordinates' own.
+      mu_dtype: dtype of the first moment in full space, and in coordinates where
+        `moment_dtype` is None; None for that of the parameter.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
+      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+        callable. By default a sixteenth of the narrower side, at most 8.
       clip: largest ratio of the gradient's norm to its running mean, see
-        `clip_by_norm_growth`; 2.0 keeps high rates stable; None for any.
-      residual: "int4" keeps the residual's first moment in four bits a number and
+        `clip_by_norm_growth`, which keeps high rates stable; None for any.
+      residual: "int5" keeps the residual's first moment in five bits a number and
         factors the second, see `residual_adam`; likewise "int1" to "int6", "int8",
         "float32"; a number is the share of `normalize_residual`; a rule; None drops
         the residual.
@@ -279,8 +285,9 @@ def dsbp_adamw(
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
-      moment_dtype: dtype that moments in the subspace are stored in.
-      basis_dtype: dtype that bases are stored in.
+      moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
+        rounded stochastically; None keeps that of the computation.
+      basis_dtype: dtype that bases are stored in; None as above.
       statistics_in_state: reserve a place for `put_statistics`.
 
     Returns:
@@ -289,8 +296,8 @@ def dsbp_adamw(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``k (d + 2 m)`` floats and ``d m / 2`` bytes of state a projected kernel
-    instead of ``2 d m`` floats.
+    Cost: ``2 k (d + 2 m) + 6 (d + m) + 5 d m / 8`` bytes of state a projected kernel
+    instead of ``8 d m``.
 
     Reference: the eigenbasis is that of arXiv 2505.23369, the factored second moment
     that of Adafactor, arXiv 1804.04235.
@@ -332,9 +339,9 @@ def dsbp_muon(
     momentum: Scalar = 0.95,
     *,
     nesterov: bool = True,
-    rank: PerPath[Rank] = 8,
+    rank: PerPath[Rank] = _FEW,
     whitening: Scalar = 0.0,
-    residual: ResidualChoice = "int5",
+    residual: ResidualChoice = "int6",
     scale: _orthogonal.Scale = "muon",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -361,7 +368,7 @@ def dsbp_muon(
         W <- W - eta (orthogonalize(V u + r) + weight_decay W)
 
     The coordinates in the basis are exact, and whitened if asked for; what is outside
-    takes five bits a number. Parameters that are no kernels get Adam with the
+    takes six bits a number. Parameters that are no kernels get Adam with the
     same learning rate, as in `optax.contrib.muon`.
 
     Args:
@@ -369,10 +376,11 @@ def dsbp_muon(
         ``scale="adam"``, AdamW's).
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, "auto", a mapping from glob pattern, or a callable.
+      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+        callable. By default a sixteenth of the narrower side, at most 8.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
-      residual: "int5" keeps the residual's momentum in five bits a number, see
-        `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
+      residual: "int6" keeps the residual's momentum in six bits a number, see
+        `residual_momentum`; likewise "int1" to "int5", "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       scale: size of the orthogonalised update, see `orthogonalize`.
       b1: decay of the first moment of Adam, for parameters that are no kernels.
@@ -402,8 +410,8 @@ def dsbp_muon(
     Raises:
       ValueError, TypeError: on bad arguments, naming them.
 
-    Cost: ``2 k (d + m) + 5 d m / 8`` bytes of state a projected kernel instead of
-    ``4 d m``; the FLOPs of Muon.
+    Cost: ``2 (k + 1) (d + m) + 3 d m / 4`` bytes of state a projected kernel instead
+    of ``4 d m``, a quarter or less; the FLOPs of Muon.
 
     Reference: Jordan et al., Muon (2024), in the eigenbasis of arXiv 2505.23369.
 

@@ -113,8 +113,50 @@ class AutoRank:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class RankFraction:
+    """A rank in proportion to the narrower side of each kernel, up to a limit.
+
+        k = clip(floor(fraction min(d, m)), 1, most)
+
+    A basis costs ``k (d + m)`` numbers where the kernel has ``d m``, so that a fixed
+    rank weighs most where kernels are narrow; a fraction bounds its share of a
+    kernel by twice that. Kernels that keep one basis take the largest of their
+    ranks.
+
+    Attributes:
+      fraction: of the narrower side, in (0, 1].
+      most: greatest rank.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=dsbp_optax.RankFraction(1 / 16))
+      >>> tx.init({"kernel": jnp.ones((288, 64))})[0].basis["kernel"].shape
+      (288, 1, 4)
+    """
+
+    fraction: float = 1 / 16
+    most: int = 8
+
+    def __post_init__(self) -> None:
+        if not (_is_real(self.fraction) and 0 < self.fraction <= 1):
+            raise ValueError(
+                f"RankFraction: got fraction={self.fraction!r}, expected a number "
+                "above 0 and at most 1. Remedy: a fixed rank is a plain integer."
+            )
+        if not _is_count(self.most):
+            raise ValueError(
+                f"RankFraction: got most={self.most!r}, expected an integer of at "
+                "least 1."
+            )
+
+    def of(self, size: int, other: int) -> int:
+        """The rank of a matrix of these two sides."""
+        return max(1, min(int(self.fraction * min(size, other)), self.most))
+
+
 Auto: TypeAlias = Literal["auto"]
-Rank: TypeAlias = int | AutoRank | Auto
+Rank: TypeAlias = int | AutoRank | RankFraction | Auto
 Every: TypeAlias = Scalar | AutoInterval | Auto
 
 

@@ -89,7 +89,7 @@ def test_what_follows_for_seven_billion_parameters() -> None:
         model, estimate.RULES["dsbp_adamw, subspace"], 128, share=True
     )
     width, hidden, layers = model.width, model.hidden, model.layers
-    assert short.state - shared == 4 * 128 * layers * 3 * width
+    assert short.state - shared == 2 * 128 * layers * 3 * width
     assert hidden > width
 
 

@@ -162,13 +162,13 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
         return diagnostics.state_bytes(large)
 
     basis, moment, bit = 2 * d * k, 2 * k * m, d * m // 8
-    scale = 4 * (d + m)
+    scale = 2 * (d + m)
     expected = {
         dsbp_optax.dsbp_sgd(0.1): basis + moment + 5 * bit + scale,
-        dsbp_optax.dsbp_muon(0.1): basis + moment + 5 * bit + scale,
+        dsbp_optax.dsbp_muon(0.1): basis + moment + 6 * bit + scale,
         dsbp_optax.dsbp_sgd(0.1, residual=0.5): basis + moment,
-        dsbp_optax.dsbp_adamw(0.1): 2 * basis + 4 * moment + 4 * bit + 2 * scale,
-        dsbp_optax.dsbp_adamw(0.1, residual=0.5): 2 * basis + 4 * moment,
+        dsbp_optax.dsbp_adamw(0.1): basis + 2 * moment + 5 * bit + 3 * scale,
+        dsbp_optax.dsbp_adamw(0.1, residual=0.5): basis + 2 * moment,
     }
     for tx, size in expected.items():
         assert abs(held(tx) - size) <= 0.02 * size

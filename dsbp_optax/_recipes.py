@@ -411,7 +411,7 @@ def dsbp_muon(
       ValueError, TypeError: on bad arguments, naming them.
 
     Cost: ``2 (k + 1) (d + m) + 3 d m / 4`` bytes of state a projected kernel instead
-    of ``4 d m``, a quarter or less; the FLOPs of Muon.
+    of ``4 d m``, about a quarter or less; the FLOPs of Muon.
 
     Reference: Jordan et al., Muon (2024), in the eigenbasis of arXiv 2505.23369.
 

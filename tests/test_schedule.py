@@ -1,5 +1,6 @@
 """Layers that take turns, intervals and ranks that follow the activations."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 from _models import KERNELS, only
 
 import dsbp_optax
-from dsbp_optax import AutoInterval, AutoRank, Sketch, _schedule, _subspace
+from dsbp_optax import (
+    AutoInterval,
+    AutoRank,
+    RankFraction,
+    Sketch,
+    _schedule,
+    _subspace,
+)
 from dsbp_optax.diagnostics import explain, metrics
 
 D, M, K = 16, 6, 6
@@ -412,6 +420,34 @@ def test_words_survive_inject_hyperparams() -> None:
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_fraction_follows_the_narrower_side(side) -> None:
+    shapes = {"wide": (300, 200), "narrow": (300, 40), "thin": (9, 40)}
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+    params["conv"] = {"kernel": jnp.ones((3, 3, 16, 32))}
+    rank = RankFraction(1 / 8, most=6)
+    state = only(
+        projection(rank=rank, side=side, project="always", update_every=3).init(params)
+    )
+    found = {path: basis.shape[-1] for path, basis in state.basis.items()}
+    conv = 144 if side == "input" else 32
+    assert found == {
+        "wide/kernel": 6,
+        "narrow/kernel": 5,
+        "thin/kernel": 1,
+        "conv/kernel": min(6, min(conv, 144, 32) // 8),
+    }
+
+
+def test_a_fraction_bounds_the_share_of_a_basis_and_its_moments() -> None:
+    """``k (d + m) <= 2 fraction d m``, unless a single direction is more."""
+    rule = RankFraction(1 / 16, most=10**6)
+    for d, m in itertools.product((16, 31, 64, 500, 4096), repeat=2):
+        rank = rule.of(d, m)
+        assert rank >= 1 and rank * (d + m) <= 2 / 16 * d * m * max(1, 16 / min(d, m))
+        assert (rank + 1) * 16 > min(d, m)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -421,6 +457,9 @@ def test_words_survive_inject_hyperparams() -> None:
         (lambda: AutoRank(most=2, least=4), "1 <= least <= most"),
         (lambda: AutoRank(most=jnp.asarray(8)), "they set array shapes"),
         (lambda: AutoRank(share=1.0), "above 0 and below 1"),
+        (lambda: RankFraction(0.0), "fraction=0.0, expected a number above 0"),
+        (lambda: RankFraction(16), "Remedy: a fixed rank is a plain integer"),
+        (lambda: RankFraction(most=0), "most=0, expected an integer of at least 1"),
         (lambda: projection(rank="Auto"), "rank: got 'Auto'"),
         (lambda: projection(rank=jnp.asarray(4)), "static_args=\\('rank',\\)"),
         (lambda: projection(update_every="often"), "update_every: got 'often'"),

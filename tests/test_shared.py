@@ -144,6 +144,22 @@ def test_heads_of_different_number_share() -> None:
     assert state.inner.trace[QKV[1]].shape == (K, 10)
 
 
+def test_a_fraction_gives_a_group_the_largest_of_its_ranks() -> None:
+    """Keys of fewer heads are narrower than queries."""
+    tree = params_of("query", "key")
+    tree["key"] = {"kernel": jnp.ones((D, 4))}
+    rank = dsbp_optax.RankFraction(0.5)
+    tx = projection(rank=rank, share=[QKV[:2]], project="always")
+    state = tx.init(tree)
+    assert state.basis[QKV[0]].shape == (D, 1, M // 2)
+    assert state.inner.trace[QKV[1]].shape == (M // 2, 4)
+    grads = jax.tree.map(jnp.ones_like, tree)
+    _, after = tx.update(grads, state, tree)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    other = projection(rank=2, share=[QKV[:2]], project="always").init(tree)
+    refused(ValueError, lambda: tx.update(grads, other, tree), QKV[0], "Remedy")
+
+
 # ---------------------------------------------------------------- laws
 
 

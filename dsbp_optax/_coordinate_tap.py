@@ -18,14 +18,33 @@ from dsbp_optax._types import Array
 
 
 def take_coordinates(linear: LinearMap, x: Array, y: Array, rider: Rider) -> Array:
-    """`y` itself; the cotangent of `rider` holds ``V^T G`` and the sketch.
+    """``y + L_x(V) S``; the cotangent of `rider` holds ``V^T G`` and the sketch.
 
-    As if the layer were ``y = L_x(K) + L_x(V) S`` at ``S = 0``, differentiated with
-    respect to ``S``: what is kept for the backward pass is ``L_x(V)``, of k columns,
-    and the sketch, in the place of ``x``.
+    S is zero unless the rider is displaced, and `y` then as it was. Differentiated with
+    respect to S: what is kept for the backward pass is ``L_x(V)``, of k columns, and
+    the sketch, in the place of ``x``.
     """
     core = core_form(rider, linear, "input")
+    if rider.displaced:
+        y = _displaced(linear, x, y, core)
+        core = dataclasses.replace(core, displaced=False)
     return _take(linear.apply, linear.batch, y, x, core)
+
+
+def _displaced(linear: LinearMap, x: Array, y: Array, core: Rider) -> Array:
+    """``y + L_x(V) S``, a function of x, which is not to be kept for it."""
+    step = jax.lax.stop_gradient(core.coordinates)
+    basis = jax.lax.stop_gradient(core.basis)
+
+    def lifted(x: Array, basis: Array, step: Array) -> Array:
+        z = linear.apply(x.astype(basis.dtype), basis)
+        front, rank = z.shape[: linear.batch], z.shape[-1]
+        samples = z.reshape(*front, -1, rank)
+        moves = step.reshape(*front, -1, rank)
+        found = jnp.einsum("...nk,...mk->...nm", samples, moves)
+        return found.reshape(y.shape)
+
+    return y + _sharding.in_place(lifted, y, x, basis, step).astype(y.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,7 +8,7 @@ head) has a gradient that the layer does not see, and must not be held.
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,15 @@ from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
 
+#: Path -> S of kernels that stand for ``K + V S``.
+Displacement: TypeAlias = Mapping[str, Coordinates] | None
+
 
 def add_coordinates(
-    owners: Mapping[str, Rider], opt_state: PyTree, leaves: Mapping[str, Any]
+    owners: Mapping[str, Rider],
+    opt_state: PyTree,
+    leaves: Mapping[str, Any],
+    displacement: Displacement = None,
 ) -> dict[str, Rider]:
     """A rider for each projected kernel, those that share a basis included.
 
@@ -30,11 +36,13 @@ def add_coordinates(
       owners: of `_tap.make_riders`, one for each basis.
       opt_state: any nest of optax states.
       leaves: path -> parameter.
+      displacement: path -> S of kernels that stand for ``K + V S``.
 
     Raises:
-      ValueError: when the state holds no projection, or a basis of no parameter.
+      ValueError: when the state holds no projection, or a basis of no parameter; when
+        a displacement does not fit.
     """
-    riders, found = dict(owners), False
+    riders, found, steps = dict(owners), False, dict(displacement or {})
     for state in _spectral.find_states(opt_state):
         if not isinstance(state, SpectralProjectionState):
             continue
@@ -46,8 +54,25 @@ def add_coordinates(
             if path != owner:  # Its statistic would be the owner's once more.
                 rider = dataclasses.replace(rider, count=jnp.zeros_like(rider.count))
             shape = _shape(jnp.shape(leaves[path]), rider.basis.shape, stacked)
-            zeros = jnp.zeros(shape, rider.basis.dtype)
-            riders[path] = dataclasses.replace(rider, coordinates=zeros)
+            step = steps.pop(path, None)
+            values = (
+                jnp.zeros(shape, rider.basis.dtype) if step is None else step.values
+            )
+            if values.shape != shape:
+                raise ValueError(
+                    f"displacement of '{path}': got {values.shape}, expected {shape}. "
+                    "Remedy: pass what subspace_sam gives its grad_fn."
+                )
+            riders[path] = dataclasses.replace(
+                rider,
+                coordinates=values.astype(rider.basis.dtype),
+                displaced=step is not None,
+            )
+    if steps:
+        raise ValueError(
+            f"displacement: got {_checks.some(sorted(steps))}, for which the state "
+            "holds no basis. Remedy: pass what subspace_sam gives its grad_fn."
+        )
     if not found:
         raise ValueError(
             f"subspace_value_and_grad: got {type(opt_state).__name__}, which holds no "
@@ -109,6 +134,15 @@ def release(
     """
     free = {key: riders[key] for key in owners if key not in held}
     taken = {key: rider for key, rider in riders.items() if key in held}
+    moved = [
+        key for key, rider in riders.items() if rider.displaced and key not in held
+    ]
+    if moved:
+        raise ValueError(
+            f"displacement of {_checks.some(moved)}: these kernels are not held "
+            "constant, so nothing takes the step. Remedy: pass what subspace_sam gives "
+            "its grad_fn, for the same loss."
+        )
     plain = {k: dataclasses.replace(r, coordinates=None) for k, r in free.items()}
     return {**taken, **plain}
 

@@ -178,6 +178,15 @@ def to_coordinates(values: Array, view: MatrixView) -> Array:
     return ordered if view.flipped else jnp.swapaxes(ordered, -1, -2)
 
 
+def from_coordinates(coordinates: Array, view: MatrixView) -> Array:
+    """The inverse of `to_coordinates`."""
+    ordered = coordinates if view.flipped else jnp.swapaxes(coordinates, -1, -2)
+    order = (*view.batch, *view.columns, *view.rows)
+    columns, ones = _lengths(view.shape, view.columns), (1,) * len(view.rows)
+    split = ordered.reshape(*view.batch_shape, *columns, *ones, ordered.shape[-1])
+    return split.transpose(*_inverse(order), len(order))
+
+
 def from_kernel_form(array: Array, view: MatrixView) -> Array:
     """``kernel form -> (*batch, d or 1, c)``, the inverse of `to_kernel_form`."""
     order = view.batch + view.rows + view.columns

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _adapt, _checks, _layout, _plan, _spectral, _subspace
-from dsbp_optax._layout import MatrixView
+from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
 
@@ -23,16 +24,28 @@ class Subspace(NamedTuple):
     basis: Array
     view: MatrixView
 
-    def project(self, kernel: Array) -> Array:
+    def project(self, kernel: Array | Coordinates) -> Array:
         """``V^T G``, shaped as moments in the inner state are."""
+        if isinstance(kernel, Coordinates):
+            values = _layout.to_coordinates(kernel.values, self.view)
+            return values.astype(self.basis.dtype)
         matrix = _layout.to_matrices(kernel.astype(self.basis.dtype), self.view)
         return _subspace.project(self.basis, matrix, self.view.flipped)
 
+    def held(self, coordinates: Array) -> Coordinates:
+        """Coordinates in the form in which they stand for a gradient."""
+        return Coordinates(
+            _layout.from_coordinates(self._shaped(coordinates), self.view)
+        )
+
     def lift(self, coordinates: Array) -> Array:
         """``V u``, shaped as the kernel."""
-        shaped = coordinates.reshape(self.view.coordinate_shape(self.basis.shape[-1]))
+        shaped = self._shaped(coordinates)
         matrix = _subspace.lift(self.basis, shaped, self.view.flipped)
         return _layout.from_matrices(matrix, self.view)
+
+    def _shaped(self, coordinates: Array) -> Array:
+        return coordinates.reshape(self.view.coordinate_shape(self.basis.shape[-1]))
 
 
 def projections(opt_state: PyTree, who: str) -> list[SpectralProjectionState]:
@@ -94,11 +107,19 @@ def scaled_to(
     return {path: (factor * part).astype(part.dtype) for path, part in parts.items()}
 
 
-def add(tree: PyTree, changes: Mapping[str, Array], sign: int = 1) -> PyTree:
-    """`tree` plus (or minus) `changes` by path, in the dtype of its leaves."""
+def add(
+    tree: PyTree, changes: Mapping[str, Array | Coordinates], sign: int = 1
+) -> PyTree:
+    """`tree` plus (or minus) `changes` by path, in the dtype of its leaves.
+
+    Coordinates are added to coordinates.
+    """
     leaves, treedef = _layout.flatten_with_paths(tree)
     for path, change in changes.items():
         leaf = leaves[path]
+        if isinstance(change, Coordinates):
+            leaves[path] = jax.tree.map(lambda x, y: x + sign * y, leaf, change)
+            continue
         wide = leaf.astype(_plan.compute_dtype(leaf.dtype)) + sign * change
         leaves[path] = wide.astype(leaf.dtype)
     return treedef.unflatten(leaves.values())

@@ -44,6 +44,8 @@ class Rider:
     The value of `count` says whether this step collects; its cotangent counts the
     samples. The cotangents of the others are ``Y``, ``|A|^2`` and the sum of samples,
     that of `coordinates`, where there are any, the kernel's gradient in the basis.
+    `displaced` says that the coordinates S are not zero: the kernel stands for
+    ``K + V S``.
     """
 
     basis: Array
@@ -51,6 +53,7 @@ class Rider:
     trace: Array
     total: Array
     coordinates: Array | None = None
+    displaced: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def parameter_path(key: str) -> str:

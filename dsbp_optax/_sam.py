@@ -12,8 +12,9 @@ from dsbp_optax import _checks, _coordinates, _layout, _perturb, _plan
 from dsbp_optax._perturb import Subspace
 from dsbp_optax._types import Array, PyTree
 
-#: (parameters, 0) -> gradients, as `optax.contrib.sam` takes it.
-GradFn: TypeAlias = Callable[[PyTree, int], PyTree]
+#: (parameters, 0) -> gradients, as `optax.contrib.sam` takes it; see `subspace_sam` for
+#: gradients in coordinates.
+GradFn: TypeAlias = Callable[[PyTree, Any], PyTree]
 Parts: TypeAlias = dict[str, Array]
 
 _WHO = "subspace_sam"
@@ -67,13 +68,18 @@ def subspace_sam(
 
     Returns:
       An optimizer; call ``update(grads, state, params, grad_fn=..., statistics=...)``
-      with ``grad_fn(params, i) -> gradients``, as `optax.contrib.sam` takes it.
+      with ``grad_fn(params, i) -> gradients``, as `optax.contrib.sam` takes it. Where
+      the gradients are `Coordinates`, the kernels stay where they are, ``grad_fn`` gets
+      the step ``{path: Coordinates}`` in the place of i, and is to take its gradient
+      there: ``lambda params, step: subspace_value_and_grad(loss_fn)(params, ...,
+      displacement=step)[1]``.
 
     Raises:
       ValueError: without `grad_fn`, without parameters, or without a projection.
 
     Cost: one more gradient every `every` steps, and ``4 d k m`` FLOPs a kernel; one
-    temporary set of parameters and gradients. State: none, or ``k m`` numbers a
+    temporary set of parameters and gradients, ``k m`` numbers a kernel of each where
+    gradients are coordinates. State: none, or ``k m`` numbers a
     kernel with `every` above 1.
 
     Reference: Foret et al., SAM, arXiv 2010.01412; Kwon et al., ASAM, 2102.11600; Liu
@@ -120,15 +126,17 @@ def _update(
             f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
             "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
         )
-    _coordinates.refuse(_coordinates.find(updates), _WHO)
     spaces = _spaces(state.optimizer, params)
     gradient = _divided(updates, spaces, rule.unprojected)
     weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None
     ascent = _ascent(gradient, weight, _perturb.value_at(rule.radius, state.step))
+    short = frozenset(_coordinates.find(updates))
+    steps = {path: spaces[path].held(ascent.pop(path)) for path in short}
     away = _perturb.add(params, _perturb.lifted(ascent, spaces))
 
     def fresh(change: Parts) -> tuple[PyTree, Parts]:
-        there = jax.tree.map(lambda g, u: g.astype(u.dtype), grad_fn(away, 0), updates)
+        there = grad_fn(away, steps if short else 0)
+        there = jax.tree.map(lambda g, u: g.astype(u.dtype), there, updates)
         return there, _relative_change(there, gradient, spaces) if change else change
 
     def again(change: Parts) -> tuple[PyTree, Parts]:
@@ -170,7 +178,9 @@ def _changed(
     """The gradients, changed as the last ascent changed them."""
     size = optax.tree.norm({path: gradient[path] for path in change})
     parts = {path: size * part for path, part in change.items()}
-    return _perturb.add(updates, _perturb.lifted(parts, spaces))
+    short = _coordinates.find(updates)
+    held = {path: spaces[path].held(parts.pop(path)) for path in short}
+    return _perturb.add(updates, {**_perturb.lifted(parts, spaces), **held})
 
 
 def _divided(

@@ -16,6 +16,7 @@ from flax.training import train_state
 
 from dsbp_optax import _held, _inputs, _layout, _rider, _tap
 from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._held import Displacement
 from dsbp_optax._recorder import Recorder
 from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
@@ -163,10 +164,12 @@ def subspace_value_and_grad(
         depends on a projected kernel elsewhere than through its layer.
 
     Returns:
-      ``(params, *args, opt_state, **kwargs) -> (value, grads, statistics)``, with
-      `dsbp_optax.Coordinates` in the place of the gradients of projected kernels:
-      to rounding what `dsbp_optax.project_gradients` makes of whole ones. Kernels
-      whose layer has no rule, and bases on the output side, get whole gradients.
+      ``(params, *args, opt_state, displacement=None, **kwargs) -> (value, grads,
+      statistics)``, with `dsbp_optax.Coordinates` in the place of the gradients of
+      projected kernels: to rounding what `dsbp_optax.project_gradients` makes of whole
+      ones. Kernels whose layer has no rule, and bases on the output side, get whole
+      gradients. With a displacement, as `dsbp_optax.subspace_sam` hands one to its
+      ``grad_fn``, all is taken at ``K + V S``, which is not formed.
 
     Raises:
       ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
@@ -191,10 +194,16 @@ def subspace_value_and_grad(
     """
     every_rule = {**_RULES, **_tap.check_rules(rules)}
 
-    def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(
+        params: PyTree,
+        *args: Any,
+        opt_state: PyTree,
+        displacement: Displacement = None,
+        **kwargs: Any,
+    ) -> Any:
         leaves, treedef = _layout.flatten_with_paths(params)
         owners, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
-        riders = _held.add_coordinates(owners, opt_state, leaves)
+        riders = _held.add_coordinates(owners, opt_state, leaves, displacement)
 
         def run(recorder: _Recorder, leaves: Any, riders: dict[str, Rider]) -> Any:
             tree = treedef.unflatten(leaves.values())

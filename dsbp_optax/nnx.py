@@ -8,16 +8,15 @@ optimizer.update(model, grads, statistics=statistics)
 import contextlib
 import contextvars
 import functools
-import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dsbp_optax import _held, _inputs, _layout, _rider, _tap
-from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._held import Displacement
+from dsbp_optax._nnx_layers import RULES, LayerRule
 from dsbp_optax._recorder import Recorder
 from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
@@ -33,9 +32,6 @@ __all__ = [
     "value_and_grad",
     "warm_start",
 ]
-
-#: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
-LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
 
 #: Where a watched layer holds the path of its kernel.
 _PATH = "dsbp_path"
@@ -92,7 +88,7 @@ def value_and_grad(
       >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
       >>> _ = optimizer.update(model, grads, statistics=statistics)
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
     def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
         state = _state_of(opt_state)
@@ -153,13 +149,19 @@ def subspace_value_and_grad(
       >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
       >>> _ = optimizer.update(model, grads, statistics=statistics)
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
-    def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(
+        model: Any,
+        *args: Any,
+        opt_state: PyTree,
+        displacement: Displacement = None,
+        **kwargs: Any,
+    ) -> Any:
         state = _state_of(opt_state)
         leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
         owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
-        riders = _held.add_coordinates(owners, state, leaves)
+        riders = _held.add_coordinates(owners, state, leaves, displacement)
 
         def call(model: Any) -> Any:
             found = loss_fn(model, *args, **kwargs)
@@ -303,8 +305,10 @@ def make_grad_fn(
     *args: Any,
     has_aux: bool = False,
     wrt: Any = nnx.Param,
+    opt_state: PyTree | None = None,
+    rules: Mapping[type, LayerRule] | None = None,
     **kwargs: Any,
-) -> Callable[[PyTree, int], PyTree]:
+) -> Callable[[PyTree, Any], PyTree]:
     """The ``grad_fn`` that `subspace_sam` and `optax.contrib.sam` ask for.
 
     Args:
@@ -313,6 +317,9 @@ def make_grad_fn(
       *args: the batch.
       has_aux: as for `value_and_grad`.
       wrt: as for `value_and_grad`.
+      opt_state: as for `subspace_value_and_grad`, whose gradients are then taken; None
+        for whole ones.
+      rules: as for `subspace_value_and_grad`.
       **kwargs: passed to the loss.
 
     Returns:
@@ -336,15 +343,17 @@ def make_grad_fn(
     graphdef, *parts = nnx.split(model, wrt, ...)
     rest = _pure(parts[1])
 
-    def grad_fn(params: PyTree, number: int) -> PyTree:
-        del number
+    if opt_state is None:
+        where = nnx.DiffState(0, wrt)
+        differentiate = nnx.value_and_grad(loss_fn, argnums=where, has_aux=has_aux)
+    else:
+        differentiate = subspace_value_and_grad(loss_fn, has_aux, wrt=wrt, rules=rules)
 
-        def loss(params: PyTree) -> Array:
-            result = loss_fn(nnx.merge(graphdef, params, rest), *args, **kwargs)
-            value: Array = result[0] if has_aux else result
-            return value
-
-        return jax.grad(loss)(params)
+    def grad_fn(params: PyTree, displacement: Any) -> PyTree:
+        there, extra = nnx.merge(graphdef, params, rest), dict(kwargs)
+        if opt_state is not None:
+            extra |= {"opt_state": opt_state, "displacement": displacement}
+        return _pure(differentiate(there, *args, **extra)[1])
 
     return grad_fn
 
@@ -391,7 +400,7 @@ def find_shared_inputs(
     """
     del has_aux
     leaves, _ = _layout.flatten_with_paths(_pure(nnx.state(model, wrt)))
-    recorder = _Recorder({**_RULES, **_tap.check_rules(rules)}, leaves)
+    recorder = _Recorder({**RULES, **_tap.check_rules(rules)}, leaves)
     copy = nnx.clone(model)
     recorder.watch(copy)
     graphdef, values = nnx.split(copy)
@@ -514,51 +523,3 @@ def _pure(tree: PyTree) -> PyTree:
         tree,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
-
-
-def _by_shadow(layer: Any, inputs: int, batch: int = 0, **others: Any) -> LinearMap:
-    """The layer's own call on a stand-in whose kernel has any number of features."""
-    call = getattr(type(layer), "__wrapped_type__", type(layer)).__call__
-
-    def apply(x: Array, kernel: Array) -> Array:
-        changes = {
-            "kernel": nnx.Param(kernel),
-            "bias": None,
-            "use_bias": False,
-            "dtype": kernel.dtype,
-            "preferred_element_type": None,
-            **others,
-        }
-        stand_in = types.SimpleNamespace(**{**vars(layer), **changes})
-        return jnp.asarray(call(stand_in, x))
-
-    return LinearMap(apply, inputs, batch)
-
-
-def _linear(layer: Any) -> LinearMap:
-    return _by_shadow(layer, 1)
-
-
-def _linear_general(layer: Any) -> LinearMap:
-    return _by_shadow(layer, len(layer.axis), len(layer.batch_axis))
-
-
-def _conv(layer: Any) -> LinearMap | None:
-    if layer.mask is not None or layer.feature_group_count != 1:
-        return None
-    spatial = len(layer.kernel_size)
-    return _by_shadow(layer, spatial + 1, conv_general_dilated=shifted_convolution)
-
-
-def _conv_transpose(layer: Any) -> LinearMap | None:
-    if layer.mask is not None or layer.transpose_kernel:
-        return None
-    return _by_shadow(layer, len(layer.kernel_size) + 1)
-
-
-_RULES: Mapping[type, LayerRule] = {
-    nnx.Linear: _linear,
-    nnx.LinearGeneral: _linear_general,
-    nnx.Conv: _conv,
-    nnx.ConvTranspose: _conv_transpose,
-}

@@ -53,6 +53,7 @@ LEVELS = {
     "_rule": 6,
     "_sharpness": 6,
     "_inputs": 8,
+    "_nnx_layers": 9,
     "_perturb": 6,
     "_snapshot": 5,
     "_surface": 3,
@@ -71,7 +72,8 @@ LEVELS = {
     "__init__": 11,
 }
 KERNELS = ("_basis", "_convolution", "_subspace")
-ADAPTERS = {"linen": "flax.nnx", "nnx": "flax.linen"}  # adapter: not its framework
+#: Adapter -> what is not its framework.
+ADAPTERS = {"linen": "flax.nnx", "nnx": "flax.linen", "_nnx_layers": "flax.linen"}
 TRANSFORMATIONS = ("_project", "_sharpness", "_recipes")
 MOST_LINES_OF_FUNCTION = 40
 MOST_LINES_OF_FILE = 300

@@ -118,7 +118,13 @@ def test_training_is_that_with_projected_whole_gradients(dtype: Any) -> None:
         loss_fn, x = loss_of(network.linen), batch(network, 3, dtype)
         params = init(network, dtype)
         tx = dsbp_optax.dsbp_adamw(
-            0.01, rank=2, residual=None, update_every=4, power_iterations=1
+            0.01,
+            rank=2,
+            residual=None,
+            update_every=4,
+            power_iterations=1,
+            moment_dtype=None,
+            basis_dtype=None,
         )
 
         def train(short: bool) -> Any:

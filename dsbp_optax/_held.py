@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from dsbp_optax import _checks, _spectral
+from dsbp_optax import _checks, _sharding, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
@@ -47,6 +47,7 @@ def add_coordinates(
                 rider = dataclasses.replace(rider, count=jnp.zeros_like(rider.count))
             shape = _shape(jnp.shape(leaves[path]), rider.basis.shape, stacked)
             zeros = jnp.zeros(shape, rider.basis.dtype)
+            zeros = _sharding.put(zeros, _sharding.beside(leaves[path], shape))
             riders[path] = dataclasses.replace(rider, coordinates=zeros)
     if not found:
         raise ValueError(

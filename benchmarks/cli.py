@@ -16,6 +16,7 @@ from benchmarks import (
     communication,
     compare,
     controls,
+    coordinates,
     distributed,
     estimate,
     flatness,
@@ -334,6 +335,45 @@ def communication_command(
     _save(json, {**record, "devices": devices, "route": route, **found}, quiet)
     if not quiet:
         console.print(report.communication_table(f"{workload}, {route} route", found))
+
+
+@app.command("coordinates")
+def coordinates_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    data_dir: DataDir = None,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
+    width: Annotated[int, typer.Option(min=1, help="of the timed layers")] = 2048,
+    layers: Annotated[int, typer.Option(min=1, help="that are timed")] = 6,
+    samples: Annotated[int, typer.Option(min=1, help="of their batch")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="timed, none refreshes")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="whose losses are compared")] = 100,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Gradients in coordinates against whole ones: time, memory, losses.
+
+    Time and memory against `optax.adamw`, of dense layers on random numbers; memory
+    also on the workload, and losses there against projecting whole gradients. Times
+    mean most on one core: `taskset -c 0 python -m benchmarks coordinates`.
+    """
+    chosen = _lookup(WORKLOADS, workload, "WORKLOAD")
+    model = coordinates.Mlp(width, layers)
+    with _failures(), report.make_progress(console, quiet) as progress:
+        task = progress.add_task("steps in turns", total=coordinates.turns(rounds))
+        curves = progress.add_task("losses", total=coordinates.RUNS * steps)
+        figures = coordinates.figures(model, samples, chosen, rank)
+        losses = coordinates.compare_losses(
+            *(chosen, data_dir, rank, steps), lambda: progress.advance(curves)
+        )
+        times = coordinates.time_steps(
+            *(model, samples, rank, rounds), lambda: progress.advance(task)
+        )
+    sizes = {"rank": rank, "width": width, "layers": layers, "samples": samples}
+    record = {**records.environment(), "workload": workload, **sizes}
+    _save(json, {**record, "figures": figures, "times": times, "losses": losses}, quiet)
+    if not quiet:
+        for table in report.coordinates_tables(workload, figures, times, losses):
+            console.print(table)
 
 
 @app.command("distributed")

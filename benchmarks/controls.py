@@ -94,10 +94,11 @@ class Control:
 def _control(of: str, name: str, summary: str, **changes: Any) -> Control:
     base = CONTENDERS[of]
     factory = changes.pop("factory", base.factory)
+    training = changes.pop("training", {})
     settings = changes.pop("settings", {**base.settings, **changes})
     full = f"{of}, {name}"
     contender = replace(
-        base, name=full, summary=summary, factory=factory, settings=settings
+        base, name=full, summary=summary, factory=factory, settings=settings, **training
     )
     return Control(name, of, contender)
 
@@ -122,6 +123,12 @@ CONTROLS: tuple[Control, ...] = (
         *("dsbp_muon", "coordinates alone", "16 x m numbers, no residual"),
         factory=orthogonal_coordinates,
         settings={},
+    ),
+    _control(
+        *("dsbp_muon", "gradients in coordinates", "32 x m numbers, whole ones never"),
+        rank=32,
+        residual=None,
+        training={"coordinates": True, "warm_start": True},
     ),
     *_of_any("dsbp_sgd"),
     _control("dsbp_sgd", "no whitening", "momentum as it is", whitening=0.0),

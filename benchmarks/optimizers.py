@@ -41,6 +41,7 @@ class Contender:
       window: steps at the start of each period that refresh.
       warm_start: whether all iterations of the first refresh happen on the first
         batch, as the paper has it.
+      coordinates: whether gradients of projected kernels are taken in coordinates.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     period: int = 0
     window: int = 0
     warm_start: bool = False
+    coordinates: bool = False
 
     def build(
         self, learning_rate: optax.ScalarOrSchedule

@@ -88,6 +88,39 @@ def communication_table(title: str, found: Mapping[str, Any]) -> Table:
     return table
 
 
+def coordinates_tables(
+    workload: str,
+    figures: Mapping[str, Sequence[Mapping[str, Any]]],
+    times: Mapping[str, Any],
+    losses: Mapping[str, Any],
+) -> list[Table]:
+    """What `benchmarks.coordinates` found, against whole gradients."""
+    memory = _table("Compiled programs", "model")
+    for heading in ("program", "gradients"):
+        memory.add_column(heading)
+    _columns(memory, "GFLOP", "temp MiB", "in place MiB")
+    for model, rows in figures.items():
+        for row in sorted(rows, key=lambda row: row["program"]):
+            memory.add_row(
+                *(model, row["program"], row["way"]),
+                _number(row["flops"], ",.1f", 1e-9),
+                _number(row["temporary_bytes"], ",.1f", 1 / 2**20),
+                _number(row["aliased_bytes"], ",.1f", 1 / 2**20),
+            )
+    clocks = _table("Steps in turns, against optax.adamw (95 %)", "clock")
+    _columns(clocks, "step", "step that refreshes", "mean of a period")
+    for clock in ("wall", "cpu"):
+        row = (_interval(times[clock]), _interval(times[f"refresh_{clock}"]))
+        clocks.add_row(clock, *row, f"{times[f'period_{clock}']:.2f}")
+    gaps = _table(f"{workload}: losses, against projecting whole gradients", "dtype")
+    gaps.add_column("run")
+    curves = [(d, w, g) for d, f in losses.items() for w, g in f["gaps"].items()]
+    _columns(gaps, *(f"to step {step}" for step in curves[0][2]))
+    for dtype, way, gap in curves:
+        gaps.add_row(dtype, way, *(f"{value:.1e}" for value in gap.values()))
+    return [memory, clocks, gaps]
+
+
 def cost_table(title: str, found: Sequence[Entry]) -> Table:
     """Memory and times; the ratio is of the kernels' state, to the best peer's."""
     peer = compare.best_peer(found)

@@ -70,15 +70,26 @@ def train_step(
     params: Params,
     opt_state: Any,
     batch: Any,
+    coordinates: bool = False,
 ) -> tuple[Params, Any, jax.Array]:
     """One step, the same for every contender.
 
     Statistics exist only where `tx` asks for them; only SAM uses `grad_fn` and only
     Sophia `obj_fn`. The gradients of SAM's second point are clipped alike.
+
+    Args:
+      loss: ``(params, batch) -> loss``.
+      clip: largest norm of all gradients, in coordinates where they are; None for any.
+      tx: the optimizer.
+      params: parameters.
+      opt_state: its state.
+      batch: one batch.
+      coordinates: whether gradients are taken in coordinates.
     """
     clipped = _clipper(clip)
-    value_and_grad = dsbp_optax.linen.value_and_grad(loss)
-    value, grads, statistics = value_and_grad(params, batch, opt_state=opt_state)
+    make = dsbp_optax.linen
+    collect = make.subspace_value_and_grad if coordinates else make.value_and_grad
+    value, grads, statistics = collect(loss)(params, batch, opt_state=opt_state)
     extra = {"statistics": statistics} if statistics else {}
     updates, opt_state = tx.update(
         clipped(grads),
@@ -96,7 +107,10 @@ def make_step(workload: Workload, contender: Contender) -> Any:
 
     def step(params: Params, opt_state: Any, batch: Any, rate: Any, steps: Any) -> Any:
         tx = contender.build(lambda count: workload.schedule(count, rate, steps))
-        return train_step(workload.loss, workload.clip, tx, params, opt_state, batch)
+        return train_step(
+            *(workload.loss, workload.clip, tx, params, opt_state, batch),
+            contender.coordinates,
+        )
 
     return jax.jit(step, donate_argnums=(0, 1))
 

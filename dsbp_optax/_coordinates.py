@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsbp_optax import _checks, _layout, _plan, _spectral
+from dsbp_optax import _checks, _layout, _plan, _sharding, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
@@ -99,14 +99,20 @@ def _project(
     used = [a for a in every if form[a] > 1]
     kept = [a for a in every if a not in rows]
     dtype = _plan.compute_dtype(jnp.result_type(gradient))
-    values = jnp.einsum(
-        _layout.astype(gradient, dtype),
-        list(every),
-        basis.astype(dtype).reshape(*(form[a] for a in used), basis.shape[-1]),
-        [*used, len(shape)],
-        [*kept, len(shape)],
-    )
-    return Coordinates(jnp.expand_dims(values, rows))
+
+    def product(gradient: Array, basis: Array) -> Array:
+        values = jnp.einsum(
+            _layout.astype(gradient, dtype),
+            list(every),
+            basis.astype(dtype).reshape(*(form[a] for a in used), basis.shape[-1]),
+            [*used, len(shape)],
+            [*kept, len(shape)],
+        )
+        return jnp.expand_dims(values, rows)
+
+    small = (*(1 if a in rows else n for a, n in enumerate(shape)), basis.shape[-1])
+    place = _sharding.beside(gradient, small)
+    return Coordinates(_sharding.in_place(product, place, gradient, basis))
 
 
 def find(tree: PyTree) -> list[str]:

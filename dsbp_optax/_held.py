@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from dsbp_optax import _checks, _spectral
+from dsbp_optax import _checks, _sharding, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
@@ -54,20 +54,8 @@ def add_coordinates(
             if path != owner:  # Its statistic would be the owner's once more.
                 rider = dataclasses.replace(rider, count=jnp.zeros_like(rider.count))
             shape = _shape(jnp.shape(leaves[path]), rider.basis.shape, stacked)
-            step = steps.pop(path, None)
-            values = (
-                jnp.zeros(shape, rider.basis.dtype) if step is None else step.values
-            )
-            if values.shape != shape:
-                raise ValueError(
-                    f"displacement of '{path}': got {values.shape}, expected {shape}. "
-                    "Remedy: pass what subspace_sam gives its grad_fn."
-                )
-            riders[path] = dataclasses.replace(
-                rider,
-                coordinates=values.astype(rider.basis.dtype),
-                displaced=step is not None,
-            )
+            place = _sharding.beside(leaves[path], shape)
+            riders[path] = _with_step(path, rider, shape, steps.pop(path, None), place)
     if steps:
         raise ValueError(
             f"displacement: got {_checks.some(sorted(steps))}, for which the state "
@@ -80,6 +68,27 @@ def add_coordinates(
             "gave."
         )
     return riders
+
+
+def _with_step(
+    path: str,
+    rider: Rider,
+    shape: tuple[int, ...],
+    step: Coordinates | None,
+    place: Any,
+) -> Rider:
+    """The rider with coordinates of that shape: the step, or zeros."""
+    dtype = rider.basis.dtype
+    if step is None:
+        zeros = _sharding.put(jnp.zeros(shape, dtype), place)
+        return dataclasses.replace(rider, coordinates=zeros)
+    values = step.values.astype(dtype)
+    if values.shape != shape:
+        raise ValueError(
+            f"displacement of '{path}': got {values.shape}, expected {shape}. Remedy: "
+            "pass what subspace_sam gives its grad_fn."
+        )
+    return dataclasses.replace(rider, coordinates=values, displaced=True)
 
 
 def _shape(

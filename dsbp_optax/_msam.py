@@ -1,15 +1,24 @@
 """Sharpness-aware training along the momentum: no second gradient."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _coordinates, _layout, _perturb, _spectral, _transport
+from dsbp_optax import (
+    _coordinates,
+    _layout,
+    _perturb,
+    _sharding,
+    _spectral,
+    _transport,
+)
 from dsbp_optax._spectral import SpectralProjectionState
 from dsbp_optax._types import Array, PyTree
+
+Parts: TypeAlias = dict[str, Array]
 
 _WHO = "subspace_msam"
 
@@ -141,16 +150,22 @@ def _update(
     return _perturb.add(steps, moved), SubspaceMsamState(count, radius, held)
 
 
-def _step_away(held: PyTree, tree: PyTree, radius: Array) -> dict[str, Array]:
+def _step_away(held: PyTree, tree: PyTree, radius: Array) -> Parts:
     """``rho V normalize(u)`` of every projected kernel, by path."""
     leaves, _ = _layout.flatten_with_paths(tree)
-    states = _perturb.projections(held, _WHO)
-    momentum: dict[str, Array] = {}
-    for state in states:
-        momentum |= _momentum(state)
-    spaces = _perturb.subspaces(states, leaves)
-    wide = {path: u.astype(spaces[path].basis.dtype) for path, u in momentum.items()}
-    return _perturb.lifted(_perturb.scaled_to(radius, wide), spaces)
+    paths = _perturb.projected(held, _WHO, leaves)
+
+    def step(held: PyTree, kernels: Parts, radius: Array) -> Parts:
+        states = _perturb.projections(held, _WHO)
+        momentum: dict[str, Array] = {}
+        for state in states:
+            momentum |= _momentum(state)
+        spaces = _perturb.subspaces(states, kernels)
+        wide = {p: u.astype(spaces[p].basis.dtype) for p, u in momentum.items()}
+        return _perturb.lifted(_perturb.scaled_to(radius, wide), spaces)
+
+    kernels = {path: leaves[path] for path in paths}
+    return _sharding.in_place(step, kernels, held, kernels, radius)
 
 
 def _momentum(state: SpectralProjectionState) -> dict[str, Array]:

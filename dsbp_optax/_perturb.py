@@ -68,6 +68,23 @@ def projections(opt_state: PyTree, who: str) -> list[SpectralProjectionState]:
     return states
 
 
+def projected(opt_state: PyTree, who: str, leaves: Mapping[str, Any]) -> list[str]:
+    """Paths of the projected kernels.
+
+    Args:
+      opt_state: any nest of optax states.
+      who: asks.
+      leaves: parameters or gradients by path.
+
+    Raises:
+      ValueError: without a projection, or when a kernel is not among the leaves.
+    """
+    paths = [p for s in projections(opt_state, who) for p in _spectral.owners_of(s)]
+    for path in paths:
+        _spectral.check_path(path, leaves)
+    return paths
+
+
 def subspaces(
     states: list[SpectralProjectionState], leaves: Mapping[str, Any]
 ) -> dict[str, Subspace]:
@@ -89,6 +106,26 @@ def subspaces(
             stacked = state.spectrum[owner].trace.shape
             view = _layout.view_of(jnp.shape(leaves[path]), basis.shape, stacked)
             found[path] = Subspace(_layout.from_kernel_form(basis, view), view)
+    return found
+
+
+def zero_coordinates(
+    states: list[SpectralProjectionState], leaves: Mapping[str, Any]
+) -> dict[str, Array]:
+    """Zeros shaped as the coordinates of every projected kernel, by path.
+
+    Args:
+      states: of the projections.
+      leaves: parameters by path.
+    """
+    found = {}
+    for state in states:
+        for path, owner in _spectral.owners_of(state).items():
+            _spectral.check_path(path, leaves)
+            form, stacked = state.basis[owner].shape, state.spectrum[owner].trace.shape
+            view = _layout.view_of(jnp.shape(leaves[path]), form, stacked)
+            dtype = _plan.compute_dtype(state.basis[owner].dtype)
+            found[path] = jnp.zeros(view.coordinate_shape(form[-1]), dtype)
     return found
 
 

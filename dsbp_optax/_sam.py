@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _coordinates, _layout, _perturb, _plan
+from dsbp_optax import _checks, _coordinates, _layout, _perturb, _plan, _sharding
+from dsbp_optax._layout import Coordinates
 from dsbp_optax._perturb import Subspace
 from dsbp_optax._types import Array, PyTree
 
@@ -107,8 +108,9 @@ def subspace_sam(
 
 def _init(rule: Rule, params: PyTree) -> SubspaceSamState:
     held = rule.optimizer.init(params)
-    inside = _divided(params, _spaces(held, params), unprojected=False)
-    change = jax.tree.map(jnp.zeros_like, inside) if rule.every > 1 else {}
+    leaves, _ = _layout.flatten_with_paths(params)
+    zeros = _perturb.zero_coordinates(_perturb.projections(held, _WHO), leaves)
+    change = zeros if rule.every > 1 else {}
     return SubspaceSamState(jnp.zeros([], jnp.int32), change, held)
 
 
@@ -126,32 +128,59 @@ def _update(
             f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
             "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
         )
-    spaces = _spaces(state.optimizer, params)
-    gradient = _divided(updates, spaces, rule.unprojected)
-    weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None
-    ascent = _ascent(gradient, weight, _perturb.value_at(rule.radius, state.step))
-    short = frozenset(_coordinates.find(updates))
-    steps = {path: spaces[path].held(ascent.pop(path)) for path in short}
-    away = _perturb.add(params, _perturb.lifted(ascent, spaces))
+    before, given = state.optimizer, _given(updates)
+    radius = _perturb.value_at(rule.radius, state.step)
+    away, steps = _sharding.in_place(
+        functools.partial(_uphill, rule),
+        (params, given),
+        params,
+        updates,
+        before,
+        radius,
+    )
 
     def fresh(change: Parts) -> tuple[PyTree, Parts]:
-        there = grad_fn(away, steps if short else 0)
+        there = grad_fn(away, steps if given else 0)
         there = jax.tree.map(lambda g, u: g.astype(u.dtype), there, updates)
-        return there, _relative_change(there, gradient, spaces) if change else change
+        if change:
+            seen = there, updates, before, params
+            change = _sharding.in_place(_relative_change, change, *seen)
+        return there, change
 
     def again(change: Parts) -> tuple[PyTree, Parts]:
-        return _changed(updates, change, gradient, spaces), change
+        held = updates, change, before, params
+        return _sharding.in_place(_changed, updates, *held), change
 
     if rule.every == 1:
         used, change = fresh(state.change)
     else:
         due = state.step % rule.every == 0
         used, change = jax.lax.cond(due, fresh, again, state.change)
-    steps, held = rule.optimizer.update(used, state.optimizer, params, **extra)
+    changes, held = rule.optimizer.update(used, before, params, **extra)
     if change:
-        turned = _spaces(held, params)
-        change = {p: turned[p].project(spaces[p].lift(x)) for p, x in change.items()}
-    return steps, SubspaceSamState(optax.safe_increment(state.step), change, held)
+        change = _sharding.in_place(_turned, change, change, before, held, params)
+    return changes, SubspaceSamState(optax.safe_increment(state.step), change, held)
+
+
+def _uphill(
+    rule: Rule, params: PyTree, updates: PyTree, held: PyTree, radius: Array
+) -> tuple[PyTree, dict[str, Coordinates]]:
+    """The parameters after the ascent, and the steps of kernels that stay behind.
+
+    Those are the ones whose gradients are coordinates.
+    """
+    spaces = _spaces(held, params)
+    gradient = _divided(updates, spaces, rule.unprojected)
+    weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None
+    ascent = _ascent(gradient, weight, radius)
+    steps = {path: spaces[path].held(ascent.pop(path)) for path in _given(updates)}
+    return _perturb.add(params, _perturb.lifted(ascent, spaces)), steps
+
+
+def _given(updates: PyTree) -> dict[str, Coordinates]:
+    """The gradients that are coordinates, by path."""
+    leaves, _ = _layout.flatten_with_paths(updates)
+    return {path: leaves[path] for path in _coordinates.find(updates)}
 
 
 def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
@@ -160,27 +189,30 @@ def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
 
 
 def _relative_change(
-    there: PyTree, gradient: Mapping[str, Array], spaces: Mapping[str, Subspace]
+    there: PyTree, updates: PyTree, held: PyTree, params: PyTree
 ) -> Parts:
     """``V^T (G' - G)`` over the norm of all ``V^T G``."""
+    spaces = _spaces(held, params)
     inside = _divided(there, spaces, unprojected=False)
-    size = optax.tree.norm({path: gradient[path] for path in inside})
+    gradient = _divided(updates, spaces, unprojected=False)
+    size = optax.tree.norm(gradient)
     size = jnp.where(size > 0, size, 1)
     return {path: (part - gradient[path]) / size for path, part in inside.items()}
 
 
-def _changed(
-    updates: PyTree,
-    change: Parts,
-    gradient: Mapping[str, Array],
-    spaces: Mapping[str, Subspace],
-) -> PyTree:
+def _changed(updates: PyTree, change: Parts, held: PyTree, params: PyTree) -> PyTree:
     """The gradients, changed as the last ascent changed them."""
-    size = optax.tree.norm({path: gradient[path] for path in change})
+    spaces = _spaces(held, params)
+    size = optax.tree.norm(_divided(updates, spaces, unprojected=False))
     parts = {path: size * part for path, part in change.items()}
-    short = _coordinates.find(updates)
-    held = {path: spaces[path].held(parts.pop(path)) for path in short}
-    return _perturb.add(updates, {**_perturb.lifted(parts, spaces), **held})
+    short = {path: spaces[path].held(parts.pop(path)) for path in _given(updates)}
+    return _perturb.add(updates, {**_perturb.lifted(parts, spaces), **short})
+
+
+def _turned(change: Parts, before: PyTree, after: PyTree, params: PyTree) -> Parts:
+    """`change` in the bases of the state after the step."""
+    old, new = _spaces(before, params), _spaces(after, params)
+    return {path: new[path].project(old[path].lift(x)) for path, x in change.items()}
 
 
 def _divided(

@@ -6,6 +6,7 @@ is ambiguous: what this package computes there runs with automatic axes, its res
 the places of what they replace.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,9 @@ from dsbp_optax._layout import Coordinates, MatrixView, Shape
 from dsbp_optax._types import Array, PyTree
 
 T = TypeVar("T")
+
+#: Fields of states that hold coordinates of projected kernels.
+_INSIDE = ("inner", "change")
 
 
 def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -37,7 +41,8 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       `jax.device_put` and the ``in_shardings`` and ``out_shardings`` of `jax.jit`.
 
     Raises:
-      ValueError: when no parameter has a `NamedSharding`.
+      ValueError: when no parameter has a `NamedSharding`, or a mesh does not divide
+        the axes that it splits.
 
     Cost: none; shapes only.
 
@@ -67,6 +72,8 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
         path: _padded(known[path].spec if path in known else (), len(leaf.shape))
         for path, leaf in leaves.items()
     }
+    for path, leaf in leaves.items():
+        _check_divides(path, tuple(leaf.shape), specs[path], mesh)
     views = _views(opt_state, leaves)
 
     def place(keys: Any, leaf: Any) -> NamedSharding:
@@ -74,10 +81,27 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
         if path is None:
             return NamedSharding(mesh, PartitionSpec())
         kernel, view = tuple(leaves[path].shape), views.get(path)
-        spec = _spec(tuple(leaf.shape), kernel, specs[path], view)
+        names = {getattr(key, "name", getattr(key, "key", None)) for key in keys}
+        inside = not names.isdisjoint(_INSIDE)
+        spec = _spec(tuple(leaf.shape), kernel, specs[path], view, inside)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _check_divides(path: str, shape: Shape, spec: tuple[Any, ...], mesh: Any) -> None:
+    """Raise for an axis that cannot be split into equal parts."""
+    for axis, (length, names) in enumerate(zip(shape, spec, strict=True)):
+        split = () if names is None else names if isinstance(names, tuple) else (names,)
+        parts = math.prod(mesh.shape[name] for name in split)
+        if length % parts:
+            whole = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
+            raise ValueError(
+                f"state_shardings: got '{path}' of shape {shape} with axis {axis} over "
+                f"{split} of the mesh {dict(mesh.shape)}, expected a length that the "
+                f"{parts} devices divide. Remedy: leave that axis whole, {whole}, or "
+                f"make it {length + -length % parts} long."
+            )
 
 
 def _padded(spec: Any, length: int) -> tuple[Any, ...]:
@@ -108,9 +132,24 @@ def _views(opt_state: PyTree, leaves: Mapping[str, Any]) -> dict[str, MatrixView
 
 
 def _spec(
-    shape: Shape, kernel: Shape, spec: tuple[Any, ...], view: MatrixView | None
+    shape: Shape,
+    kernel: Shape,
+    spec: tuple[Any, ...],
+    view: MatrixView | None,
+    inside: bool = False,
 ) -> tuple[Any, ...]:
-    """Of an array that belongs to a kernel of this shape and sharding."""
+    """Of an array that belongs to a kernel of this shape and sharding.
+
+    Args:
+      shape: of the array.
+      kernel: shape of the kernel.
+      spec: of the kernel.
+      view: of the kernel, where it is projected.
+      inside: whether it holds coordinates, whose rank may be as long as an axis.
+    """
+    if view is not None and inside and _holds_coordinates(shape, view):
+        pair = (None, _merged(spec, view.columns))
+        return (*(spec[a] for a in view.batch), *(pair[::-1] if view.flipped else pair))
     if shape == kernel:
         return spec
     if len(shape) == len(kernel) + 1:  # kernel form
@@ -123,6 +162,11 @@ def _spec(
     merged = (*(spec[axis] for axis in view.batch), *(_merged(spec, s) for s in sides))
     triples = zip(shape, whole, merged, strict=True)
     return tuple(s if n == d else None for n, d, s in triples)
+
+
+def _holds_coordinates(shape: Shape, view: MatrixView) -> bool:
+    rank = shape[-1 if view.flipped else -2] if len(shape) > 1 else 0
+    return shape == view.coordinate_shape(rank)
 
 
 def _merged(spec: tuple[Any, ...], axes: Shape) -> Any:
@@ -139,14 +183,17 @@ def in_place(function: Callable[..., T], likes: PyTree, *args: Any) -> T:
       likes: a tree of arrays, or of their shardings, shaped as the results.
       *args: trees of arrays.
     """
-    axes = _explicit_axes((likes, args))
+    mesh, axes = _explicit((likes, args))
     if not axes:
         return function(*args)
-    places = jax.tree.map(
-        lambda x: x if isinstance(x, NamedSharding) else jax.typeof(x).sharding, likes
-    )
+
+    def place(like: Any) -> NamedSharding:
+        found = like if isinstance(like, NamedSharding) else jax.typeof(like).sharding
+        # What was made outside of the mesh lies on none.
+        return found if found.mesh.axis_names else NamedSharding(mesh, PartitionSpec())
+
     automatic: Callable[..., T] = jax.sharding.auto_axes(
-        function, axes=axes, out_sharding=places
+        function, axes=axes, out_sharding=jax.tree.map(place, likes)
     )
     return automatic(*args)
 
@@ -156,6 +203,35 @@ def leading(array: Array, kept: int, length: int) -> NamedSharding:
     place = jax.typeof(array).sharding
     spec = _padded(place.spec, array.ndim)[:kept]
     return NamedSharding(place.mesh, PartitionSpec(*_padded(spec, length)))
+
+
+def of_coordinates(samples: Array, outputs: Array, batch: int) -> NamedSharding:
+    """For ``V^T G (*batch, *outputs, k)``: along the stack and the layer's outputs.
+
+    Args:
+      samples: ``A V (*batch, *samples, k)``.
+      outputs: cotangent ``(*batch, *samples, *outputs)`` of what the layer gave.
+      batch: leading stacked axes.
+    """
+    place = jax.typeof(outputs).sharding
+    spec = _padded(place.spec, outputs.ndim)
+    kept = (*spec[:batch], *spec[samples.ndim - 1 :], None)
+    return NamedSharding(place.mesh, PartitionSpec(*kept))
+
+
+def beside(kernel: Any, shape: Shape) -> NamedSharding | None:
+    """For an array in kernel form, where the kernel lies on an explicit mesh."""
+    if not _explicit(kernel)[1]:
+        return None
+    place, own = jax.typeof(kernel).sharding, tuple(jnp.shape(kernel))
+    spec = _spec(shape, own, _padded(place.spec, len(own)), None)
+    return NamedSharding(place.mesh, PartitionSpec(*spec))
+
+
+def put(array: Array, place: NamedSharding | None) -> Array:
+    """`array` there, as its type on an explicit mesh says; None leaves it."""
+    moved: Array = array if place is None else jax.sharding.reshard(array, place)
+    return moved
 
 
 def update_in_place(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,7 +244,7 @@ def update_in_place(update: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> Any:
-        if not _explicit_axes(updates):
+        if not _explicit(updates)[1]:
             return update(updates, state, params, **extra)
         arrays = {k: v for k, v in extra.items() if _all_arrays(v)}
         others = {k: v for k, v in extra.items() if k not in arrays}
@@ -196,8 +272,8 @@ def _whole(updates: PyTree, params: PyTree | None) -> PyTree:
     )
 
 
-def _explicit_axes(tree: PyTree) -> tuple[str, ...]:
-    """Names of the explicit axes of the mesh that the arrays of `tree` lie on."""
+def _explicit(tree: PyTree) -> tuple[Any, tuple[str, ...]]:
+    """The mesh that the arrays of `tree` lie on and its explicit axes, if any."""
     for leaf in jax.tree.leaves(tree):
         place = leaf if isinstance(leaf, NamedSharding) else jax.typeof(leaf).sharding
         mesh = getattr(place, "mesh", None)
@@ -205,5 +281,5 @@ def _explicit_axes(tree: PyTree) -> tuple[str, ...]:
             kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
             names = tuple(n for n, kind in kinds if kind == AxisType.Explicit)
             if names:
-                return names
-    return ()
+                return mesh, names
+    return None, ()

@@ -142,6 +142,86 @@ def updates_on_explicit() -> dict[str, Any]:
     return gaps
 
 
+def sharded(mesh: Any, tx: Any, specs: Any) -> tuple[Any, Any]:
+    """`PARAMS` and their fresh state on a mesh."""
+    places = {k: {"kernel": NamedSharding(mesh, s)} for k, s in specs.items()}
+    params = jax.device_put(PARAMS, places)
+    held = dsbp_optax.state_shardings(jax.eval_shape(tx.init, PARAMS), params)
+    return params, jax.device_put(tx.init(PARAMS), held)
+
+
+def sharpness_aware_on_explicit() -> dict[str, Any]:
+    """Both wrappers, kernels and bases sharded on both axes, against one device."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    inner = dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, update_every=2)
+    wrappers = {
+        "subspace_sam": dsbp_optax.subspace_sam(inner, 0.5),
+        "every second": dsbp_optax.subspace_sam(inner, 0.5, every=2),
+        "subspace_msam": dsbp_optax.subspace_msam(inner, 0.5),
+    }
+    seen = {"up/kernel": dsbp_optax.Activations(INPUTS)}
+
+    def grad_fn(params: Any, _: Any) -> Any:
+        return jax.tree.map(lambda p: p**3 + 0.1 * p, params)
+
+    def run(tx: Any, params: Any, state: Any) -> Any:
+        extra = {} if hasattr(state, "radius") else {"grad_fn": grad_fn}
+
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            grads = grad_fn(params, 0)
+            updates, state = tx.update(grads, state, params, statistics=seen, **extra)
+            return optax.apply_updates(params, updates), state
+
+        types = jax.tree.map(jax.typeof, (params, state))
+        for _ in range(4):
+            params, state = step(params, state)
+        assert types == jax.tree.map(jax.typeof, (params, state))
+        return params, dsbp_optax.evaluation_params(state, params)
+
+    found = {}
+    for name, tx in wrappers.items():
+        alone = run(tx, PARAMS, tx.init(PARAMS))
+        with jax.set_mesh(mesh):
+            together = run(tx, *sharded(mesh, tx, FSDP))
+        pairs = zip(*map(jax.tree.leaves, (together, alone)), strict=True)
+        found[name] = {
+            "gap": max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs),
+            "first": np.asarray(jax.tree.leaves(alone[0])[0]).ravel()[:4].tolist(),
+        }
+    return found
+
+
+def coordinates_on_explicit() -> dict[str, Any]:
+    """Where coordinates lie, taken directly and from whole gradients."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    tx, differentiate = ROUTES["subspace"]
+    alone, found = dsbp_optax.project_gradients(PARAMS, tx.init(PARAMS)), {}
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        return jnp.mean((Net(True).apply({"params": params}, x) - x) ** 2)
+
+    def specs(grads: Any) -> Any:
+        return {k: tuple(v["kernel"].values.sharding.spec) for k, v in grads.items()}
+
+    with jax.set_mesh(mesh):
+        params, state = sharded(mesh, tx, FSDP)
+        grads = jax.jit(dsbp_optax.project_gradients)(params, state)
+        found["projected"] = specs(grads)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(alone), strict=True)
+        found["gap"] = max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs)
+        params, state = sharded(mesh, tx, TENSOR)
+        x = jax.device_put(INPUTS, NamedSharding(mesh, P("data")))
+        collect = differentiate(loss_fn)
+        found["taken"] = specs(
+            jax.eval_shape(
+                lambda params, state, x: collect(params, x, opt_state=state)[1],
+                *(params, state, x),
+            )
+        )
+    return found
+
+
 def nnx_optimizer() -> dict[str, Any]:
     """An `nnx.Optimizer` whose state lies where the parameters lie."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -196,6 +276,8 @@ def main() -> None:
         found["mesh"][f"{route} auto"] = on_mesh(route, AxisType.Auto, FSDP)
         found["mesh"][f"{route} explicit"] = on_mesh(route, AxisType.Explicit, TENSOR)
     found["updates"] = updates_on_explicit()
+    found["sharpness aware"] = sharpness_aware_on_explicit()
+    found["coordinates"] = coordinates_on_explicit()
     found["nnx"] = nnx_optimizer()
     print(json.dumps(found))
 

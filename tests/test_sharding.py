@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
 
@@ -61,6 +65,27 @@ def test_updates_on_an_explicit_mesh(found) -> None:
     assert gaps["dsbp"] < 1e-5
 
 
+def test_sharpness_aware_wrappers_on_an_explicit_mesh(found) -> None:
+    """Parameters in training and those to evaluate; the worker compares types."""
+    cases = found["sharpness aware"]
+    assert set(cases) == {"subspace_sam", "every second", "subspace_msam"}
+    assert max(case["gap"] for case in cases.values()) < 1e-5
+    ends = [case["first"] for case in cases.values()]
+    assert all(
+        not np.allclose(one, two, rtol=1e-3)
+        for place, one in enumerate(ends)
+        for two in ends[:place]
+    ), "three rules, three ends"
+
+
+def test_coordinates_lie_along_the_outputs_of_their_kernel(found) -> None:
+    cases = found["coordinates"]
+    model, data = [None, "model", None], [None, "data", None]
+    assert cases["taken"] == {"up": model, "down": model}
+    assert cases["projected"] == {"up": model, "down": data}
+    assert cases["gap"] < 1e-5
+
+
 def test_an_nnx_optimizer_on_a_mesh(found) -> None:
     alone, sharded = found["nnx"]["losses"]
     np.testing.assert_allclose(sharded, alone, rtol=1e-4)
@@ -72,3 +97,44 @@ def test_parameters_without_a_mesh_are_named() -> None:
     state = jax.eval_shape(dsbp_optax.dsbp_muon(0.1).init, params)
     with pytest.raises(ValueError, match=r"'dense/kernel'.*NamedSharding.*Remedy"):
         dsbp_optax.state_shardings(state, params)
+
+
+def mesh_of(shape: dict[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(shape.values()), tuple(shape))
+
+
+def test_a_mesh_that_does_not_divide_an_axis_is_an_error() -> None:
+    mesh = mesh_of({"data": 2, "model": 4})
+    tx = dsbp_optax.dsbp_muon(0.1)
+
+    def places(length: int, spec: P) -> Any:
+        place = NamedSharding(mesh, spec)
+        kernel = jax.ShapeDtypeStruct((length, 64), jnp.float32, sharding=place)
+        shapes = jax.eval_shape(tx.init, {"w": jnp.ones((length, 64))})
+        return dsbp_optax.state_shardings(shapes, {"w": kernel})
+
+    with pytest.raises(ValueError, match=r"'w' of shape \(60, 64\) with axis 0") as one:
+        places(60, P(("data", "model"), None))
+    message = str(one.value)
+    assert "8 devices" in message and "{'data': 2, 'model': 4}" in message
+    assert f"Remedy: leave that axis whole, {P(None, None)}, or" in message
+    assert "64 long" in message
+    for length, spec in ((64, P(("data", "model"), None)), (60, P("model", "data"))):
+        basis = places(length, spec)[0].basis["w"]
+        assert basis.spec[0] == spec[0]
+
+
+def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
+    """Coordinates are as large as the kernel then; where they lie tells them apart."""
+    mesh = mesh_of({"data": 2, "model": 4})
+    place = NamedSharding(mesh, P("data", "model"))
+    tx = dsbp_optax.scale_by_spectral_projection(
+        optax.trace(0.9), rank=16, project="always"
+    )
+    params = {"w": jnp.ones((16, 64))}
+    shapes = jax.eval_shape(optax.chain(tx, optax.trace(0.9)).init, params)
+    kernel = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=place)
+    inside, beside = dsbp_optax.state_shardings(shapes, {"w": kernel})
+    assert shapes[0].inner.trace["w"].shape == (16, 64)
+    assert tuple(inside.inner.trace["w"].spec) == (None, "model")
+    assert tuple(beside.trace["w"].spec) == ("data", "model")

@@ -359,3 +359,30 @@ def test_a_gradient_takes_two_thirds_of_the_flops_and_a_fiftieth_of_the_bytes() 
 def test_scanned_layers_keep_half_as_much() -> None:
     found = compiled(512, 4096, 16, scanned=True)
     assert ratios(found, "short")[1] <= 0.5 < ratios(found, "whole")[1]
+
+
+@pytest.mark.parametrize("residual", [None, "float32"])
+def test_updates_are_merged_into_donated_kernels(residual: Any) -> None:
+    """Parameters and state are overwritten; beside them lies one update, no more."""
+    params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    tx = dsbp_optax.dsbp_adamw(1e-3, rank=8, residual=residual)
+    state = jax.eval_shape(tx.init, params)
+    short = residual is None
+    whole = {"w": params["w"]}
+    grads = jax.eval_shape(project_gradients, whole, state) if short else whole
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def compiled(**settings: Any) -> Any:
+        return jax.jit(step, **settings).lower(params, state, grads).compile()
+
+    program, copying = compiled(donate_argnums=(0, 1)), compiled()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    assert "input_output_alias" in program.as_text()
+    assert program.memory_analysis().alias_size_in_bytes == size
+    assert copying.memory_analysis().alias_size_in_bytes == 0
+    kernel = 4 * 512 * 512
+    beside = program.memory_analysis().temp_size_in_bytes
+    assert (beside < 1.1 * kernel) == short, "a residual takes more"

@@ -71,7 +71,7 @@ def residual_momentum(
 
     Args:
       decay: of the momentum, that of the inner optimizer; may be traced.
-      bits: 1 to 6 or 8 bits a number; 32 keeps the floats.
+      bits: 1 to 8 bits a number; 32 keeps the floats.
       nesterov: as in `optax.trace`.
 
     Returns:
@@ -122,7 +122,7 @@ def residual_adam(
       b1: decay of the first moment; may be traced, like all of the numbers.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      bits: 1 to 6 or 8 bits a number of the first moment; 32 keeps the floats.
+      bits: 1 to 8 bits a number of the first moment; 32 keeps the floats.
       nesterov: as in `optax.scale_by_adam`.
 
     Returns:

@@ -27,7 +27,7 @@ Mask: TypeAlias = Any
 Fallback: TypeAlias = optax.GradientTransformation | None
 #: How the first moment of the residual is stored, see `residual_momentum`.
 Storage: TypeAlias = Literal[
-    "int1", "int2", "int3", "int4", "int5", "int6", "int8", "float32"
+    "int1", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "float32"
 ]
 #: That, a share for `normalize_residual`, a rule of one's own, or None to drop it.
 ResidualChoice: TypeAlias = Storage | Scalar | Residual | Factor | None
@@ -160,7 +160,7 @@ def dsbp_sgd(
         SGD kills when its rate is too high, and without a bound the loss then grows
         without end.
       residual: "int5" keeps the residual's momentum in five bits a number, see
-        `residual_momentum`; likewise "int1" to "int6", "int8", "float32"; a number is
+        `residual_momentum`; likewise "int1" to "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
@@ -272,7 +272,7 @@ def dsbp_adamw(
       clip: largest ratio of the gradient's norm to its running mean, see
         `clip_by_norm_growth`, which keeps high rates stable; None for any.
       residual: "int5" keeps the residual's first moment in five bits a number and
-        factors the second, see `residual_adam`; likewise "int1" to "int6", "int8",
+        factors the second, see `residual_adam`; likewise "int1" to "int8",
         "float32"; a number is the share of `normalize_residual`; a rule; None drops
         the residual.
       side: side of the kernel that carries the basis.

@@ -9,16 +9,19 @@ from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
 from benchmarks import communication, compare
 from benchmarks.compare import Entry
+from benchmarks.data.packages import ELSEWHERE, PACKAGES, Packaged
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
@@ -34,6 +37,32 @@ def make_progress(console: Console, quiet: bool) -> Progress:
         console=console,
         disable=quiet,
     )
+
+
+def make_download_progress(console: Console, quiet: bool) -> Progress:
+    """A live bar of bytes."""
+    return Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet,
+    )
+
+
+def list_data(console: Console, data_dir: Path) -> None:
+    """Data sets: what each is, where from, and whether it is there."""
+    console.print(f"data sets; * is in {data_dir}", style="bold", soft_wrap=True)
+    for name, source in PACKAGES.items():
+        packed = isinstance(source, Packaged)
+        origin = source.archive.registry if packed else "a system package"
+        mark = "*" if (data_dir / name).is_dir() else " "
+        console.print(f"{mark} {name:15} {source.summary} ({origin})", soft_wrap=True)
+    console.print("in no package registry", style="bold")
+    for name, words in ELSEWHERE.items():
+        console.print(f"  {name:15} {words}", soft_wrap=True)
 
 
 def results_table(title: str, found: Sequence[Entry]) -> Table:

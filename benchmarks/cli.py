@@ -23,6 +23,7 @@ from benchmarks import (
     flatness,
     records,
     report,
+    results_page,
     robustness,
     speed,
     stability,
@@ -191,6 +192,20 @@ def report_command(
         plot_comparison(entries, f"{title} (bands and bars: range over seeds)", path)
         _show(title, entries)
         report.written(console, [path])
+
+
+@app.command("results")
+def results_command(
+    records_in: Annotated[
+        Path, typer.Option("--records", help="folder of all records")
+    ] = results_page.RESULTS,
+    write: Annotated[
+        Path, typer.Option(help="the page; its picture lies beside it")
+    ] = results_page.PAGE,
+) -> None:
+    """Write RESULTS.md, and the picture of the README, from the records alone."""
+    with _failures():
+        report.written(console, results_page.write(write, records_in))
 
 
 @app.command("list")

@@ -156,9 +156,9 @@ def time_table(title: str, found: Sequence[Entry]) -> Table | None:
         f"{metric.show(goal)} must hold at two evaluations on end"
     )
     _columns(table, metric.label, "steps to target", "s to target", "ratio")
-    base = _seconds_to(peer, goal)
+    base = compare.seconds_to(peer, goal)
     for entry in found:
-        steps, needed = compare.steps_to(entry, goal), _seconds_to(entry, goal)
+        steps, needed = compare.steps_to(entry, goal), compare.seconds_to(entry, goal)
         value = compare.value_after(entry, seconds)
         table.add_row(
             entry.name,
@@ -256,7 +256,7 @@ def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["contender"],
             row["against"],
             f"{row['learning_rate']:g}",
-            *(f"{np.mean(row[key]):.4f}" for key in ("losses", "losses_against")),
+            *(_mean_loss(row[key]) for key in ("losses", "losses_against")),
             _number(ratio.get("value"), ".2f"),
             f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
             *(str(row[key]) for key in ("diverged", "diverged_against", "skipped")),
@@ -341,9 +341,9 @@ def _difference(entry: Entry, peer: Entry | None) -> str:
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _seconds_to(entry: Entry, goal: float) -> float | None:
-    steps = compare.steps_to(entry, goal)
-    return None if steps is None else steps * entry.step_seconds
+def _mean_loss(losses: Sequence[float | None]) -> str:
+    """Records have null for what is not finite."""
+    return f"{np.mean([np.inf if loss is None else loss for loss in losses]):.4f}"
 
 
 def _interval(ratio: Mapping[str, float] | None) -> str:

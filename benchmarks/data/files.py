@@ -31,8 +31,8 @@ def locate(data_dir: Path | None, name: str, source: str) -> Path:
             return found[0]
     raise DataError(
         f"{data_dir / name}: got no such file, expected {source}. Remedy: "
-        "`python -m benchmarks fetch --list` says how to get it; or get it there, unpack "
-        "it, and point --data-dir at the folder."
+        "`python -m benchmarks fetch --list` says how to get it; then point "
+        "--data-dir at the folder."
     )
 
 

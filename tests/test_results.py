@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import compare, generic, markdown, reaches, records, results_page
 from benchmarks.cli import app
 from benchmarks.data import DataError
+from benchmarks.found import read_all
 from benchmarks.results_page import PAGE, RESULTS, document
 from benchmarks.workloads import WORKLOADS
 
@@ -119,7 +120,7 @@ def test_every_committed_record_is_on_the_page():
     paths = [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json")]
     assert len(paths) > 100
     assert [path for path in paths if f"`results/{path}`" not in text] == []
-    known = [one.path for one in results_page.read_all(RESULTS)]
+    known = [one.path for one in read_all(RESULTS)]
     tops = {path.stem for path in known if len(path.parts) == 1}
     headings = " ".join(lines_of(text, "## "))
     assert [stem for stem in tops if f"`{stem}`" not in headings] == []

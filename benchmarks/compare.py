@@ -175,6 +175,12 @@ def steps_to(entry: Entry, goal: float) -> int | None:
     return None
 
 
+def seconds_to(entry: Entry, goal: float) -> float | None:
+    """The training time to that evaluation; None where the goal is not met."""
+    steps = steps_to(entry, goal)
+    return None if steps is None else steps * entry.step_seconds
+
+
 def value_after(entry: Entry, seconds: float) -> float | None:
     """The mean over seeds at the last evaluation within so much training time.
 

@@ -1,6 +1,6 @@
 """Pictures of a comparison, as PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ _WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
 _COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
 _MARKERS = "oD^vPsX"
 _LEAST_ERROR = 1e-3
+_OURS_COLOR, _PEER_COLOR = "#b3202f", "#30638e"
+#: Of a name beside a point, in parts of the axes.
+_NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.055
 
 Style = dict[str, Any]
 
@@ -51,6 +54,87 @@ def plot_comparison(found: Sequence[Entry], title: str, path: Path) -> None:
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def plot_against_state(panels: Mapping[str, Sequence[Entry]], path: Path) -> None:
+    """The final metric by bytes of state; better is up and to the left.
+
+    Args:
+      panels: title -> entries, one a contender; bars span a standard deviation.
+      path: the PNG. Its bytes follow from the records and Matplotlib's version.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = 5.4 * len(panels)
+    figure = Figure(figsize=(width, 4.4), dpi=120, layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, found) in zip(row, panels.items(), strict=True):
+        shown = [entry for entry in found if np.isfinite(entry.mean)]
+        for entry in shown:
+            _state_point(axes, entry)
+        metric = found[0].metric
+        label = metric.label + " (lower is up)" * (not metric.higher)
+        axes.set(xscale="log", title=title, ylabel=label)
+        axes.set_xlabel("optimizer state, KiB")
+        axes.margins(x=2 * _NAME_WIDTH, y=0.12)
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # Names need final ones.
+        if not metric.higher:
+            axes.invert_yaxis()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _name_points(axes, shown)
+    figure.suptitle("Up and to the left is better; red and bold: this package")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _state_place(entry: Entry) -> tuple[float, float]:
+    kilobytes = (entry.median("state_bytes") or np.nan) / 1024
+    return kilobytes, entry.metric.factor * entry.mean
+
+
+def _state_point(axes: Any, entry: Entry) -> None:
+    finals = list(entry.finals.values())
+    spread = np.std(finals, ddof=1) if len(finals) > 1 else 0.0
+    axes.errorbar(
+        *_state_place(entry),
+        yerr=entry.metric.factor * spread,
+        marker="o" if entry.ours else "s",
+        markersize=10 if entry.ours else 7,
+        color=_OURS_COLOR if entry.ours else _PEER_COLOR,
+        capsize=3,
+        zorder=3 if entry.ours else 2,
+    )
+
+
+def _name_points(axes: Any, found: Sequence[Entry]) -> None:
+    """Names beside the points: to the left of those that have a neighbour."""
+    places = axes.transAxes.inverted().transform(
+        axes.transData.transform([_state_place(entry) for entry in found])
+    )
+    taken: list[tuple[float, float, bool]] = []
+    for number in np.argsort(places[:, 1]):
+        (x, y), entry = places[number], found[number]
+        gaps = places - places[number]
+        close = (gaps[:, 0] > 0.01) & (gaps[:, 0] < _NAME_WIDTH)
+        left = bool((close & (abs(gaps[:, 1]) < 2 * _NAME_HEIGHT)).any())
+        near = [
+            h
+            for other, h, side in taken
+            if abs(other - x) < _NAME_WIDTH and side == left
+        ]
+        height = max([y, *(h + _NAME_HEIGHT for h in near)])
+        taken.append((x, height, left))
+        axes.annotate(
+            *(entry.name, (x, y)),
+            xytext=(x - 0.025 if left else x + 0.025, height),
+            xycoords="axes fraction",
+            ha="right" if left else "left",
+            va="center",
+            color=_OURS_COLOR if entry.ours else _PEER_COLOR,
+            weight="bold" if entry.ours else "normal",
+        )
 
 
 def _style(entry: Entry) -> Style:

@@ -9,16 +9,19 @@ from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
 from benchmarks import communication, compare
 from benchmarks.compare import Entry
+from benchmarks.data.packages import ELSEWHERE, PACKAGES, Packaged
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
@@ -34,6 +37,32 @@ def make_progress(console: Console, quiet: bool) -> Progress:
         console=console,
         disable=quiet,
     )
+
+
+def make_download_progress(console: Console, quiet: bool) -> Progress:
+    """A live bar of bytes."""
+    return Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet,
+    )
+
+
+def list_data(console: Console, data_dir: Path) -> None:
+    """Data sets: what each is, where from, and whether it is there."""
+    console.print(f"data sets; * is in {data_dir}", style="bold", soft_wrap=True)
+    for name, source in PACKAGES.items():
+        packed = isinstance(source, Packaged)
+        origin = source.archive.registry if packed else "a system package"
+        mark = "*" if (data_dir / name).is_dir() else " "
+        console.print(f"{mark} {name:15} {source.summary} ({origin})", soft_wrap=True)
+    console.print("in no package registry", style="bold")
+    for name, words in ELSEWHERE.items():
+        console.print(f"  {name:15} {words}", soft_wrap=True)
 
 
 def results_table(title: str, found: Sequence[Entry]) -> Table:
@@ -160,9 +189,9 @@ def time_table(title: str, found: Sequence[Entry]) -> Table | None:
         f"{metric.show(goal)} must hold at two evaluations on end"
     )
     _columns(table, metric.label, "steps to target", "s to target", "ratio")
-    base = _seconds_to(peer, goal)
+    base = compare.seconds_to(peer, goal)
     for entry in found:
-        steps, needed = compare.steps_to(entry, goal), _seconds_to(entry, goal)
+        steps, needed = compare.steps_to(entry, goal), compare.seconds_to(entry, goal)
         value = compare.value_after(entry, seconds)
         table.add_row(
             entry.name,
@@ -240,8 +269,11 @@ def robustness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
     places = [(name, n) for name in attacks for n in range(len(radii))]
     _columns(table, "clean", *(f"{a} {255 * radii[n]:.0f}/255" for a, n in places))
     _columns(table, "corrupted")
-    for name in dict.fromkeys(record["optimizer"] for record in runs):
+    for name in dict.fromkeys(record["optimizer"] for record in found):
         mine = [run for run in runs if run["optimizer"] == name]
+        if not mine:
+            table.add_row(name, *("not finite",) * (len(places) + 2))
+            continue
         clean = np.mean([run[run["metric"]] for run in mine])
         bent = np.mean([list(run["corruptions"].values()) for run in mine])
         hit = [np.mean([run["attacks"][a][n] for run in mine]) for a, n in places]
@@ -260,7 +292,7 @@ def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["contender"],
             row["against"],
             f"{row['learning_rate']:g}",
-            *(f"{np.mean(row[key]):.4f}" for key in ("losses", "losses_against")),
+            *(_mean_loss(row[key]) for key in ("losses", "losses_against")),
             _number(ratio.get("value"), ".2f"),
             f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
             *(str(row[key]) for key in ("diverged", "diverged_against", "skipped")),
@@ -345,9 +377,9 @@ def _difference(entry: Entry, peer: Entry | None) -> str:
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _seconds_to(entry: Entry, goal: float) -> float | None:
-    steps = compare.steps_to(entry, goal)
-    return None if steps is None else steps * entry.step_seconds
+def _mean_loss(losses: Sequence[float | None]) -> str:
+    """Records have null for what is not finite."""
+    return f"{np.mean([np.inf if loss is None else loss for loss in losses]):.4f}"
 
 
 def _interval(ratio: Mapping[str, float] | None) -> str:

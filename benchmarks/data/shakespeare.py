@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.files import damaged, locate
-from benchmarks.data.split import Data, Samples
+from benchmarks.data.split import Data
+from benchmarks.data.windows import cut_windows
 
 SYMBOLS = 65
 _FILE = "input.txt"
@@ -16,7 +17,6 @@ _SOURCE = (
     "0.0.2, or in github.com/karpathy/char-rnn)"
 )
 _TRAIN, _VALIDATION = 0.9, 0.95
-_WINDOWS, _WINDOW_SEED = 960, 1234
 
 
 def load_shakespeare(context: int) -> Callable[[Path | None], Data]:
@@ -31,14 +31,7 @@ def _load(context: int, data_dir: Path | None) -> Data:
     path = locate(data_dir, _FILE, _SOURCE)
     tokens = _tokens(path)
     ends = int(_TRAIN * len(tokens)), int(_VALIDATION * len(tokens))
-    parts = np.split(tokens, ends)
-    shortest = min(map(len, parts))
-    if shortest < context + 2:
-        raise damaged(
-            path, f"{len(tokens)} characters", f"at least {20 * (context + 2)}"
-        )
-    train, validation, test = (_windows(part, context) for part in parts)
-    return Data(train, _fixed(validation), _fixed(test))
+    return cut_windows(path, np.split(tokens, ends), context)
 
 
 def _tokens(path: Path) -> np.ndarray:
@@ -50,13 +43,3 @@ def _tokens(path: Path) -> np.ndarray:
     if len(symbols) > SYMBOLS or not len(symbols):
         raise damaged(path, f"{len(symbols)} different characters", f"{SYMBOLS}")
     return tokens.astype(np.int32)
-
-
-def _windows(tokens: np.ndarray, context: int) -> Samples:
-    views = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[:-1]
-    return Samples(views[:, :-1], views[:, 1:])
-
-
-def _fixed(samples: Samples) -> Samples:
-    rng = np.random.default_rng(_WINDOW_SEED)
-    return Samples(*samples.take(rng.integers(0, len(samples), _WINDOWS)))

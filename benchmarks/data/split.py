@@ -66,10 +66,16 @@ def shuffled(train: Samples, size: int, rng: np.random.Generator) -> Iterator[Ba
       size: samples a batch; the remainder of an epoch is left out.
       rng: source of the order.
     """
+    for chosen in orders(len(train), size, rng):
+        yield train.take(chosen)
+
+
+def orders(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Which samples form each batch of `shuffled`."""
     while True:
-        order = rng.permutation(len(train))
+        order = rng.permutation(count)
         for start in range(0, len(order) - size + 1, size):
-            yield train.take(order[start : start + size])
+            yield order[start : start + size]
 
 
 def drawn(train: Samples, size: int, rng: np.random.Generator) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Convolutional networks and a perceptron for images of ten classes."""
+"""Convolutional networks and a perceptron for images."""
 
 from collections.abc import Sequence
 
@@ -24,18 +24,24 @@ class DigitsCnn(nn.Module):
 
 
 class FashionCnn(nn.Module):
-    """Three convolutions with GroupNorm, two dense layers; for 28 x 28 images."""
+    """Three convolutions with GroupNorm, two dense layers; for 28 x 28 images.
+
+    Attributes:
+      classes: number of logits.
+    """
+
+    classes: int = _CLASSES
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Images ``(n, 28, 28, 1)`` to logits ``(n, 10)``."""
+        """Images ``(n, 28, 28, c)`` to logits ``(n, classes)``."""
         for features in (16, 32, 64):
             x = nn.Conv(features, (3, 3), use_bias=False)(x)
             x = nn.relu(nn.GroupNorm(num_groups=8)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128)(x))
-        return nn.Dense(_CLASSES)(x)
+        return nn.Dense(self.classes)(x)
 
 
 class Mlp(nn.Module):
@@ -80,22 +86,24 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network for 32 x 32 images.
+    """A residual network for images of 32 or 64 pixels a side.
 
     Attributes:
       widths: channels of each stage; all but the first halve the image.
       blocks: residual blocks a stage.
+      classes: number of logits.
     """
 
     widths: Sequence[int] = (16, 32, 64)
     blocks: int = 1
+    classes: int = _CLASSES
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Images ``(n, 32, 32, 3)`` to logits ``(n, 10)``."""
+        """Images ``(n, h, h, 3)`` to logits ``(n, classes)``."""
         x = nn.Conv(self.widths[0], (3, 3), use_bias=False)(x)
         for stage, features in enumerate(self.widths):
             for block in range(self.blocks):
                 x = Residual(features, 2 if stage and not block else 1)(x)
         x = nn.relu(nn.GroupNorm(num_groups=8)(x)).mean((1, 2))
-        return nn.Dense(_CLASSES)(x)
+        return nn.Dense(self.classes)(x)

@@ -1,0 +1,116 @@
+"""The page of results: every record below one folder, as tables.
+
+The page is a function of the records alone. A record that no section knows is shown by
+its shape, so that none is left out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import compare, generic, plots, reaches
+from benchmarks.compare import Entry
+from benchmarks.found import CAMPAIGN, Found, Record, read_all
+from benchmarks.markdown import Provenance
+from benchmarks.results_campaign import campaign_sections
+from benchmarks.results_files import file_section
+from benchmarks.workloads import WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "RESULTS.md"
+_PICTURE = {
+    "shakespeare_gpt": "small GPT on Tiny Shakespeare",
+    "fashion_mnist_cnn": "small CNN on Fashion-MNIST",
+}
+
+_HEAD = """# Results
+
+Written by `python -m benchmarks results` from the records in `results/`, and from
+nothing else; a test compares it byte for byte. What the numbers mean, and what was
+tried without success, is in [FINDINGS.md](FINDINGS.md).
+
+- Rates are tuned alike for all on validation samples, from a seed of its own; results
+  are of test samples, mean ± standard deviation over seeds. Differences are paired by
+  seed, with a 95 % t interval. Ratios of times have 95 % bootstrap intervals.
+- *kernels* is the state of the kernels, *ratio* is to that of the best peer; *temp* is
+  what the compiled step needs beside its arguments. Runs that were lost count as *bad*.
+- A star behind a commit: its work tree had changes."""
+
+
+def campaign_entries(root: Path) -> dict[str, list[Entry]]:
+    """Workload -> final runs at tuned rates, where there are any."""
+    read = {
+        name: compare.read_entries(workload, root / CAMPAIGN)
+        for name, workload in WORKLOADS.items()
+        if (root / CAMPAIGN / name).is_dir()
+    }
+    return {name: entries for name, entries in read.items() if entries}
+
+
+def document(root: Path = RESULTS) -> str:
+    """The whole page."""
+    found, entries = read_all(root), campaign_entries(root)
+    origin = Provenance(run for one in found for run in one.runs)
+    sections = list(campaign_sections(found, entries, origin))
+    shown = frozenset[Path]().union(*(section.paths for section in sections))
+    rest = [one for one in found if one.path not in shown]
+    sections += [file_section(one, origin) for one in rest if not one.is_run]
+    parts = [
+        _HEAD,
+        "## Reached and missed\n\n" + reaches.table(_reaches(found, entries)),
+        *(section.text for section in sections),
+        *_rest([one for one in rest if one.is_run], origin),
+        "## Machines and versions\n\n" + origin.legend(),
+        _listing(found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _reaches(
+    found: Sequence[Found], entries: Mapping[str, list[Entry]]
+) -> list[reaches.Line]:
+    speeds = {
+        one.record["workload"]: one.record["rows"]
+        for one in found
+        if one.path.name == "speed.json"
+    }
+    stability = [one.record for one in found if _is_stability(one.record)]
+    stability.sort(key=lambda record: str(record["date"]))
+    return reaches.lines(entries, speeds, stability)
+
+
+def write(page: Path, root: Path = RESULTS) -> list[Path]:
+    """The page, and beside it the picture of the same name.
+
+    Returns:
+      What was written; no picture without entries.
+    """
+    text, entries = document(root), campaign_entries(root)
+    page.write_text(text, encoding="utf-8", newline="\n")
+    panels = {
+        title: entries[name] for name, title in _PICTURE.items() if name in entries
+    }
+    if not panels:
+        return [page]
+    picture = page.with_suffix(".png")
+    plots.plot_against_state(panels, picture)
+    return [page, picture]
+
+
+def _is_stability(record: Record) -> bool:
+    return any("losses_against" in row for row in record.get("rows") or ())
+
+
+def _rest(rest: Sequence[Found], origin: Provenance) -> Iterator[str]:
+    """Runs in folders that no section knows, one table a folder."""
+    for folder in dict.fromkeys(one.path.parent for one in rest):
+        some = [one for one in rest if one.path.parent == folder]
+        rows = [{"file": one.path.name, **one.record} for one in some]
+        yield f"## Other runs (`{folder.as_posix()}`)"
+        yield generic.tables({"records": rows})
+        yield origin.line([run for one in some for run in one.runs])
+
+
+def _listing(found: Sequence[Found]) -> str:
+    lines = "\n".join(f"- `results/{one.path.as_posix()}`" for one in found)
+    summary = f"<summary>{len(found)} files</summary>"
+    return f"## Records\n\n<details>{summary}\n\n{lines}\n\n</details>"

@@ -391,6 +391,7 @@ def faults_command(
     every: Annotated[int, typer.Option(min=1, help="steps to a checkpoint")] = 4,
     seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 0,
     timeout: Annotated[int, typer.Option(min=1, help="to miss a process")] = 10,
+    lanes: Annotated[int, typer.Option(min=1, help="jobs at a time of each")] = 1,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -411,7 +412,7 @@ def faults_command(
         task = progress.add_task("kills", total=kills)
         found = faults.account(
             [order._replace(timeout=timeout) for order in orders],
-            *(kills, seed, lambda: progress.advance(task)),
+            *(kills, seed, lanes, lambda: progress.advance(task)),
         )
     record = {**records.environment(), "workload": workload, "steps": steps}
     record |= {"every": every, "seed": seed, "timeout": timeout}

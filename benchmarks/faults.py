@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -289,6 +290,8 @@ class Child:
         """Wait for its end; its exit status."""
         status = self.process.wait()
         self._watch.cancel()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         return status
 
     def said(self) -> str:
@@ -301,9 +304,11 @@ class Child:
         Raises:
           DataError: when it did not come to an end.
         """
-        for _ in self.events():
-            pass
-        if self.finish() or self.last.result is None:
+        if self.last.result is None:
+            for _ in self.events():
+                pass
+        self.finish()
+        if self.last.result is None:
             raise DataError(f"a child that nobody killed failed: {self.said()}")
         return self.last.result
 
@@ -338,8 +343,9 @@ def difference(result: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 def kill_at_random(
     nursery: Nursery,
     expected: dict[str, Any],
+    lane: int,
     kills: int,
-    rng: random.Random,
+    seed: int,
     after_kill: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Jobs that are killed again and again, until so many kills are done.
@@ -350,8 +356,9 @@ def kill_at_random(
     Args:
       nursery: where children live.
       expected: result of an unbroken run.
+      lane: a number, for folders and moments that are its own.
       kills: how many.
-      rng: of the moments.
+      seed: of the moments.
       after_kill: is called after each.
 
     Returns:
@@ -359,9 +366,10 @@ def kill_at_random(
       steps that were taken again, ``jobs`` that ended, what was ``different`` in them.
     """
     places: Counter[str] = Counter()
+    rng = random.Random(f"{seed} {lane}")
     unfinished, repeated, jobs, different = 0, 0, 0, set()
     while sum(places.values()) < kills:
-        folder, reached, ended = f"job {jobs}", 0, False
+        folder, reached, ended = f"lane {lane} job {jobs}", 0, False
         while not ended:
             child = nursery.child(folder)
             some = rng.randrange(1, 4 * nursery.order.every)
@@ -433,6 +441,7 @@ def torn(nursery: Nursery, expected: dict[str, Any]) -> list[dict[str, Any]]:
     for event in child.events():
         if event.kind == "save" and event.step >= 3 * nursery.order.every:
             child.kill()
+            break
     steps = _whole(nursery.root / "torn")
     for how in TEARS:
         folder = f"torn {how}"
@@ -467,6 +476,7 @@ def full_disk(nursery: Nursery, expected: dict[str, Any]) -> dict[str, Any]:
         refused += event.kind == "full"
         if event.kind == "step" and event.step == full[1] - 1:
             child.kill()
+            break
     kept = _whole(nursery.root / "full")
     warned = "not written" in child.said()
     again = nursery.child("full")
@@ -504,6 +514,7 @@ def one_of_two(
     for event in pair[victim].events():
         if event.kind == "step" and event.step == after:
             pair[victim].kill()
+            break
     begun, limit = time.monotonic(), 2 * nursery.order.timeout
     try:
         status: int | None = other.process.wait(limit)
@@ -578,7 +589,11 @@ def other_faults(nursery: Nursery, expected: dict[str, Any]) -> Once:
 
 
 def account(
-    orders: list[Order], kills: int, seed: int, after_kill: Callable[[], None]
+    orders: list[Order],
+    kills: int,
+    seed: int,
+    lanes: int = 1,
+    after_kill: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """What was done to each optimizer, and what came of it.
 
@@ -586,22 +601,33 @@ def account(
       orders: what children do, one for each optimizer; folders count for nothing.
       kills: in all.
       seed: of their moments.
+      lanes: jobs of one optimizer that are killed at the same time.
       after_kill: is called after each.
 
     Returns:
-      ``kills``, a row of `kill_at_random` for each optimizer, the fields of `Once` for
-      the first, and whether all was ``passed``.
+      ``kills``, rows of `kill_at_random`, the fields of `Once` for the first optimizer,
+      and whether all was ``passed``.
     """
-    rows, rng = [], random.Random(seed)
-    once: Once | None = None
-    for index, order in enumerate(orders):
-        share = kills // len(orders) + (index < kills % len(orders))
-        with tempfile.TemporaryDirectory() as root:
-            nursery = Nursery(Path(root), order, _PATIENCE)
-            expected = unbroken(nursery)
-            once = once or other_faults(nursery, expected)
-            row = kill_at_random(nursery, expected, share, rng, after_kill)
-            rows.append({"optimizer": order.optimizer, **row})
-    assert once is not None
-    passed = once.passed() and not any(row["different"] for row in rows)
-    return {"kills": rows, **once._asdict(), "passed": passed}
+    count = lanes * len(orders)
+    shares = [kills // count + (i < kills % count) for i in range(count)]
+    with (
+        tempfile.TemporaryDirectory() as root,
+        ThreadPoolExecutor(count + 1 if lanes > 1 else 1) as pool,
+    ):
+        nurseries = [
+            Nursery(Path(root) / order.optimizer, order, _PATIENCE) for order in orders
+        ]
+        expected = list(pool.map(unbroken, nurseries))
+        once = pool.submit(other_faults, nurseries[0], expected[0])
+        killing = []
+        for number, share in enumerate(shares):
+            chosen = number % len(orders)
+            lane = nurseries[chosen], expected[chosen], number, share
+            killing.append(pool.submit(kill_at_random, *lane, seed, after_kill))
+        rows = [
+            {"optimizer": orders[number % len(orders)].optimizer, **done.result()}
+            for number, done in enumerate(killing)
+        ]
+        others = once.result()
+    passed = others.passed() and not any(row["different"] for row in rows)
+    return {"kills": rows, **others._asdict(), "passed": passed}

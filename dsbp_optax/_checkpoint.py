@@ -12,7 +12,7 @@ from dsbp_optax._types import PyTree
 _VERSION, _BASIS = "version", "basis"
 
 
-class Array(NamedTuple):
+class Entry(NamedTuple):
     """What is known of an array without reading it; the dtype may be unknown."""
 
     shape: Shape
@@ -28,7 +28,7 @@ class Listing(NamedTuple):
       bases: paths of bases.
     """
 
-    arrays: dict[str, Array]
+    arrays: dict[str, Entry]
     versions: dict[str, str]
     bases: set[str]
 
@@ -78,7 +78,7 @@ def _listed(tree: PyTree) -> Listing:
         if not isinstance(leaf, Mapping):
             path, dtype = _layout.path_string(keys), getattr(leaf, "dtype", None)
             shape = tuple(getattr(leaf, "shape", None) or ())
-            listing.arrays[path] = Array(shape, None if dtype is None else str(dtype))
+            listing.arrays[path] = Entry(shape, None if dtype is None else str(dtype))
             if _BASIS in names:
                 listing.bases.add(path)
         elif _VERSION in names[-2:-1]:
@@ -116,7 +116,7 @@ def _check_projected(got: Listing, want: Listing) -> None:
             )
 
 
-def _check_paths(got: Mapping[str, Array], want: Mapping[str, Array]) -> None:
+def _check_paths(got: Mapping[str, Entry], want: Mapping[str, Entry]) -> None:
     missing = [path for path in want if path not in got]
     strange = [path for path in got if path not in want]
     if not missing and not strange:
@@ -133,7 +133,7 @@ def _check_paths(got: Mapping[str, Array], want: Mapping[str, Array]) -> None:
     )
 
 
-def _check_array(path: str, got: Array, want: Array, basis: bool) -> None:
+def _check_array(path: str, got: Entry, want: Entry, basis: bool) -> None:
     if basis and got.shape[:-1] == want.shape[:-1] and got.shape != want.shape:
         raise ValueError(
             f"checkpoint: the basis '{path}' has rank {got.shape[-1]}, expected "

@@ -19,7 +19,7 @@ def shapes_on(shape: tuple[int, int]) -> Any:
     """Parameters and state of the digits' network, sharded over both axes."""
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     workload = WORKLOADS["digits_cnn"]
-    tx = dsbp_optax.dsbp_muon(0.01)
+    tx = dsbp_optax.dsbp_muon(lambda count: 0.01 * count)
 
     def placed(x: Any) -> Any:
         axes = ("data", "model") if x.ndim > 1 else ()

@@ -1,7 +1,6 @@
 """Real processes, really killed; what goes on is compared bit by bit."""
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -16,10 +15,14 @@ from benchmarks import faults
 from benchmarks.checkpoints import Checkpoints, Saved, digests
 from benchmarks.data import DataError
 from benchmarks.faults import Event, Nursery, Order, Stream
+from benchmarks.train import make_step
 from benchmarks.workloads import WORKLOADS
 
 KILLS = 5
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def expected(nursery):
 
 
 def test_five_kills_change_no_bit(nursery, expected) -> None:
-    found = faults.kill_at_random(nursery, expected, KILLS, random.Random(2))
+    found = faults.kill_at_random(nursery, expected, 0, KILLS, seed=2)
     assert found["different"] == []
     assert sum(found["places"].values()) == KILLS
     assert found["jobs"] >= 1
@@ -71,7 +74,7 @@ def _like(order: Order, rank: int = 8) -> object:
     """Shapes of parameters and state of an order."""
     workload = WORKLOADS[order.workload]
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    tx = dsbp_optax.dsbp_muon(order.rate, rank=rank)
+    tx = dsbp_optax.dsbp_muon(lambda count: order.rate * count, rank=rank)
 
     def both():
         params = workload.init(0)
@@ -137,7 +140,7 @@ def test_a_resume_that_forgets_something_is_caught(nursery, expected, monkeypatc
     with Checkpoints(nursery.root / "unbroken") as checkpoints:
         saved = checkpoints.restore(_like(order))
     workload = WORKLOADS[order.workload]
-    step = jax.jit(faults.make_step(workload, faults.contender(order.optimizer)))
+    step = make_step(workload, faults.contender(order.optimizer))
 
     def go_on(saved, position) -> dict[str, str]:
         stream = Stream(workload, None, seed=0)

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -224,9 +223,10 @@ def _shapes(arrays: Any, place: NamedSharding) -> Any:
 @contextmanager
 def _disk(full: bool) -> Iterator[None]:
     """A disk on which no file grows beyond a few bytes, if it is full."""
+    import resource  # Not on every system.
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if full:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM, before[1]))
     try:
         yield
@@ -495,17 +495,28 @@ def full_disk(nursery: Nursery, expected: dict[str, Any]) -> dict[str, Any]:
 def one_of_two(
     nursery: Nursery, expected: list[dict[str, Any]], victim: int, after: int
 ) -> dict[str, Any]:
-    """Kill one process of two; the other must end by itself, the job go on.
+    """`lose_one`, and what was ``different`` from an unbroken job's results."""
+    row, results = lose_one(nursery, victim, after)
+    different: set[str] = set()
+    for result, whole in zip(results, expected, strict=True):
+        different |= set(difference(result, whole))
+    return {**row, "different": sorted(different)}
+
+
+def lose_one(
+    nursery: Nursery, victim: int, after: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Kill one process of two; the other must end by itself, then the job goes on.
 
     Args:
       nursery: where children live.
-      expected: results of an unbroken job's processes.
       victim: number of the process that is killed.
       after: steps that it takes before.
 
     Returns:
       ``seconds`` until the other ended, its ``status``, whether it ``ended`` by itself
-      within twice the timeout, and what was ``different`` in the job that went on.
+      within twice the timeout, where the job ``resumed``; and the results of both
+      processes of the job that went on.
     """
     pair = _pair(nursery, f"pair {victim}")
     other = pair[1 - victim]
@@ -526,18 +537,15 @@ def one_of_two(
     other.finish()
     again = _pair(nursery, f"pair {victim}")
     results = [child.result() for child in again]
-    different: set[str] = set()
-    for result, unbroken in zip(results, expected, strict=True):
-        different |= set(difference(result, unbroken))
-    return {
+    row = {
         "victim": victim,
         "ended": bool(status),
         "status": status,
         "seconds": seconds,
         "timeout": nursery.order.timeout,
         "resumed": again[0].began,
-        "different": sorted(different),
     }
+    return row, results
 
 
 def _pair(nursery: Nursery, folder: str) -> list[Child]:

@@ -21,6 +21,7 @@ from benchmarks import (
     coordinates,
     distributed,
     estimate,
+    faults,
     flatness,
     records,
     report,
@@ -461,6 +462,50 @@ def distributed_command(
             "itself at most",
             soft_wrap=True,
         )
+
+
+@app.command("faults")
+def faults_command(
+    workload: WorkloadName = "digits_cnn",
+    optimizer: OptimizerNames = None,
+    kills: Annotated[int, typer.Option(min=1, help="in all, shared alike")] = 50,
+    data_dir: DataDir = None,
+    steps: Annotated[int, typer.Option(min=20)] = 120,
+    every: Annotated[int, typer.Option(min=1, help="steps to a checkpoint")] = 4,
+    seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 0,
+    timeout: Annotated[int, typer.Option(min=1, help="to miss a process")] = 10,
+    lanes: Annotated[int, typer.Option(min=1, help="jobs at a time of each")] = 1,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Kill training at random moments: it must go on as if nothing had been.
+
+    Default optimizers: dsbp_muon, dsbp_adamw. The first is also put through torn
+    checkpoints, a full disk and the loss of one process of two.
+    """
+    _lookup(WORKLOADS, workload, "WORKLOAD")
+    names = optimizer or ["dsbp_muon", "dsbp_adamw"]
+    contenders = [_lookup(CONTENDERS, name, "--optimizer") for name in names]
+    where = None if data_dir is None else str(data_dir)
+    orders = [
+        faults.Order(workload, one.name, where, "", steps, every, one.default_rate)
+        for one in contenders
+    ]
+    with _failures(), report.make_progress(console, quiet) as progress:
+        task = progress.add_task("kills", total=kills)
+        found = faults.account(
+            [order._replace(timeout=timeout) for order in orders],
+            *(kills, seed, lanes, lambda: progress.advance(task)),
+        )
+    record = {**records.environment(), "workload": workload, "steps": steps}
+    record |= {"every": every, "seed": seed, "timeout": timeout}
+    record |= {"period": faults.PERIOD, "window": faults.WINDOW}
+    _save(json, {**record, **found}, quiet)
+    if not quiet:
+        for table in report.faults_tables(f"{workload}: {steps} steps", found):
+            console.print(table)
+    if not found["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command("estimate")

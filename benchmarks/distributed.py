@@ -45,13 +45,22 @@ class Place(NamedTuple):
     devices: int
 
 
-def join(place: Place) -> None:
-    """Make this process one of several; before anything else is asked of jax."""
+def join(place: Place, missed: int | None = None) -> None:
+    """Make this process one of several; before anything else is asked of jax.
+
+    Args:
+      place: of this process.
+      missed: seconds after which a process that has gone is missed, and this one ends;
+        None for jax's own.
+    """
     jax.config.update("jax_num_cpu_devices", place.devices)
     if place.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            place.address, num_processes=place.processes, process_id=place.number
+            place.address,
+            num_processes=place.processes,
+            process_id=place.number,
+            **({} if missed is None else {"heartbeat_timeout_seconds": missed}),
         )
 
 
@@ -112,7 +121,7 @@ def run(command: list[str], place: Place, seconds: float) -> list[float]:
     Raises:
       DataError: when a process fails or the time is up; the others are ended.
     """
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     children = []
     for number in range(place.processes):
         own = place._replace(address=address, number=number)
@@ -159,7 +168,8 @@ def _finish(child: _Child, children: list[_Child], seconds: float) -> list[float
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

@@ -100,6 +100,42 @@ def controls_table(title: str, found: Sequence[Entry]) -> Table:
     return table
 
 
+def faults_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
+    """Where training was killed, what else befell it, and what came of it."""
+    kills = _table(f"{title}: kills")
+    _columns(kills, "kills", "where", "half a save left", "jobs", "against unbroken")
+    for row in found["kills"]:
+        places = ", ".join(f"{n} {k}" for k, n in sorted(row["places"].items()))
+        kills.add_row(
+            row["optimizer"],
+            f"{sum(row['places'].values())}",
+            places,
+            f"{row['unfinished']}",
+            f"{row['jobs']}",
+            _outcome(row["different"]),
+        )
+    others = _table(f"{title}: other faults", "fault")
+    _columns(others, "what followed", "against unbroken")
+    for row in found["torn"]:
+        name = f"checkpoint of step {row['newest']} {row['how']}"
+        others.add_row(name, f"step {row['used']} used", _outcome(row["different"]))
+    full = found["full_disk"]
+    followed = f"{full['refused']} not written, step {full['used']} used"
+    others.add_row("full disk", followed, _outcome(full["different"]))
+    for row in found["pair"]:
+        followed = (
+            f"the other ended after {row['seconds']:.1f} s (limit {row['timeout']} s "
+            f"to miss it), resumed at {row['resumed']}"
+        )
+        name = f"process {row['victim']} of two killed"
+        others.add_row(name, followed, _outcome(row["different"]))
+    return [kills, others]
+
+
+def _outcome(different: Sequence[str]) -> str:
+    return f"{len(different)} DIFFER" if different else "identical"
+
+
 def communication_table(title: str, found: Mapping[str, Any]) -> Table:
     """What a step sends; refreshes apart, by the period's share of them."""
     table = _table(f"{title}: numbers sent in a step", "what")

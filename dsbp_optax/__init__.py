@@ -15,6 +15,7 @@ from types import ModuleType
 
 from dsbp_optax import diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._checkpoint import check_checkpoint
 from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
 from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Schedule, Spectrum
@@ -33,6 +34,7 @@ from dsbp_optax._residual import (
     scale_residual_by_column,
     sign_residual,
 )
+from dsbp_optax._resize import resize_state
 from dsbp_optax._sam import SubspaceSamState, subspace_sam
 from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
 from dsbp_optax._sharding import state_shardings
@@ -78,6 +80,7 @@ __all__ = [
     "add_spectral_sharpness",
     "add_statistics",
     "carry_adam_second_moment",
+    "check_checkpoint",
     "clip_by_norm_growth",
     "complement",
     "diagnostics",
@@ -96,6 +99,7 @@ __all__ = [
     "randomized_svd",
     "residual_adam",
     "residual_momentum",
+    "resize_state",
     "scale_by_orthogonalization",
     "scale_by_spectral_projection",
     "scale_residual",

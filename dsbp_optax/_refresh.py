@@ -70,6 +70,7 @@ def begin_step(
       kinds: how each field of `moments` follows a basis.
       moments: of the inner optimizer.
     """
+    _spectral.check_version(state)
     leaves, treedef = _layout.flatten_with_paths(updates)
     gradients = {
         p: x if hasattr(x, "dtype") else jnp.asarray(x) for p, x in leaves.items()
@@ -127,6 +128,7 @@ def end_step(
         "collect": _adapt.any_collects(refresh, step.layers, count),
         **_spectral.join_layers(_only(state.basis, step.layers)),
         "shared": state.shared,
+        "version": state.version,
         "statistics": jax.tree.map(jnp.zeros_like, state.statistics),
     }
 

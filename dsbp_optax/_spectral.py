@@ -19,6 +19,10 @@ T = TypeVar("T")
 #: Keywords near these are taken for misspellings of ours.
 _OURS = ("statistics",)
 _ALIASES = frozenset({"stats", "stat", "activations", "covariance", "covariances"})
+#: Of the states below: their fields, and what the arrays in them mean. A change of
+#: either is a new number, and `_resize` the place to read the one before: a function
+#: from the old fields to the new ones, called where `check_version` would raise.
+VERSION = "1"
 
 
 class SpectralProjectionState(NamedTuple):
@@ -44,6 +48,8 @@ class SpectralProjectionState(NamedTuple):
       residual: parameter path -> state of the residual rule; empty where it keeps none.
       fallback: state of the optimizer of parameters that are no kernels, on a flat
         dict by path; empty without one.
+      version: ``{version: {}}``, that of the state's form; holds no arrays, so that
+        states of two versions differ in their structure.
     """
 
     step: Array
@@ -57,6 +63,7 @@ class SpectralProjectionState(NamedTuple):
     inner: Any
     residual: Any
     fallback: Any
+    version: Any
 
 
 class SpectralSharpnessState(NamedTuple):
@@ -70,6 +77,7 @@ class SpectralSharpnessState(NamedTuple):
     schedule: Any
     statistics: Any
     shared: Any
+    version: Any
 
 
 #: State type -> what its statistics' paths end in. The projection's end in nothing.
@@ -107,6 +115,16 @@ def check_path(path: str, leaves: Mapping[str, Any]) -> None:
             f"the state holds a basis for '{path}', which is not among the "
             f"parameters ({_checks.some(leaves)}). Remedy: pass the whole "
             "tree that init saw."
+        )
+
+
+def check_version(state: SpectralState) -> None:
+    """Raise for a state whose form is not that of this package."""
+    got = "/".join(map(str, state.version)) or "none"
+    if got != VERSION:
+        raise ValueError(
+            f"the optimizer state is of version {got}, expected {VERSION}. Remedy: go "
+            "on with the dsbp_optax that wrote it, or init again."
         )
 
 
@@ -350,6 +368,7 @@ def init_fields(
         **join_layers(layers),
         "statistics": empty_statistics(layers) if reserve else {},
         "shared": init_shared(decisions),
+        "version": {VERSION: {}},
     }
 
 
@@ -359,7 +378,7 @@ def empty_fields() -> dict[str, Any]:
     Also what `optax.tree.map_params` asks for, which wants one leaf in the place of
     everything that is not a copy of the parameters.
     """
-    names = ("basis", "spectrum", "schedule", "statistics", "shared")
+    names = ("basis", "spectrum", "schedule", "statistics", "shared", "version")
     return {**counters(), **{name: jnp.zeros([]) for name in names}}
 
 

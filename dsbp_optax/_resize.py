@@ -27,7 +27,7 @@ from dsbp_optax import (
 from dsbp_optax._layout import PerPath, Shape
 from dsbp_optax._msam import SubspaceMsamState
 from dsbp_optax._sam import SubspaceSamState
-from dsbp_optax._schedule import Rank
+from dsbp_optax._schedule import Rank, RankFraction
 from dsbp_optax._spectral import SpectralProjectionState, SpectralState
 from dsbp_optax._transport import Kind
 from dsbp_optax._types import Array, PyTree
@@ -90,8 +90,8 @@ def resize_state(
 
     Args:
       opt_state: any nest of optax states.
-      params: the parameters, or their shapes; needed for a `rank` that is a function,
-        and where a state alone does not tell how it reads a kernel.
+      params: the parameters, or their shapes; needed for a `rank` that is a function or
+        a `RankFraction`, and where a state alone does not tell how it reads a kernel.
       rank: as in `scale_by_spectral_projection`, and as the new optimizer has it. It is
         that of every basis in the state; paths of `add_spectral_sharpness` end in
         "#sharpness": ``{"*#sharpness": 4, "*": 16}``. An adaptive rank stays adaptive.
@@ -212,10 +212,11 @@ def _resized_schedule(
 def _changes(state: SpectralState, request: Request) -> dict[str, Change]:
     """What becomes of each projected kernel; all errors about the rank."""
     changes: dict[str, Change] = {}
-    suffix = _spectral.STATES[type(state)]
+    suffix, fractions = _spectral.STATES[type(state)], _fractions(state, request)
     for path, owner in _spectral.owners_of(state).items():
         shape = _known_shape(path, state.basis[owner].shape[:-1], request)
-        new = _new_rank(path + suffix, shape, state, owner, request.rank)
+        rank = fractions.get(owner, request.rank)
+        new = _new_rank(path + suffix, shape, state, owner, rank)
         if path != owner and new != changes[owner].new:
             raise ValueError(
                 f"resize_state: rank of '{path}{suffix}': got {new}, expected "
@@ -226,6 +227,28 @@ def _changes(state: SpectralState, request: Request) -> dict[str, Change]:
         axis = -1 if _flipped(path, shape, state, owner, request.table) else -2
         changes[path] = Change(old, new, axis, not adaptive)
     return changes
+
+
+def _fractions(state: SpectralState, request: Request) -> dict[str, int]:
+    """Owner of a basis -> the largest rank that a `RankFraction` gives its kernels."""
+    found: dict[str, int] = {}
+    suffix = _spectral.STATES[type(state)]
+    for path, owner in _spectral.owners_of(state).items():
+        form, stacked = state.basis[owner].shape[:-1], state.spectrum[owner].trace.shape
+        shape = _known_shape(path, form, request)
+        if shape is None and callable(request.rank):
+            continue  # An error later.
+        asked = _layout.resolve(request.rank, path + suffix, shape or (), None)
+        if not isinstance(asked, RankFraction):
+            continue
+        if shape is None:
+            raise ValueError(
+                "resize_state: got a RankFraction, which wants the shapes of kernels. "
+                "Remedy: resize_state(opt_state, params, rank=...)."
+            )
+        view = _layout.view_of(shape, form, stacked)
+        found[owner] = max(found.get(owner, 0), asked.of(view.size, view.other))
+    return found
 
 
 def _known_shape(path: str, form: Shape, request: Request) -> Shape | None:

@@ -120,6 +120,21 @@ def test_new_directions_are_orthonormal_and_orthogonal_to_the_old() -> None:
         chex.assert_trees_all_equal(again, larger)
 
 
+def test_a_fraction_is_that_of_the_optimizer() -> None:
+    """The default of the recipes: a sixteenth of the narrower side, at most 8."""
+    rank = dsbp_optax.RankFraction(1 / 8, most=3)
+    new = dsbp_optax.dsbp_muon(0.05, rank=rank, **SMALL)
+    state = dsbp_optax.resize_state(example("muon", 2), PARAMS, rank=rank)
+    assert form(state) == form(jax.eval_shape(new.init, PARAMS))
+    assert [only(state).basis[path].shape[-1] for path in PATHS] == [3, 3]
+    small = dsbp_optax.resize_state(
+        state, PARAMS, rank=dsbp_optax.RankFraction(1 / 16, most=3)
+    )
+    assert [only(small).basis[path].shape[-1] for path in PATHS] == [2, 1]
+    with pytest.raises(ValueError, match=r"RankFraction.*Remedy.*params"):
+        dsbp_optax.resize_state(state, rank=rank)
+
+
 def test_moments_and_eigenvalues_follow_their_directions() -> None:
     """Rows of Adam's moments against float64: kept, zero, mean of the column."""
     whole = dsbp_optax.dsbp_adamw(0.05, rank=3, moment_dtype=None, **SMALL)

@@ -57,13 +57,16 @@ class Mlp(nn.Module):
 
 
 def rule(rank: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of coordinates."""
+    """The optimizer of coordinates, in float32: both ways are compared to rounding."""
     return dsbp_optax.dsbp_adamw(
         1e-3,
         rank=rank,
+        clip=None,
         residual=None,
         update_every=PERIOD,
         power_iterations=WINDOW,
+        moment_dtype=None,
+        basis_dtype=None,
     )
 
 

@@ -1072,6 +1072,45 @@ def test_speed_of_a_workload_tells_refresh_steps_apart(tiny, tmp_path):
     assert base["dearest"] is None
 
 
+def test_coordinates_are_timed_counted_and_compared(monkeypatch, tmp_path):
+    wide = dataclasses.replace(TINY, model=models.Mlp((64,)))
+    monkeypatch.setitem(WORKLOADS, "digits_cnn", wide)
+    path = tmp_path / "coordinates.json"
+    result = invoke(
+        *("coordinates", "digits_cnn", "--width", 32, "--layers", 1, "--samples", 64),
+        *("--rank", 4, "--rounds", 2, "--steps", 3, "--json", path),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    rows = found["figures"]["dense layers"]
+    assert {(row["way"], row["program"]) for row in rows} == {
+        (way, program)
+        for way in ("adamw", "coordinates")
+        for program in ("gradient", "step")
+    }
+    for row in rows:
+        copied = row["program"] == "gradient"
+        assert (row["aliased_bytes"] == 0) == copied, "steps are donated"
+        assert row["flops"] > 0 and row["parameter_bytes"] == 4 * (32 * 32 + 32)
+    for clock in ("wall", "cpu"):
+        ratio = found["times"][clock]
+        assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
+    steps = {way: len(s) for way, s in found["times"]["seconds"].items()}
+    assert steps == {"adamw": 6, "coordinates": 6}
+    gaps = {name: found["losses"][name]["gaps"] for name in ("float64", "float32")}
+    assert set(gaps["float32"]) == {"coordinates", "nudged"}
+    assert max(gaps["float64"]["coordinates"].values()) < 1e-12
+    assert 1e-12 < max(gaps["float32"]["nudged"].values()) < 1e-3
+    assert "float64" in result.output and "refreshes" in result.output
+
+
+def test_a_gap_between_losses_is_told_up_to_each_step():
+    from benchmarks import coordinates
+
+    gaps = coordinates._gaps([1.0, 2.2, 3.0, 8.0], [1.0, 2.0, 3.0, 4.0])
+    assert gaps == pytest.approx({1: 0, 2: 0.1, 4: 1})
+
+
 def test_transport_carries_moments_as_well_as_an_oracle():
     """The rule keeps up with the oracle, moments left alone do not."""
     from benchmarks import transport

@@ -54,6 +54,8 @@ def combine(
         inside, factor = _with_factor(rule, step, path, seen, added.factor)
     if path in rows:
         inside = _subspace.add_leading(inside, rows[path], view.flipped)
+    if rule.direction is not None and path in step.given:
+        inside = rule.direction(inside, *_plan.fans(path, view, rule.choices))
     whole = _subspace.lift(basis, inside, view.flipped)
     if factor is not None:
         whole = whole + factor * step.matrices[path]
@@ -82,7 +84,8 @@ def directed(
 ) -> dict[str, Array]:
     """Every update shaped as its parameter, those of kernels given their direction.
 
-    Kernels in full space get the same as projected ones.
+    Kernels in full space get the same as projected ones. Those whose gradients came as
+    coordinates have it: the polar factor of ``V u`` is V times that of ``u``.
     """
     done = dict(changes)
     if rule.direction is None:
@@ -90,13 +93,12 @@ def directed(
             done[path] = _layout.from_matrices(changes[path], view)
         return done
     known = _plan.kernels(updates, rule.choices, step.views)
-    for path, (view, side) in known.items():
+    for path, view in known.items():
         matrix = changes[path]
         if path not in step.views:
             matrix = _layout.to_matrices(matrix, view)
-        sizes = (view.size, view.other)
-        fans = sizes if side == "input" else sizes[::-1]
-        matrix = rule.direction(matrix, *fans)
+        if path not in step.given:
+            matrix = rule.direction(matrix, *_plan.fans(path, view, rule.choices))
         done[path] = _layout.from_matrices(matrix, view)
     return done
 

@@ -139,8 +139,8 @@ def views(
 
 def kernels(
     tree: PyTree, choices: Choices, views: Mapping[str, MatrixView]
-) -> dict[str, tuple[MatrixView, Side]]:
-    """View and side of every kernel, whether projecting it saves memory or not.
+) -> dict[str, MatrixView]:
+    """The view of every kernel, whether projecting it saves memory or not.
 
     Args:
       tree: parameters or updates; shapes and dtypes only.
@@ -151,14 +151,20 @@ def kernels(
     found = {}
     for path, leaf in leaves.items():
         if path in views:
-            found[path] = views[path], _side(path, views[path].shape, choices)
+            found[path] = views[path]
             continue
         shape = jnp.shape(leaf)
         if _no_kernel(path, leaf, choices):
             continue
         if _layout.resolve(choices.rank, path, shape, None) is not None:
-            found[path] = _view(path, shape, leaves, choices)
+            found[path], _ = _view(path, shape, leaves, choices)
     return found
+
+
+def fans(path: str, view: MatrixView, choices: Choices) -> tuple[int, int]:
+    """Fan in and fan out of a kernel, whichever of them its rows are."""
+    sizes = view.size, view.other
+    return sizes if _side(path, view.shape, choices) == "input" else sizes[::-1]
 
 
 def _no_kernel(path: str, leaf: Any, choices: Choices) -> str | None:

@@ -356,3 +356,32 @@ def test_bases_stored_in_half_precision_are_widened_before_they_project() -> Non
     assert not np.allclose(rounded.astype(jnp.float32), exact, rtol=1e-5, atol=1e-5)
     angles = dsbp_optax.diagnostics.principal_angles(state, state)[PATH]
     assert angles.dtype == jnp.float32 and float(angles.max()) < 0.1
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (3, 24, 10)])
+def test_the_direction_of_coordinates_is_that_of_the_lifted_matrix(side, shape) -> None:
+    """The polar factor of ``V u`` is V times that of u, at ``k / d`` of the cost."""
+    direction = dsbp_optax.orthogonalize()
+    tx = dsbp_optax.scale_by_spectral_projection(
+        rank=4, side=side, direction=direction, project="always"
+    )
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    state = tx.init(params)
+    held = project_gradients(params, state)
+    got, _ = tx.update(held, state, params)
+    plain = dsbp_optax.scale_by_spectral_projection(
+        rank=4, side=side, project="always"
+    )
+    lifted, _ = plain.update(held, plain.init(params), params)
+    expected = direction(lifted["kernel"], *shape[-2:])
+    np.testing.assert_allclose(got["kernel"], expected, rtol=1e-3, atol=1e-4)
+    assert float(jnp.abs(lifted["kernel"] - got["kernel"]).max()) > 0.1
+
+    def flops(gradients: Any) -> float:
+        program = jax.jit(tx.update).lower(gradients, state, params).compile()
+        costs = program.cost_analysis()
+        return (costs[0] if isinstance(costs, list) else costs)["flops"]
+
+    assert flops(held) < 0.9 * flops(params)

@@ -93,7 +93,7 @@ def explain(tx: optax.GradientTransformation, params: PyTree) -> Explanation:
       >>> print(dsbp_optax.diagnostics.explain(dsbp_optax.dsbp_sgd(0.1), params))
       path    what is done, and why
       bias    full space: fewer than two axes
-      kernel  projected: input side, rank 8 of 64
+      kernel  projected: input side, rank 4 of 64
     """
     plans: list[dict[str, Decision]] = []
     token = _plan.OBSERVER.set(plans)

@@ -37,9 +37,11 @@ class Net(nn.Module):
 
 INPUTS = jax.random.normal(jax.random.key(0), (32, 64))
 PARAMS = Net(False).init(jax.random.key(1), INPUTS)["params"]
+#: What is compared to rounding is kept in float32.
+WHOLE = {"moment_dtype": None, "basis_dtype": None}
 ROUTES = {
     "subspace": (
-        dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None),
+        dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, **WHOLE),
         dsbp_optax.linen.subspace_value_and_grad,
     ),
     "whole": (
@@ -153,7 +155,7 @@ def sharded(mesh: Any, tx: Any, specs: Any) -> tuple[Any, Any]:
 def sharpness_aware_on_explicit() -> dict[str, Any]:
     """Both wrappers, kernels and bases sharded on both axes, against one device."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    inner = dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, update_every=2)
+    inner = dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, update_every=2, **WHOLE)
     wrappers = {
         "subspace_sam": dsbp_optax.subspace_sam(inner, 0.5),
         "every second": dsbp_optax.subspace_sam(inner, 0.5, every=2),

@@ -371,9 +371,7 @@ def test_the_direction_of_coordinates_is_that_of_the_lifted_matrix(side, shape) 
     state = tx.init(params)
     held = project_gradients(params, state)
     got, _ = tx.update(held, state, params)
-    plain = dsbp_optax.scale_by_spectral_projection(
-        rank=4, side=side, project="always"
-    )
+    plain = dsbp_optax.scale_by_spectral_projection(rank=4, side=side, project="always")
     lifted, _ = plain.update(held, plain.init(params), params)
     expected = direction(lifted["kernel"], *shape[-2:])
     np.testing.assert_allclose(got["kernel"], expected, rtol=1e-3, atol=1e-4)

@@ -85,7 +85,7 @@ def test_metrics_count_every_byte_and_the_leading_eigenvalue() -> None:
     state = train([x])
     figures = jax.jit(diagnostics.metrics)(state)
     basis, moments = 2 * D * K, 2 * K * M
-    residual = 5 * D * M // 8 + 4 * (D + M)
+    residual = 5 * D * M // 8 + 2 * (D + M)
     assert int(figures["dsbp/state_bytes/kernel"]) == basis + moments + residual
     top = np.linalg.eigvalsh(np.asarray(x.T @ x, np.float64) / len(x))[-1]
     assert float(figures["dsbp/largest/kernel"]) == pytest.approx(top, rel=1e-3)

@@ -421,9 +421,6 @@ def test_refusals() -> None:
         dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1), every=0)
     base = dsbp_optax.dsbp_sgd(0.1, rank=2, residual=None)
     small = dsbp_optax.project_gradients(params, base.init(params))
-    tx = dsbp_optax.subspace_sam(base)
-    with pytest.raises(ValueError, match="got Coordinates"):
-        tx.update(small, tx.init(params), params, grad_fn=lambda p, i: small)
     tx = dsbp_optax.subspace_msam(base)
     with pytest.raises(ValueError, match="got Coordinates"):
         tx.update(small, tx.init(params))

@@ -121,6 +121,7 @@ def test_training_is_that_with_projected_whole_gradients(dtype: Any) -> None:
             0.01,
             rank=2,
             residual=None,
+            clip=None,
             update_every=4,
             power_iterations=1,
             moment_dtype=None,

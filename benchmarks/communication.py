@@ -15,6 +15,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dsbp_optax
+from benchmarks.kernels import path_of
 from benchmarks.workloads import Workload
 from dsbp_optax import Coordinates
 
@@ -158,7 +159,4 @@ def _by_path(tree: Any) -> Mapping[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: isinstance(x, Coordinates)
     )
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-        for keys, leaf in leaves
-    }
+    return {path_of(keys): leaf for keys, leaf in leaves}

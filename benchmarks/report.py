@@ -12,6 +12,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,24 +29,20 @@ from benchmarks.workloads import WORKLOADS
 
 def make_progress(console: Console, quiet: bool) -> Progress:
     """A live bar: what runs now, how far, how long, how long still."""
-    return Progress(
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet,
-    )
+    return _progress(console, quiet, MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def make_download_progress(console: Console, quiet: bool) -> Progress:
     """A live bar of bytes."""
+    return _progress(console, quiet, DownloadColumn(), TransferSpeedColumn())
+
+
+def _progress(console: Console, quiet: bool, *columns: ProgressColumn) -> Progress:
+    """A bar between what it is of and the time that remains."""
     return Progress(
         TextColumn("{task.description:24}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *columns,
         TimeRemainingColumn(),
         console=console,
         disable=quiet,

@@ -48,7 +48,10 @@ def campaign_entries(root: Path) -> dict[str, list[Entry]]:
 
 def document(root: Path = RESULTS) -> str:
     """The whole page."""
-    found, entries = read_all(root), campaign_entries(root)
+    return _document(read_all(root), campaign_entries(root))
+
+
+def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str:
     origin = Provenance(run for one in found for run in one.runs)
     sections = list(campaign_sections(found, entries, origin))
     shown = frozenset[Path]().union(*(section.paths for section in sections))
@@ -84,7 +87,8 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     Returns:
       What was written; no picture without entries.
     """
-    text, entries = document(root), campaign_entries(root)
+    entries = campaign_entries(root)
+    text = _document(read_all(root), entries)
     page.write_text(text, encoding="utf-8", newline="\n")
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries

@@ -115,10 +115,10 @@ def _project(
     return Coordinates(_sharding.in_place(product, place, gradient, basis))
 
 
-def find(tree: PyTree) -> list[str]:
-    """Paths of all coordinates in a tree of gradients."""
+def find(tree: PyTree) -> dict[str, Coordinates]:
+    """All coordinates in a tree of gradients, by path."""
     leaves, _ = _layout.flatten_with_paths(tree)
-    return [path for path, leaf in leaves.items() if isinstance(leaf, Coordinates)]
+    return {path: x for path, x in leaves.items() if isinstance(x, Coordinates)}
 
 
 def refuse(paths: Iterable[str], who: str) -> None:

@@ -368,7 +368,8 @@ def _asked_for(path: str, shape: Shape, choices: Choices) -> bool:
 def check_rank(rank: Any, path: str = "") -> int | None:
     """A positive Python integer, or None, or an error that says where.
 
-    Of an adaptive rank the greatest, which sets the shapes.
+    Of an adaptive rank the greatest, which sets the shapes. Of a fraction its limit;
+    `_rank` knows that of a kernel.
     """
     if rank is None:
         return None

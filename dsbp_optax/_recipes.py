@@ -380,7 +380,7 @@ def dsbp_muon(
         callable. By default a sixteenth of the narrower side, at most 8.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: "int6" keeps the residual's momentum in six bits a number, see
-        `residual_momentum`; likewise "int1" to "int5", "int8", "float32"; a number is
+        `residual_momentum`; likewise "int1" to "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
       scale: size of the orthogonalised update, see `orthogonalize`.
       b1: decay of the first moment of Adam, for parameters that are no kernels.

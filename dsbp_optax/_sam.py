@@ -128,7 +128,7 @@ def _update(
             f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
             "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
         )
-    before, given = state.optimizer, _given(updates)
+    before, given = state.optimizer, _coordinates.find(updates)
     radius = _perturb.value_at(rule.radius, state.step)
     away, steps = _sharding.in_place(
         functools.partial(_uphill, rule),
@@ -173,14 +173,9 @@ def _uphill(
     gradient = _divided(updates, spaces, rule.unprojected)
     weight = _divided(params, spaces, rule.unprojected) if rule.adaptive else None
     ascent = _ascent(gradient, weight, radius)
-    steps = {path: spaces[path].held(ascent.pop(path)) for path in _given(updates)}
+    given = _coordinates.find(updates)
+    steps = {path: spaces[path].held(ascent.pop(path)) for path in given}
     return _perturb.add(params, _perturb.lifted(ascent, spaces)), steps
-
-
-def _given(updates: PyTree) -> dict[str, Coordinates]:
-    """The gradients that are coordinates, by path."""
-    leaves, _ = _layout.flatten_with_paths(updates)
-    return {path: leaves[path] for path in _coordinates.find(updates)}
 
 
 def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
@@ -205,7 +200,8 @@ def _changed(updates: PyTree, change: Parts, held: PyTree, params: PyTree) -> Py
     spaces = _spaces(held, params)
     size = optax.tree.norm(_divided(updates, spaces, unprojected=False))
     parts = {path: size * part for path, part in change.items()}
-    short = {path: spaces[path].held(parts.pop(path)) for path in _given(updates)}
+    given = _coordinates.find(updates)
+    short = {path: spaces[path].held(parts.pop(path)) for path in given}
     return _perturb.add(updates, {**_perturb.lifted(parts, spaces), **short})
 
 

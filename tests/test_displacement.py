@@ -10,32 +10,31 @@ import pytest
 from flax import nnx
 from networks import NETWORKS, ScanNet, batch, init
 from test_adapters import loss_of, nnx_twin, optimizer
-from test_subspace_gradient import warm
+from test_subspace_gradient import differentiated, exact_adamw, warm
 
 import dsbp_optax
-from dsbp_optax import Coordinates, _perturb, project_gradients
+from dsbp_optax import (
+    Coordinates,
+    _coordinates,
+    _layout,
+    _perturb,
+    project_gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RHO = 0.3
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    pairs = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: isinstance(x, Coordinates)
-    )
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-        for keys, leaf in pairs
-    }
+    return _layout.flatten_with_paths(tree)[0]
 
 
 def random_steps(params: Any, state: Any) -> dict[str, Coordinates]:
-    grads = flat(project_gradients(params, state))
+    grads = _coordinates.find(project_gradients(params, state))
     rng = np.random.default_rng(5)
     return {
         path: Coordinates(jnp.asarray(rng.normal(size=x.values.shape), jnp.float32))
         for path, x in grads.items()
-        if isinstance(x, Coordinates)
     }
 
 
@@ -86,23 +85,11 @@ def test_sam_is_the_same_either_way(every: int, adaptive: bool) -> None:
     """With a rule that has no residual, over refreshes; unprojected leaves step too."""
     network = NETWORKS["dense"]
     loss_fn, params, x = loss_of(network.linen), init(network), batch(network, 3)
-    inner = dsbp_optax.dsbp_adamw(
-        0.01,
-        rank=2,
-        residual=None,
-        clip=None,
-        update_every=4,
-        power_iterations=1,
-        moment_dtype=None,
-        basis_dtype=None,
-    )
+    inner = exact_adamw()
 
     def train(short: bool, radius: float) -> Any:
         tx = dsbp_optax.subspace_sam(inner, radius, every=every, adaptive=adaptive)
-        way = dsbp_optax.linen
-        collect = (way.subspace_value_and_grad if short else way.value_and_grad)(
-            loss_fn
-        )
+        collect = differentiated(loss_fn, short)
 
         @jax.jit
         def step(params: Any, state: Any) -> Any:
@@ -197,10 +184,7 @@ def test_no_second_set_of_kernels_is_held() -> None:
     loss_fn = loss_of(model)
 
     def temporary(short: bool) -> int:
-        way = dsbp_optax.linen
-        collect = (way.subspace_value_and_grad if short else way.value_and_grad)(
-            loss_fn
-        )
+        collect = differentiated(loss_fn, short)
 
         def step(params: Any, state: Any) -> Any:
             _, grads, seen = collect(params, x, opt_state=state)
@@ -210,14 +194,11 @@ def test_no_second_set_of_kernels_is_held() -> None:
                     return jax.grad(loss_fn)(there, x)
                 return collect(there, x, opt_state=state, displacement=step)[1]
 
-            return grads, grad_fn(params, short and _zeros(grads)), seen
+            return grads, grad_fn(params, _coordinates.find(grads)), seen
 
         compiled = jax.jit(step).lower(params, jax.eval_shape(tx.init, params))
         memory = compiled.compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
-
-    def _zeros(grads: Any) -> dict[str, Coordinates]:
-        return {p: g for p, g in flat(grads).items() if isinstance(g, Coordinates)}
 
     kernels = 6 * 4 * 256 * 256
     assert temporary(False) > 2 * kernels

@@ -54,11 +54,19 @@ def objects(path):
     np.savez(path, a=np.asarray([{"no": "plain array"}], object), b=np.ones(1))
 
 
+def flagged(path):
+    """The first member's flags say that it is encrypted: one bit."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("plain"),
     "one array, no archive": one_array,
+    "flagged as encrypted": flagged,
     "without a": lambda path: np.savez(path, b=np.ones(3)),
     "objects": objects,
 }

@@ -1,0 +1,169 @@
+"""What the parts of a rule do: time, transport, stability, controls."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from benchmarks import (
+    compare,
+    controls,
+    records,
+    report,
+    speed,
+    stability,
+    transport,
+)
+from benchmarks.campaign import RESULTS, learning_rate_for
+from benchmarks.commands.shared import (
+    DataDir,
+    Json,
+    OptimizerNames,
+    Quick,
+    Quiet,
+    Records,
+    Seeds,
+    Steps,
+    WorkloadName,
+    app,
+    console,
+    failures,
+    lookup,
+    save,
+    several,
+)
+from benchmarks.data import DataError
+from benchmarks.optimizers import CONTENDERS
+from benchmarks.workloads import WORKLOADS
+
+
+@app.command("speed")
+def speed_command(
+    workload: Annotated[
+        str | None, typer.Argument(help="default: three fixed figures")
+    ] = None,
+    optimizer: OptimizerNames = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="default: the optimizer that each replaces")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="steps of each")] = speed.PERIOD,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time updates and steps, the contenders taking turns.
+
+    `report` takes its times from OUT/WORKLOAD/speed.json where that exists.
+    """
+    if workload is None:
+        rows = _fixed_figures(quiet)
+        table = report.speed_table(rows)
+    else:
+        chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+        against = lookup(CONTENDERS, baseline, "--baseline") if baseline else None
+        contenders = several(CONTENDERS, optimizer, "--optimizer")
+        with report.make_progress(console, quiet) as progress:
+            task = progress.add_task(f"steps of {workload}", total=rounds)
+            rows = speed.whole_steps(
+                chosen, contenders, against, rounds, lambda: progress.advance(task)
+            )
+        table = report.steps_table(f"{workload}: whole steps", rows)
+    save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
+    if not quiet:
+        console.print(table)
+
+
+def _fixed_figures(quiet: bool) -> list[speed.Row]:
+    rows: list[speed.Row] = []
+    with report.make_progress(console, quiet) as progress:
+        task = progress.add_task("", total=len(speed.FIGURES))
+        for name, (measure, rounds) in speed.FIGURES.items():
+            progress.update(task, description=f"figure {name}")
+            rows += measure(rounds)
+            progress.advance(task)
+    return rows
+
+
+@app.command("transport")
+def transport_command(
+    seeds: Seeds = 10, json: Json = None, quiet: Quiet = False
+) -> None:
+    """What moments are worth that follow a turning basis, against an oracle."""
+    with report.make_progress(console, quiet) as progress:
+        task = progress.add_task("streams", total=seeds)
+        rows = transport.compare(range(seeds), after=lambda: progress.advance(task))
+    save(json, {**records.environment(), "rows": rows}, quiet)
+    if not quiet:
+        console.print(report.transport_table(rows))
+
+
+@app.command("stability")
+def stability_command(
+    workload: WorkloadName = "digits_cnn",
+    optimizer: OptimizerNames = None,
+    data_dir: DataDir = None,
+    steps: Steps = None,
+    seeds: Seeds = 20,
+    json: Json = None,
+    quick: Quick = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ours against the plain optimizers at every rate of theirs, from many seeds."""
+    chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+    ours = {name: c for name, c in CONTENDERS.items() if c.plain}
+    contenders = several(ours, optimizer, "--optimizer")
+    steps = steps or (chosen.quick_steps if quick else chosen.steps)
+    with failures(), report.make_progress(console, quiet) as progress:
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=stability.count(contenders, seeds))
+        rows = stability.compare(
+            *(chosen, data, contenders, range(seeds), steps),
+            lambda: progress.advance(task),
+        )
+    record = {**records.environment(), "workload": workload, "steps": steps}
+    save(json, {**record, "rows": rows}, quiet)
+    if not quiet:
+        console.print(report.stability_table(rows))
+
+
+@app.command("controls")
+def controls_command(
+    workload: WorkloadName,
+    of: Annotated[str, typer.Option(help="the rule; see `list`")] = "dsbp_muon",
+    data_dir: DataDir = None,
+    out: Records = RESULTS,
+    hours: Annotated[float, typer.Option(min=0, help="start no run after")] = 1.0,
+    seeds: Seeds = 3,
+    quick: Quick = False,
+    quiet: Quiet = False,
+) -> None:
+    """A rule with one part taken away at a time, at its own rate; can be continued."""
+    deadline = time.monotonic() + 3600 * hours
+    chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+    known = {control.of: CONTENDERS[control.of] for control in controls.CONTROLS}
+    rule = lookup(known, of, "--of")
+    rate, _ = learning_rate_for(chosen, rule, out)
+    plan = [
+        (control, controls.orders(chosen, control, rate, seeds, quick))
+        for control in controls.CONTROLS
+        if control.of == of
+    ]
+    entries = compare.read_entries(chosen, out, [of])
+    with failures(), report.make_progress(console, quiet) as progress:
+        if not entries:
+            raise DataError(
+                f"{out / workload / of}: got no final record, expected those of the "
+                f"rule itself. Remedy: campaign {workload} --optimizer {of} first."
+            )
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=sum(len(wanted) for _, wanted in plan))
+        for control, wanted in plan:
+            progress.update(task, description=control.contender.name)
+            if not controls.carry_out_missing(
+                *(out, chosen, data, control, wanted, deadline),
+                lambda: progress.advance(task),
+            ):
+                break
+    if not quiet:
+        found = [controls.made(out, chosen, *pair) for pair in plan]
+        entries += compare.entries(chosen, [r for each in found for r in each])
+        console.print(report.controls_table(f"{workload}: {of}", entries))

@@ -1,0 +1,208 @@
+"""Large models and many devices: communication, coordinates, faults, estimates."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+
+from benchmarks import (
+    communication,
+    coordinates,
+    distributed,
+    estimate,
+    faults,
+    records,
+    report,
+)
+from benchmarks.campaign import RESULTS, learning_rate_for
+from benchmarks.commands.shared import (
+    DataDir,
+    Json,
+    OptimizerName,
+    OptimizerNames,
+    Quiet,
+    WorkloadName,
+    app,
+    console,
+    failures,
+    lookup,
+    save,
+)
+from benchmarks.optimizers import CONTENDERS
+from benchmarks.workloads import WORKLOADS
+
+
+@app.command("communication")
+def communication_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    devices: Annotated[int, typer.Option(min=2, help="that share the batch")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
+    route: Annotated[str, typer.Option(help="subspace, or whole")] = "subspace",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """What a data-parallel step sends, read off its compiled program; nothing runs."""
+    chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+    lookup(communication.ROUTES, route, "--route")
+    jax.config.update("jax_num_cpu_devices", devices)
+    program = communication.compile_step(chosen, rank, route, devices)
+    found = communication.account(*program)
+    record = {**records.environment(), "workload": workload, "rank": rank}
+    save(json, {**record, "devices": devices, "route": route, **found}, quiet)
+    if not quiet:
+        console.print(report.communication_table(f"{workload}, {route} route", found))
+
+
+@app.command("coordinates")
+def coordinates_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    data_dir: DataDir = None,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
+    width: Annotated[int, typer.Option(min=1, help="of the timed layers")] = 2048,
+    layers: Annotated[int, typer.Option(min=1, help="that are timed")] = 6,
+    samples: Annotated[int, typer.Option(min=1, help="of their batch")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="timed, none refreshes")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="whose losses are compared")] = 100,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Gradients in coordinates against whole ones: time, memory, losses.
+
+    Time and memory against `optax.adamw`, of dense layers on random numbers; memory
+    also on the workload, and losses there against projecting whole gradients. Times
+    mean most on one core: `taskset -c 0 python -m benchmarks coordinates`.
+    """
+    chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+    model = coordinates.Mlp(width, layers)
+    with failures(), report.make_progress(console, quiet) as progress:
+        task = progress.add_task("steps in turns", total=coordinates.turns(rounds))
+        curves = progress.add_task("losses", total=coordinates.RUNS * steps)
+        figures = coordinates.figures(model, samples, chosen, rank)
+        losses = coordinates.compare_losses(
+            *(chosen, data_dir, rank, steps), lambda: progress.advance(curves)
+        )
+        times = coordinates.time_steps(
+            *(model, samples, rank, rounds), lambda: progress.advance(task)
+        )
+    sizes = {"rank": rank, "width": width, "layers": layers, "samples": samples}
+    record = {**records.environment(), "workload": workload, **sizes}
+    save(json, {**record, "figures": figures, "times": times, "losses": losses}, quiet)
+    if not quiet:
+        for table in report.coordinates_tables(workload, figures, times, losses):
+            console.print(table)
+
+
+@app.command("distributed")
+def distributed_command(
+    workload: WorkloadName = "shakespeare_gpt",
+    optimizer: OptimizerName = "dsbp_muon",
+    processes: Annotated[int, typer.Option(min=1, help="that train together")] = 2,
+    devices: Annotated[int, typer.Option(min=1, help="of each process")] = 2,
+    data_dir: DataDir = None,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    timeout: Annotated[float, typer.Option(help="seconds for each run")] = 900.0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Several processes on this machine against one, on the same global batches."""
+    chosen = lookup(WORKLOADS, workload, "WORKLOAD")
+    contender = lookup(CONTENDERS, optimizer, "--optimizer")
+    rate, _ = learning_rate_for(chosen, contender, RESULTS)
+    with failures():
+        if (place := distributed.child_place()) is not None:
+            distributed.join(place)
+            found = distributed.losses(chosen, contender, data_dir, rate, steps)
+            print(json_module.dumps(found))
+            return
+        options = ["--optimizer", optimizer, "--steps", str(steps)]
+        options += [] if data_dir is None else ["--data-dir", str(data_dir)]
+        command = distributed.command(["distributed", workload, *options])
+        groups = {
+            "together": distributed.Place("", processes, 0, devices),
+            "alone": distributed.Place("", 1, 0, 1),
+        }
+        found = {k: distributed.run(command, p, timeout) for k, p in groups.items()}
+        gap = distributed.largest_gap(found["together"], found["alone"])
+    record = {**records.environment(), "workload": workload, "optimizer": optimizer}
+    record |= {"processes": processes, "devices": devices, "gap": gap, "losses": found}
+    save(json, record, quiet)
+    if not quiet:
+        first, last = found["together"][0], found["together"][-1]
+        console.print(
+            f"{processes} processes of {devices} devices: loss {first:.4f} -> "
+            f"{last:.4f}; from one process on one device it differs by {gap:.1e} of "
+            "itself at most",
+            soft_wrap=True,
+        )
+
+
+@app.command("faults")
+def faults_command(
+    workload: WorkloadName = "digits_cnn",
+    optimizer: OptimizerNames = None,
+    kills: Annotated[int, typer.Option(min=1, help="in all, shared alike")] = 50,
+    data_dir: DataDir = None,
+    steps: Annotated[int, typer.Option(min=20)] = 120,
+    every: Annotated[int, typer.Option(min=1, help="steps to a checkpoint")] = 4,
+    seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 0,
+    timeout: Annotated[int, typer.Option(min=1, help="to miss a process")] = 10,
+    lanes: Annotated[int, typer.Option(min=1, help="jobs at a time of each")] = 1,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Kill training at random moments: it must go on as if nothing had been.
+
+    Default optimizers: dsbp_muon, dsbp_adamw. The first is also put through torn
+    checkpoints, a full disk and the loss of one process of two.
+    """
+    lookup(WORKLOADS, workload, "WORKLOAD")
+    names = optimizer or ["dsbp_muon", "dsbp_adamw"]
+    contenders = [lookup(CONTENDERS, name, "--optimizer") for name in names]
+    where = None if data_dir is None else str(data_dir)
+    orders = [
+        faults.Order(workload, one.name, where, "", steps, every, one.default_rate)
+        for one in contenders
+    ]
+    with failures(), report.make_progress(console, quiet) as progress:
+        task = progress.add_task("kills", total=kills)
+        found = faults.account(
+            [order._replace(timeout=timeout) for order in orders],
+            *(kills, seed, lanes, lambda: progress.advance(task)),
+        )
+    record = {**records.environment(), "workload": workload, "steps": steps}
+    record |= {"every": every, "seed": seed, "timeout": timeout}
+    record |= {"period": faults.PERIOD, "window": faults.WINDOW}
+    save(json, {**record, **found}, quiet)
+    if not quiet:
+        for table in report.faults_tables(f"{workload}: {steps} steps", found):
+            console.print(table)
+    if not found["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command("estimate")
+def estimate_command(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="repeat it; default: all")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 128,
+    devices: Annotated[int, typer.Option(min=1, help="in data parallel")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="a step and device")] = 16_384,
+    flops: Annotated[float, typer.Option(min=1, help="of a device, a second")] = 4e14,
+    memory: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 3.3e12,
+    network: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 5e10,
+    write: Annotated[Path | None, typer.Option(help="a Markdown file")] = None,
+) -> None:
+    """State, FLOPs, traffic and time of a step of a large model, by formulas."""
+    chosen = model or list(estimate.MODELS)
+    for name in chosen:
+        lookup(estimate.MODELS, name, "--model")
+    machine = estimate.Machine(devices, flops, memory, network)
+    text = estimate.document(chosen, machine, rank, tokens)
+    if write is None:
+        console.print(text, markup=False, soft_wrap=True, highlight=False)
+        return
+    write.write_text(text)
+    report.written(console, [write])

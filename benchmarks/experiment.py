@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import kernels, records, timing
 from benchmarks.data import Data, DataError
-from benchmarks.train import Program, Run, train
+from benchmarks.train import Observe, Program, Run, train
 
 Record = dict[str, Any]
 
@@ -62,8 +62,9 @@ def carry_out_run(
     data: Data,
     order: Order,
     after_step: Callable[[], None] = lambda: None,
+    observe: Observe = lambda params, opt_state: {},
 ) -> tuple[Record, Run]:
-    """The record of a run, and the run with its trained parameters."""
+    """The record of a run, and the run; `observe` as for `train`."""
     workload = program.workload
     if len(data.train) < workload.batch_size:
         raise DataError(
@@ -80,6 +81,7 @@ def carry_out_run(
         steps=order.steps,
         seed=order.seed,
         after_step=after_step,
+        observe=observe,
     )
     record = _describe(program, order, run)
     if final:

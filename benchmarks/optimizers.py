@@ -101,7 +101,7 @@ def _subspace_sam(
 
 
 def _subspace_msam(
-    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, rho: float = 0.3
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9, rho: float = 0.1
 ) -> optax.GradientTransformationExtraArgs:
     return dsbp_optax.subspace_msam(dsbp_optax.dsbp_sgd(learning_rate, momentum), rho)
 
@@ -206,8 +206,8 @@ CONTENDERS = {
             "dsbp_sgd, its parameters kept uphill along the momentum",
             _subspace_msam,
             _COARSE,
-            0.1,
-            {"momentum": 0.9, "rho": 0.3},
+            0.3,
+            {"momentum": 0.9, "rho": 0.1},
             plain="sgd",
             **_OURS,
         ),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,6 +20,12 @@ from rich.progress import (
 from rich.table import Table
 
 from benchmarks import communication, compare
+from benchmarks.cells import columns as _columns
+from benchmarks.cells import difference as _difference
+from benchmarks.cells import interval as _interval
+from benchmarks.cells import number as _number
+from benchmarks.cells import spread as _spread
+from benchmarks.cells import table as _table
 from benchmarks.compare import Entry
 from benchmarks.data.packages import ELSEWHERE, PACKAGES, Packaged
 from benchmarks.optimizers import CONTENDERS
@@ -273,47 +278,6 @@ def transport_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def flatness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a contender of `benchmarks.flatness`: means over seeds."""
-    table = _table(title)
-    _columns(table, "lambda max", "lambda 10", "trace", "m-sharpness", "metric")
-    names = dict.fromkeys(record["optimizer"] for record in found)
-    for name in names:
-        runs = [r for r in found if r["optimizer"] == name and not r["diverged"]]
-        if not runs:
-            table.add_row(name, *("not finite",) * 5)
-            continue
-        values = np.asarray([run["hessian_eigenvalues"] for run in runs])
-        others = ("hessian_trace", "m_sharpness", runs[0]["metric"])
-        table.add_row(
-            name,
-            *(f"{values[:, place].mean():.2f}" for place in (0, -1)),
-            *(f"{np.mean([run[key] for run in runs]):.4g}" for key in others),
-        )
-    return table
-
-
-def robustness_table(title: str, found: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a contender of `benchmarks.robustness`: means over seeds, percent."""
-    table = _table(title)
-    runs = [record for record in found if not record["diverged"]]
-    attacks = list(runs[0]["attacks"]) if runs else []
-    radii = runs[0]["attack_radii"] if runs else []
-    places = [(name, n) for name in attacks for n in range(len(radii))]
-    _columns(table, "clean", *(f"{a} {255 * radii[n]:.0f}/255" for a, n in places))
-    _columns(table, "corrupted")
-    for name in dict.fromkeys(record["optimizer"] for record in found):
-        mine = [run for run in runs if run["optimizer"] == name]
-        if not mine:
-            table.add_row(name, *("not finite",) * (len(places) + 2))
-            continue
-        clean = np.mean([run[run["metric"]] for run in mine])
-        bent = np.mean([list(run["corruptions"].values()) for run in mine])
-        hit = [np.mean([run["attacks"][a][n] for run in mine]) for a, n in places]
-        table.add_row(name, *(f"{100 * value:.1f}" for value in (clean, *hit, bent)))
-    return table
-
-
 def stability_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a rate of `benchmarks.stability`."""
     table = _table("Stability: final training loss against the plain optimizer's")
@@ -371,55 +335,6 @@ def written(console: Console, paths: Sequence[Path]) -> None:
         console.print(f"wrote {path}", style="dim", soft_wrap=True)
 
 
-def _table(title: str, first: str = "optimizer") -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    table.add_column(first, no_wrap=True)
-    return table
-
-
-def _columns(table: Table, *headings: str) -> None:
-    for heading in headings:
-        table.add_column(heading, justify="right")
-
-
-def _spread(entry: Entry) -> str:
-    """Mean, and standard deviation where there are several seeds."""
-    metric, finals = entry.metric, list(entry.finals.values())
-    text = metric.show(entry.mean)
-    if len(finals) > 1:
-        text += f" ± {metric.show(float(np.std(finals, ddof=1)))}"
-    return text
-
-
-def _difference(entry: Entry, peer: Entry | None) -> str:
-    if peer is None or entry is peer:
-        return "-"
-    gap = compare.difference(entry, peer)
-    if gap is None:
-        return "-"
-    mean, low, high = (entry.metric.factor * x for x in gap)
-    digits = entry.metric.digits
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
 def _mean_loss(losses: Sequence[float | None]) -> str:
     """Records have null for what is not finite."""
     return f"{np.mean([np.inf if loss is None else loss for loss in losses]):.4f}"
-
-
-def _interval(ratio: Mapping[str, float] | None) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
-
-
-def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "-" if value is None else format(factor * value, form)

@@ -17,14 +17,6 @@ def _rows_with(*keys: str) -> Callable[[Record], bool]:
     return matches
 
 
-def _runs_with(*keys: str) -> Callable[[Record], bool]:
-    def matches(record: Record) -> bool:
-        runs = record.get("records") or ()
-        return bool(runs) and all(key in run for run in runs for key in keys)
-
-    return matches
-
-
 #: What tells a kind of record, its heading, and its table; the first match counts.
 _KINDS: tuple[tuple[Callable[[Record], bool], str, Callable[[Record], Table]], ...] = (
     (
@@ -51,16 +43,6 @@ _KINDS: tuple[tuple[Callable[[Record], bool], str, Callable[[Record], Table]], .
         lambda record: {"coordinates", "others", "refresh", "share"} <= record.keys(),
         "Communication: numbers sent in a step",
         lambda record: report.communication_table("", record),
-    ),
-    (
-        _runs_with("hessian_eigenvalues", "m_sharpness"),
-        "Flatness",
-        lambda record: report.flatness_table("", record["records"]),
-    ),
-    (
-        _runs_with("attacks", "corruptions"),
-        "Robustness: accuracy, %",
-        lambda record: report.robustness_table("", record["records"]),
     ),
 )
 

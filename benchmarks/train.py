@@ -1,7 +1,7 @@
 """One training run: a step compiled once for every rate and length, each step timed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from benchmarks.workloads import Params, Workload
 EVALUATIONS = 12
 
 Loss = Callable[[Params, Any], jax.Array]
+#: (parameters, optimizer state) -> figures by name
+Observe = Callable[[Params, Any], Mapping[str, float]]
 
 
 @dataclass
@@ -170,6 +172,7 @@ def train(
     steps: int,
     seed: int,
     after_step: Callable[[], None] = lambda: None,
+    observe: Observe = lambda params, opt_state: {},
 ) -> Run:
     """Train from one seed; evaluate `EVALUATIONS` times, the last time at the end.
 
@@ -181,6 +184,7 @@ def train(
       steps: how long.
       seed: of fresh parameters and of the order of the data.
       after_step: called after each step.
+      observe: figures of the parameters (as evaluated) and the state, for the curve.
     """
     workload, run = program.workload, Run()
     batches = workload.sampler(
@@ -206,7 +210,8 @@ def train(
             count = None if count is None else min(count, len(judge))
             point = {"step": number, "train_loss": float(np.mean(losses))}
             judged = dsbp_optax.evaluation_params(opt_state, params)
-            run.curve.append({**point, "value": workload.measure(judged, judge, count)})
+            value = workload.measure(judged, judge, count)
+            run.curve.append({**point, "value": value, **observe(judged, opt_state)})
             losses = []
             if run.diverged:
                 break

@@ -1,19 +1,20 @@
 """Curvature of a loss at given parameters, matrix-free: spectra, traces, sharpness.
 
-Everything takes and gives trees shaped as the parameters, can be jit-compiled, and
-goes through the data one batch after the other. The algorithms are those of `matfree`.
+Everything takes and gives trees shaped as the parameters and goes through the data one
+batch after the other: inside `jax.jit` over stacked batches, or out of an iterator. The
+algorithms are those of `matfree`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 from dsbp_optax import _checks
+from dsbp_optax._batches import averaged, loops_for
 from dsbp_optax._types import Array, PyTree, Scalar
 
 #: tree shaped as the parameters -> the same
@@ -68,36 +69,6 @@ class Density(NamedTuple):
         return jnp.sum(bumps * self.weights, axis=(1, 2)) / len(self.nodes)
 
 
-def stack_batches(batches: Iterable[PyTree]) -> PyTree:
-    """Batches of one shape as one tree with a leading axis, for what follows.
-
-    Args:
-      batches: trees of arrays.
-
-    Returns:
-      One tree, ``(batches, ...)``.
-
-    Raises:
-      ValueError: without any batch, or where shapes differ.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from dsbp_optax import diagnostics
-      >>> diagnostics.stack_batches([jnp.ones((4, 3)), jnp.zeros((4, 3))]).shape
-      (2, 4, 3)
-    """
-    found = list(batches)
-    if not found:
-        raise ValueError("stack_batches: got no batch, expected at least one.")
-    shapes = {str(jax.tree.map(np.shape, batch)) for batch in found}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"stack_batches: got batches of shapes {', '.join(sorted(shapes))}, "
-            "expected one shape. Remedy: leave out the incomplete last batch."
-        )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-
-
 def hessian_product(
     loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batches: PyTree
 ) -> Product:
@@ -106,7 +77,8 @@ def hessian_product(
     Args:
       loss_fn: ``(params, batch) -> scalar``.
       params: where.
-      batches: trees of arrays with a leading axis over batches, see `stack_batches`.
+      batches: trees of arrays with a leading axis over batches, see `stack_batches`,
+        or a stream of them, see `stream_batches`.
 
     Returns:
       A function of trees shaped as `params`.
@@ -128,7 +100,7 @@ def hessian_product(
     def one(vector: PyTree, batch: Any) -> PyTree:
         return jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (params,), (vector,))[1]
 
-    return lambda vector: mean(lambda batch: one(vector, batch), batches)
+    return averaged(one, batches)
 
 
 def gauss_newton_product(
@@ -170,7 +142,7 @@ def gauss_newton_product(
         (result,) = pull(jax.jvp(slope, (outputs,), (push,))[1])
         return result
 
-    return lambda vector: mean(lambda batch: one(vector, batch), batches)
+    return averaged(one, batches)
 
 
 def top_eigenvalues(
@@ -204,8 +176,6 @@ def top_eigenvalues(
       >>> print(found.values.round().astype(int))
       [3 2]
     """
-    from matfree import decomp, eig
-
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     _checks.check_integer("count", count, 1)
     steps = min(size, max(_STEPS * count, _FEWEST)) if steps is None else steps
@@ -214,18 +184,23 @@ def top_eigenvalues(
             f"top_eigenvalues: got {count} eigenvalues in {steps} steps with {size} "
             "parameters, expected count <= steps <= parameters."
         )
-    solve = eig.eigh_partial(decomp.tridiag_sym(steps, custom_vjp=False))
-    start = optax.tree.random_like(jax.random.key(0), params)
-    values, vectors = solve(product, start)
+    flat, unravel = ravel_pytree(params)
+    start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
+    with loops_for(product):
+        krylov, matrix = _lanczos(product, unravel, start, steps)
+    values, rotation = jnp.linalg.eigh(matrix)
     order = jnp.argsort(-values)[:count]
     values = values[order]
-    vectors = jax.tree.map(lambda x: x[order], vectors)
-    gaps = jax.lax.map(
-        lambda pair: optax.tree.norm(
-            jax.tree.map(lambda h, v: h - pair[0] * v, product(pair[1]), pair[1])
-        ),
-        (values, vectors),
-    )
+    vectors = jax.vmap(unravel)(rotation.T[order] @ krylov)
+
+    def gap(pair: tuple[Array, PyTree]) -> Array:
+        value, vector = pair
+        off = jax.tree.map(lambda h, v: h - value * v, product(vector), vector)
+        norm: Array = optax.tree.norm(off)
+        return norm
+
+    with loops_for(product):
+        gaps = jax.lax.map(gap, (values, vectors))
     return Eigenvalues(values, vectors, gaps)
 
 
@@ -267,7 +242,8 @@ def trace(product: Product, params: PyTree, key: Array, samples: int = 32) -> Es
         value: Array = integrand(product, sample)
         return value
 
-    values = jax.lax.map(one, jax.random.split(key, samples))
+    with loops_for(product):
+        values = jax.lax.map(one, jax.random.split(key, samples))
     return Estimate(values.mean(), values.std(ddof=1) / jnp.sqrt(samples))
 
 
@@ -308,8 +284,6 @@ def spectral_density(
       >>> print(found.nodes[0].round().astype(int))
       [1 2 3]
     """
-    from matfree import decomp
-
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     _checks.check_integer("steps", steps, 1)
     _checks.check_integer("samples", samples, 1)
@@ -318,18 +292,29 @@ def spectral_density(
             f"spectral_density: got {steps} steps, expected at most the {size} "
             "parameters."
         )
-    tridiagonalise = decomp.tridiag_sym(steps, custom_vjp=False)
     flat, unravel = ravel_pytree(params)
 
     def one(key: Array) -> tuple[Array, Array]:
         start = jax.random.normal(key, flat.shape, flat.dtype)
-        _, matrix, *_ = tridiagonalise(
-            lambda v: ravel_pytree(product(unravel(v)))[0], start
-        )
+        _, matrix = _lanczos(product, unravel, start, steps)
         values, vectors = jnp.linalg.eigh(matrix)
         return values, vectors[0] ** 2
 
-    return Density(*jax.lax.map(one, jax.random.split(key, samples)))
+    with loops_for(product):
+        return Density(*jax.lax.map(one, jax.random.split(key, samples)))
+
+
+def _lanczos(
+    product: Product, unravel: Callable[[Array], PyTree], start: Array, steps: int
+) -> tuple[Array, Array]:
+    """Krylov vectors ``(steps, n)`` and the tridiagonal matrix ``(steps, steps)``."""
+    from matfree import decomp
+
+    tridiagonalise = decomp.tridiag_sym(steps, custom_vjp=False)
+    krylov, matrix, *_ = tridiagonalise(
+        lambda v: ravel_pytree(product(unravel(v)))[0], start
+    )
+    return krylov, matrix
 
 
 def m_sharpness(
@@ -368,7 +353,7 @@ def m_sharpness(
     """
     _checks.check_integer("ascents", ascents, 1)
 
-    def one(batch: Any) -> Array:
+    def one(params: PyTree, batch: Any) -> Array:
         base, away, rise = loss_fn(params, batch), params, jnp.zeros([])
         for _ in range(ascents):
             slope = jax.grad(loss_fn)(away, batch)
@@ -379,26 +364,11 @@ def m_sharpness(
             rise = jnp.maximum(rise, loss_fn(away, batch) - base)
         return rise
 
-    rise: Array = mean(one, batches)
-    return rise
+    mean_rise: Array = averaged(one, batches)(params)
+    return mean_rise
 
 
 def _to_length(tree: PyTree, length: Scalar) -> PyTree:
     norm = optax.tree.norm(tree)
     factor = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1), 0)
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
-
-
-def mean(function: Callable[[Any], PyTree], batches: PyTree) -> PyTree:
-    """Mean of `function` over the leading axis, one batch after the other."""
-    first = jax.tree.map(lambda x: x[0], batches)
-    count = len(jax.tree.leaves(batches)[0])
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)
-    )
-
-    def add(total: PyTree, batch: Any) -> tuple[PyTree, None]:
-        return optax.tree.add(total, function(batch)), None
-
-    total, _ = jax.lax.scan(add, zero, batches)
-    return jax.tree.map(lambda x: x / count, total)

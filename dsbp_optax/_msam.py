@@ -46,7 +46,7 @@ class Rule(NamedTuple):
 
 def subspace_msam(
     optimizer: optax.GradientTransformation,
-    radius: optax.ScalarOrSchedule = 0.3,
+    radius: optax.ScalarOrSchedule = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimisation along the momentum: no second gradient.
 

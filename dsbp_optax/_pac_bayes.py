@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _curvature, _layout, _perturb
+from dsbp_optax import _batches, _checks, _layout, _perturb
 from dsbp_optax._types import Array, PyTree, Scalar
 
 #: The grid of prior variances: ``_LARGEST exp(-j / _FINENESS)``, j = 1, 2, ...
@@ -133,7 +133,7 @@ def pac_bayes_bound(
       error_fn: ``(params, batch) -> share of errors``, in [0, 1].
       params: the trained parameters.
       start: the parameters at initialisation.
-      batches: the training data, see `stack_batches`.
+      batches: the training data, see `stack_batches`, `stream_batches`.
       key: of the noise.
       noise: standard deviation of the posterior. Chosen by looking at the bound, it
         costs a union over the values tried: divide `delta` by their number.
@@ -170,13 +170,16 @@ def pac_bayes_bound(
         if not 0 < value < 1:
             raise ValueError(f"pac_bayes_bound: {name}: got {value}, expected (0, 1).")
 
+    mean_error = _batches.averaged(error_fn, batches)
+
     def one(key: Array) -> Array:
         away = optax.tree.random_like(key, params)
         noisy = jax.tree.map(lambda p, z: p + noise * z, params, away)
-        error: Array = _curvature.mean(lambda batch: error_fn(noisy, batch), batches)
+        error: Array = mean_error(noisy)
         return error
 
-    risk = jax.lax.map(one, jax.random.split(key, samples)).mean()
+    with _batches.loops_for(mean_error):
+        risk = jax.lax.map(one, jax.random.split(key, samples)).mean()
     upper = invert_binary_kl(risk, jnp.log(2 / sampling_delta) / samples)
     found = kl_divergence(params, start, noise, opt_state=opt_state)
     nats = found.kl + found.grid + jnp.log(2 * jnp.sqrt(count) / delta)

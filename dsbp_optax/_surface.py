@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _curvature
+from dsbp_optax import _batches, _checks
 from dsbp_optax._types import Array, PyTree
 
 
@@ -41,7 +41,7 @@ def loss_surface(
     Args:
       loss_fn: ``(params, batch) -> scalar``.
       params: the middle.
-      batches: see `stack_batches`.
+      batches: see `stack_batches` and `stream_batches`.
       first: a direction, shaped as `params`.
       second: another, not parallel to the first.
       radius: largest offset.
@@ -72,14 +72,17 @@ def loss_surface(
     two = _unit(optax.tree.add_scale(second, -overlap, one))
     offsets = jnp.linspace(-radius, radius, points)
 
+    mean_loss = _batches.averaged(loss_fn, batches)
+
     def loss(place: Array) -> Array:
         there = optax.tree.add_scale(params, place[0], one)
         there = optax.tree.add_scale(there, place[1], two)
-        value: Array = _curvature.mean(lambda batch: loss_fn(there, batch), batches)
+        value: Array = mean_loss(there)
         return value
 
     grid = jnp.stack(jnp.meshgrid(offsets, offsets), axis=-1)
-    losses = jax.lax.map(loss, grid.reshape(-1, 2))
+    with _batches.loops_for(mean_loss):
+        losses = jax.lax.map(loss, grid.reshape(-1, 2))
     return Surface(offsets, losses.reshape(points, points))
 
 

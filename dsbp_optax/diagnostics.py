@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _layout, _plan, _spectral, _subspace
+from dsbp_optax._batches import Stream, stack_batches, stream_batches
 from dsbp_optax._curvature import (
     Density,
     Eigenvalues,
@@ -16,7 +17,6 @@ from dsbp_optax._curvature import (
     hessian_product,
     m_sharpness,
     spectral_density,
-    stack_batches,
     top_eigenvalues,
     trace,
 )
@@ -35,6 +35,7 @@ __all__ = [
     "Eigenvalues",
     "Estimate",
     "Snapshot",
+    "Stream",
     "Surface",
     "explain",
     "gauss_newton_product",
@@ -49,6 +50,7 @@ __all__ = [
     "spectral_density",
     "stack_batches",
     "state_bytes",
+    "stream_batches",
     "top_eigenvalues",
     "trace",
     "warnings",

@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 from dsbp_optax import diagnostics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZES = (6, 8, 4)
 
 
@@ -181,3 +183,84 @@ def test_refusals(problem: Any) -> None:
         diagnostics.spectral_density(
             lambda v: v, jnp.ones(3), jax.random.key(0), steps=4
         )
+
+
+def streamed(batches: Any, reads: list[int] | None = None) -> Any:
+    """The same batches out of an iterator; `reads` notes when it is opened."""
+
+    def read() -> Any:
+        if reads is not None:
+            reads.append(1)
+        count = len(jax.tree.leaves(batches)[0])
+        return (jax.tree.map(lambda x, i=i: x[i], batches) for i in range(count))
+
+    return diagnostics.stream_batches(read)
+
+
+def test_figures_of_an_iterator_are_those_of_stacked_batches(problem: Any) -> None:
+    params, batches = problem
+    along = jax.tree.map(jnp.ones_like, params)
+    key = jax.random.key(0)
+
+    def figures(batches: Any) -> dict[str, Any]:
+        product = diagnostics.hessian_product(loss, params, batches)
+        top = diagnostics.top_eigenvalues(product, params, 2, steps=24)
+        density = diagnostics.spectral_density(product, params, key, samples=1, steps=5)
+        return {
+            "values": top.values,
+            "residuals": top.residuals,
+            "trace": diagnostics.trace(product, params, key, samples=2),
+            "density": density,
+            "rise": diagnostics.m_sharpness(loss, params, batches, 0.1, ascents=2),
+            "surface": diagnostics.loss_surface(
+                *(loss, params, batches, along, params), points=3
+            ).losses,
+            "bound": diagnostics.pac_bayes_bound(
+                lambda p, b: 1 - jnp.exp(-loss(p, b)),
+                *(params, along, batches, key),
+                noise=0.1,
+                count=48,
+                samples=3,
+            ).bound,
+        }
+
+    reads: list[int] = []
+    found, expected = figures(streamed(batches, reads)), figures(batches)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4),
+        *(found, expected),
+    )
+    assert len(reads) > 50  # Read afresh for each product, not remembered.
+    short = figures(jax.tree.map(lambda x: x[:2], batches))
+    assert abs(short["values"][0] / found["values"][0] - 1) > 1e-2
+
+
+def test_a_batch_of_a_stream_is_compiled_once(problem: Any) -> None:
+    params, batches = problem
+    traces = []
+
+    def noted(params: Any, batch: Any) -> Any:
+        traces.append(1)
+        return loss(params, batch)
+
+    product = diagnostics.hessian_product(noted, params, streamed(batches))
+    diagnostics.top_eigenvalues(product, params, 2, steps=4)
+    first = len(traces)
+    diagnostics.top_eigenvalues(product, params, 2, steps=9)
+    assert len(traces) == first < 4
+
+
+def test_streams_refuse_to_be_compiled_and_to_be_empty(problem: Any) -> None:
+    params, batches = problem
+    product = diagnostics.hessian_product(loss, params, streamed(batches))
+    with pytest.raises(ValueError, match="got a computation to compile"):
+        jax.jit(product)(params)
+    spent = iter([jax.tree.map(lambda x: x[0], batches)])
+    once = diagnostics.hessian_product(
+        loss, params, diagnostics.stream_batches(lambda: spent)
+    )
+    once(params)
+    with pytest.raises(ValueError, match="got no batch"):
+        once(params)
+    with pytest.raises(ValueError, match="got list_iterator, expected a function"):
+        diagnostics.stream_batches(iter([]))

@@ -33,6 +33,7 @@ LEVELS = {
     "_subspace": 1,
     "_checkpoint": 2,
     "_clip": 2,
+    "_batches": 1,
     "_curvature": 2,
     "_statistics": 2,
     "_plan": 2,

@@ -205,27 +205,6 @@ def test_no_record_of_an_unknown_kind_is_left_out(tmp_path, place, form):
     assert "0.1234" in text.partition("## Records")[0]
 
 
-def test_flatness_and_robustness_keep_runs_that_were_lost(tmp_path):
-    lost = {"diverged": True, "metric": "test_accuracy", "test_accuracy": None}
-    flat = {"hessian_eigenvalues": [7.25, 1.5], "hessian_trace": 9.0}
-    hit = {"attacks": {"pgd": [0.321]}, "attack_radii": [8 / 255]}
-    kinds = {
-        "flatness": {**flat, "m_sharpness": 0.5},
-        "robustness": {**hit, "corruptions": {"fog": 0.654}},
-    }
-    for kind, figures in kinds.items():
-        runs = [
-            {**run("muon", 1.0), **figures, "metric": "test_accuracy"},
-            {**run("sgd", 1.0), **figures, **lost},
-        ]
-        runs[0]["test_accuracy"] = 0.9
-        records.write(tmp_path / f"{kind}-2027-01-01.json", {"records": runs})
-    text = document(tmp_path)
-    assert "| muon | 7.25 | 1.50 | 9 | 0.5 | 0.9 |" in text
-    assert "| muon | 90.0 | 32.1 | 65.4 |" in text
-    assert len(lines_of(text, "| sgd | not finite |")) == 2
-
-
 def test_what_is_no_record_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match=r"got no JSON.*Remedy"):

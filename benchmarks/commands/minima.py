@@ -1,64 +1,69 @@
 """What was found: flat minima, robust ones."""
 
-from benchmarks import (
-    flatness,
-    report,
-    robustness,
-)
+import time
+from typing import Annotated
+
+import typer
+
+from benchmarks import minima, report, report_minima
 from benchmarks.campaign import RESULTS
 from benchmarks.commands.shared import (
     DataDir,
-    Json,
     OptimizerNames,
     Quick,
     Quiet,
+    Rate,
     Records,
-    Seeds,
     Steps,
     WorkloadName,
     app,
     console,
     entrants,
-    measured,
-    save,
+    failures,
+    lookup,
 )
 
 
-@app.command("flatness")
-def flatness_command(
+@app.command("minima")
+def minima_command(
     workload: WorkloadName,
     optimizer: OptimizerNames = None,
+    looks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--look", help="repeat it; curvature, attacks, corruptions, bound"
+        ),
+    ] = None,
+    learning_rate: Rate = None,
+    rho: Annotated[
+        float | None, typer.Option(min=0, help="radius, of those that have one")
+    ] = None,
     data_dir: DataDir = None,
     steps: Steps = None,
-    seeds: Seeds = 3,
-    json: Json = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each")] = 3,
+    first: Annotated[int, typer.Option(min=0, help="their first seed")] = 0,
+    hours: Annotated[float, typer.Option(min=0, help="start no run after")] = 1.0,
+    out: Records = minima.RESULTS,
     quick: Quick = False,
     tuned: Records = RESULTS,
     quiet: Quiet = False,
 ) -> None:
-    """Train, then take the curvature of the training loss: eigenvalues, trace, rise."""
-    chosen, entered = entrants(workload, optimizer, steps, quick, tuned)
-    found = measured(flatness.compare, chosen, entered, data_dir, seeds, quiet)
-    save(json, {"records": found}, quiet)
+    """Train, the KL term along the way, then look at the minimum; can be continued."""
+    deadline = time.monotonic() + 3600 * hours
+    chosen, entered = entrants(workload, optimizer, steps, quick, tuned, learning_rate)
+    for name in looks or ():
+        lookup(minima.LOOKS, name, "--look")
+    plans = [
+        minima.Plan(
+            *(chosen, minima.with_radius(contender, rho)),
+            *(order, range(first, first + seeds), looks or ()),
+        )
+        for contender, order in entered
+    ]
+    with failures(), report.make_progress(console, quiet) as progress:
+        data = chosen.load(data_dir)
+        task = progress.add_task("runs", total=seeds * len(plans))
+        minima.carry_out(plans, out, data, deadline, lambda: progress.advance(task))
     if not quiet:
-        console.print(report.flatness_table(f"{workload}: curvature", found))
-
-
-@app.command("robustness")
-def robustness_command(
-    workload: WorkloadName,
-    optimizer: OptimizerNames = None,
-    data_dir: DataDir = None,
-    steps: Steps = None,
-    seeds: Seeds = 3,
-    json: Json = None,
-    quick: Quick = False,
-    tuned: Records = RESULTS,
-    quiet: Quiet = False,
-) -> None:
-    """Train, then attack and corrupt the test images."""
-    chosen, entered = entrants(workload, optimizer, steps, quick, tuned)
-    found = measured(robustness.compare, chosen, entered, data_dir, seeds, quiet)
-    save(json, {"records": found}, quiet)
-    if not quiet:
-        console.print(report.robustness_table(f"{workload}: accuracy, %", found))
+        for table in report_minima.tables(f"{workload}: ", minima.made(plans, out)):
+            console.print(table)

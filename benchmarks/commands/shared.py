@@ -1,7 +1,7 @@
 """What all commands share: the application, its options, and how they fail."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -62,33 +62,19 @@ def entrants(
     steps: int | None,
     quick: bool,
     tuned: Path,
+    rate: float | None = None,
 ) -> tuple[Workload, list[tuple[Contender, Order]]]:
     """The workload, and each contender with the rate and length of its runs."""
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     steps = steps or (chosen.quick_steps if quick else chosen.steps)
     found = []
     for contender in several(CONTENDERS, optimizer, "--optimizer"):
-        rate, source = learning_rate_for(chosen, contender, tuned)
-        order = Order("final", rate, 0, steps, quick, source=source)
+        used, source = rate, "given"
+        if used is None:
+            used, source = learning_rate_for(chosen, contender, tuned)
+        order = Order("final", used, 0, steps, quick, source=source)
         found.append((contender, order))
     return chosen, found
-
-
-def measured(
-    compare: Callable[..., list[Record]],
-    workload: Workload,
-    entrants: list[tuple[Contender, Order]],
-    data_dir: Path | None,
-    seeds: int,
-    quiet: bool,
-) -> list[Record]:
-    """What `compare` finds, with a bar of runs."""
-    with failures(), report.make_progress(console, quiet) as progress:
-        data = workload.load(data_dir)
-        task = progress.add_task("runs", total=seeds * len(entrants))
-        return compare(
-            *(workload, data, entrants, range(seeds)), lambda: progress.advance(task)
-        )
 
 
 def train_finals(

@@ -12,11 +12,11 @@ from benchmarks.compare import Entry
 from benchmarks.optimizers import CONTENDERS
 
 #: Warm and solid: this package. Cold and dashed: the others.
-_WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
-_COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
+WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
+COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
 _MARKERS = "oD^vPsX"
 _LEAST_ERROR = 1e-3
-_OURS_COLOR, _PEER_COLOR = "#b3202f", "#30638e"
+OURS_COLOR, PEER_COLOR = "#b3202f", "#30638e"
 #: Of a name beside a point, in parts of the axes.
 _NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.055
 
@@ -102,7 +102,7 @@ def _state_point(axes: Any, entry: Entry) -> None:
         yerr=entry.metric.factor * spread,
         marker="o" if entry.ours else "s",
         markersize=10 if entry.ours else 7,
-        color=_OURS_COLOR if entry.ours else _PEER_COLOR,
+        color=OURS_COLOR if entry.ours else PEER_COLOR,
         capsize=3,
         zorder=3 if entry.ours else 2,
     )
@@ -132,7 +132,7 @@ def _name_points(axes: Any, found: Sequence[Entry]) -> None:
             xycoords="axes fraction",
             ha="right" if left else "left",
             va="center",
-            color=_OURS_COLOR if entry.ours else _PEER_COLOR,
+            color=OURS_COLOR if entry.ours else PEER_COLOR,
             weight="bold" if entry.ours else "normal",
         )
 
@@ -140,7 +140,7 @@ def _name_points(axes: Any, found: Sequence[Entry]) -> None:
 def _style(entry: Entry) -> Style:
     """The same in every picture: by the place among `CONTENDERS`."""
     alike = [name for name, c in CONTENDERS.items() if c.ours == entry.ours]
-    number, colors = alike.index(entry.name), _WARM if entry.ours else _COLD
+    number, colors = alike.index(entry.name), WARM if entry.ours else COLD
     return {
         "color": colors[number % len(colors)],
         "marker": _MARKERS[number % len(_MARKERS)],

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from benchmarks import minima, report_minima
-from benchmarks.found import Found, Section, titled
+from benchmarks.found import Found, Record, Section, titled
 from benchmarks.markdown import Provenance
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
@@ -11,23 +11,42 @@ from benchmarks.workloads import WORKLOADS
 
 def minima_sections(found: Sequence[Found], origin: Provenance) -> Iterator[Section]:
     """Of the workloads whose minima were looked at."""
-    for name in WORKLOADS:
-        here = [one for one in found if one.path.parts[:2] == (minima.FOLDER, name)]
-        if here:
-            yield _section(name, here, origin)
+    for name, here in _by_workload(found).items():
+        yield _section(name, here, origin)
 
 
-def _section(name: str, here: Sequence[Found], origin: Provenance) -> Section:
+def final_records(found: Sequence[Found]) -> dict[str, list[Record]]:
+    """Workload -> its final records."""
+    return {
+        name: _split([one.record for one in here])[0]
+        for name, here in _by_workload(found).items()
+    }
+
+
+def _by_workload(found: Sequence[Found]) -> dict[str, list[Found]]:
+    groups = {
+        name: [one for one in found if one.path.parts[:2] == (minima.FOLDER, name)]
+        for name in WORKLOADS
+    }
+    return {name: here for name, here in groups.items() if here}
+
+
+def _split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """In the order of contenders: final runs, and those that chose a radius."""
     order = list(CONTENDERS)
     runs = sorted(
-        (one.record for one in here),
+        records,
         key=lambda run: (order.index(run["optimizer"]), minima.label(run), run["seed"]),
     )
     finals = [run for run in runs if run["seed"] < minima.TUNING_SEED]
-    tried = [run for run in runs if run["seed"] >= minima.TUNING_SEED]
+    return finals, [run for run in runs if run["seed"] >= minima.TUNING_SEED]
+
+
+def _section(name: str, here: Sequence[Found], origin: Provenance) -> Section:
+    finals, tried = _split([one.record for one in here])
     parts = [f"## Minima: {name}"]
     for some, heading in ((finals, ""), (tried, "one seed, to choose by validation: ")):
         for table in report_minima.tables(heading, some):
             parts.append(titled(table, str(table.title).capitalize()))
-    text = "\n\n".join([*parts, origin.line(runs)])
+    text = "\n\n".join([*parts, origin.line([*finals, *tried])])
     return Section(text, frozenset(one.path for one in here))

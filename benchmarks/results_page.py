@@ -7,13 +7,13 @@ its shape, so that none is left out.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import compare, generic, plots, reaches
+from benchmarks import compare, generic, plots, plots_minima, reaches, reaches_minima
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
 from benchmarks.markdown import Provenance
 from benchmarks.results_campaign import campaign_sections
 from benchmarks.results_files import file_section
-from benchmarks.results_minima import minima_sections
+from benchmarks.results_minima import final_records, minima_sections
 from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,26 +80,29 @@ def _reaches(
     }
     stability = [one.record for one in found if _is_stability(one.record)]
     stability.sort(key=lambda record: str(record["date"]))
-    return reaches.lines(entries, speeds, stability)
+    found_flat = list(reaches_minima.lines(final_records(found)))
+    return reaches.lines(entries, speeds, stability) + found_flat
 
 
 def write(page: Path, root: Path = RESULTS) -> list[Path]:
-    """The page, and beside it the picture of the same name.
+    """The page, and beside it its pictures, where there is something to draw.
 
     Returns:
-      What was written; no picture without entries.
+      What was written.
     """
-    entries = campaign_entries(root)
-    text = _document(read_all(root), entries)
-    page.write_text(text, encoding="utf-8", newline="\n")
+    entries, found = campaign_entries(root), read_all(root)
+    page.write_text(_document(found, entries), encoding="utf-8", newline="\n")
+    written = [page]
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries
     }
-    if not panels:
-        return [page]
-    picture = page.with_suffix(".png")
-    plots.plot_against_state(panels, picture)
-    return [page, picture]
+    if panels:
+        written.append(page.with_suffix(".png"))
+        plots.plot_against_state(panels, written[-1])
+    if looked := plots_minima.with_curvature(final_records(found)):
+        written.append(page.with_name("MINIMA.png"))
+        plots_minima.plot_minima(looked, written[-1])
+    return written
 
 
 def _is_stability(record: Record) -> bool:

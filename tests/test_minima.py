@@ -15,11 +15,11 @@ pytest.importorskip("foolbox")
 
 from typer.testing import CliRunner
 
-from benchmarks import data, guarantee, minima, models, robustness
+from benchmarks import data, guarantee, minima, models, reaches_minima, robustness
 from benchmarks.cli import app
 from benchmarks.data import DataError
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.results_page import document
+from benchmarks.results_page import document, write
 from benchmarks.workloads import WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -142,6 +142,41 @@ def test_the_page_shows_lost_runs_and_ratios(tiny, tmp_path):
     assert "| sgd | 0.1 | 2 | 10.00 ± 2.83 | 1.00 | 5.00 |" in text
     assert "| sam 0.05 | 0.1 | 1 | 2.00 | 0.20 | 1.00 |" in text
     assert "2, 1 bad" in text
+    page, *pictures = write(tmp_path / "RESULTS.md", tmp_path)
+    assert page.read_text() == text
+    assert [path.name for path in pictures] == ["MINIMA.png"]
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+
+
+def made_up(optimizer, values, top, rho=None):
+    """Final records on the Fashion-MNIST CNN, one a seed."""
+    about = {"optimizer": optimizer, "learning_rate": 0.1, "diverged": False}
+    about["hyperparameters"] = {} if rho is None else {"rho": rho}
+    return [
+        {**about, "seed": s, "test_accuracy": v, "hessian_eigenvalues": [top, 1.0]}
+        for s, v in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sam", "ours", "top", "flat", "accurate"),
+    [
+        ([0.89, 0.90, 0.91], [0.89, 0.90, 0.91], 4.0, True, True),
+        ([0.89, 0.90, 0.91], [0.89, 0.90, 0.91], 4.9, False, True),
+        ([0.89, 0.90, 0.91], [0.885, 0.895, 0.905], 4.0, True, False),
+        ([0.90, 0.91, 0.921], [0.899, 0.909, 0.919], 4.0, True, True),
+        ([0.90, 0.91, 0.921], [0.897, 0.907, 0.917], 4.0, True, False),
+    ],
+)
+def test_flat_reaches_are_judged_by_the_records(sam, ours, top, flat, accurate):
+    plain = made_up("sgd", [0.89, 0.90, 0.91], 20.0)
+    mode = "dsbp_sgd_msam"
+    runs = [*plain, *made_up("sam", sam, 4.0, 0.05), *made_up(mode, ours, top, 0.1)]
+    found = list(reaches_minima.lines({"fashion_mnist_cnn": runs}))
+    mine = [x for x in found if x.optimizer == mode and x.workload.startswith("fash")]
+    assert [line.met for line in mine] == [flat, accurate]
+    others = [line for line in found if line not in mine]
+    assert others and all(line.met is None for line in others)
 
 
 def test_kl_along_training_is_that_of_the_formula(tiny):

@@ -113,8 +113,9 @@ def run(command: list[str], place: Place, seconds: float) -> list[float]:
     """Start all processes of a group and wait for their losses, which must agree.
 
     Args:
-      command: a child's command line, see `distributed` in `benchmarks.commands.scale`; it gets
-        the fields of its `Place` in the environment and prints losses as JSON.
+      command: a child's command line, see `distributed` in
+        `benchmarks.commands.scale`; it gets the fields of its `Place` in the
+        environment and prints losses as JSON.
       place: of the group; its number counts for nothing.
       seconds: after which the group is given up.
 

@@ -4,6 +4,8 @@ Everything takes and gives trees shaped as the parameters, can be jit-compiled, 
 goes through the data one batch after the other. The algorithms are those of `matfree`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 

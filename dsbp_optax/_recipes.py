@@ -1,5 +1,7 @@
 """The optimizers that users call."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -60,7 +62,7 @@ def dsbp(
         W <- W - eta (P G + beta lambda_1 / tr(C) e_1 e_1^T W),   P = V V^T
 
     Kept for fidelity and comparison: on measured workloads it trains worse than plain
-    SGD. `dsbp_sgd` and `dsbp_adamw` are the recommended rules. Two departures:
+    SGD. `dsbp_muon`, `dsbp_adamw` and `dsbp_sgd` are recommended. Two departures:
 
     * the paper adds ``beta lambda_1 e_1 e_1^T``, which does not conform to ``W``; see
       `add_spectral_sharpness` for the reading used here;

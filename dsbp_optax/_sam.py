@@ -1,5 +1,7 @@
 """Sharpness-aware minimisation whose ascent lies in the eigenbases."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias

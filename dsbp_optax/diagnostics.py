@@ -1,5 +1,7 @@
 """Read-only figures: what an optimizer does with each parameter, and how it fares."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,6 +5,8 @@ value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
 updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -57,7 +59,7 @@ class TrainState(train_state.TrainState):
         grads: PyTree,
         statistics: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> TrainState:
         """One step of the optimizer.
 
         Args:

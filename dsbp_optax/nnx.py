@@ -5,6 +5,8 @@ value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
 optimizer.update(model, grads, statistics=statistics)
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import functools
@@ -126,10 +128,11 @@ def subspace_value_and_grad(
         depends on a projected kernel elsewhere than through its layer.
 
     Returns:
-      ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, with
-      `dsbp_optax.Coordinates` in the place of the gradients of projected kernels:
-      to rounding what `dsbp_optax.project_gradients` makes of whole ones. Kernels
-      whose layer has no rule, and bases on the output side, get whole gradients.
+      ``(model, *args, opt_state, displacement=None, **kwargs) -> (value, grads,
+      statistics)``, with `dsbp_optax.Coordinates` in the place of the gradients of
+      projected kernels: to rounding what `dsbp_optax.project_gradients` makes of whole
+      ones. Kernels whose layer has no rule, and bases on the output side, get whole
+      gradients. A displacement is as in `dsbp_optax.linen`.
 
     Raises:
       ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
@@ -187,7 +190,7 @@ def _differentiate(
     has_aux: bool,
     wrt: Any,
     riders: Mapping[str, Rider],
-    recorder: "_Recorder",
+    recorder: _Recorder,
 ) -> Callable[..., Any]:
     """``(model, ...) -> (value, gradients, cotangents of the riders)``."""
     differentiate = nnx.value_and_grad(
@@ -226,9 +229,7 @@ def _probed_loss(
     return loss
 
 
-def _observed_copy(
-    model: Any, riders: Mapping[str, Rider], recorder: "_Recorder"
-) -> Any:
+def _observed_copy(model: Any, riders: Mapping[str, Rider], recorder: _Recorder) -> Any:
     """A copy whose layers are watched and carry riders."""
     copy = nnx.clone(model)
     recorder.watch(copy)
@@ -238,7 +239,7 @@ def _observed_copy(
 
 
 @contextlib.contextmanager
-def _recording(recorder: "_Recorder") -> Iterator[None]:
+def _recording(recorder: _Recorder) -> Iterator[None]:
     """Layers that are called meanwhile report to `recorder`."""
     token = _RECORDER.set(recorder)
     try:

@@ -199,6 +199,7 @@ def dsbp_sgd(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    _checks.check_number("momentum", momentum, 0.0, 1.0)
     return _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,
@@ -423,6 +424,7 @@ def dsbp_muon(
       >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    _checks.check_number("momentum", momentum, 0.0, 1.0)
     return _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,

@@ -240,6 +240,11 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             f"layer's covariance by {residual:.0%} of the leading eigenvalue. Remedy: "
             "a smaller update_every or update_every='auto', or more power_iterations."
         )
+    if last >= 0 and not int(spectrum.activations.max()):
+        found.append(
+            f"{path}: a basis of gradients: its last refresh saw no statistics. "
+            "Remedy: pass statistics= to update; none if its layer cannot be observed."
+        )
     if failures:
         found.append(
             f"{path}: ill-conditioned or diverging iteration: {failures} refreshes "

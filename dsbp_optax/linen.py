@@ -127,7 +127,9 @@ def value_and_grad(
     """
     every_rule = {**_RULES, **_tap.check_rules(rules)}
 
-    def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(
+        params: PyTree, *args: Any, opt_state: PyTree = None, **kwargs: Any
+    ) -> Any:
         riders, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
 
@@ -199,7 +201,7 @@ def subspace_value_and_grad(
     def wrapped(
         params: PyTree,
         *args: Any,
-        opt_state: PyTree,
+        opt_state: PyTree = None,
         displacement: Displacement = None,
         **kwargs: Any,
     ) -> Any:

@@ -92,7 +92,8 @@ def value_and_grad(
     """
     every_rule = {**RULES, **_tap.check_rules(rules)}
 
-    def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(model: Any, *args: Any, opt_state: PyTree = None, **kwargs: Any) -> Any:
+        _check_model(model, wrt)
         state = _state_of(opt_state)
         riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
@@ -157,10 +158,11 @@ def subspace_value_and_grad(
     def wrapped(
         model: Any,
         *args: Any,
-        opt_state: PyTree,
+        opt_state: PyTree = None,
         displacement: Displacement = None,
         **kwargs: Any,
     ) -> Any:
+        _check_model(model, wrt)
         state = _state_of(opt_state)
         leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
         owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
@@ -246,6 +248,15 @@ def _recording(recorder: _Recorder) -> Iterator[None]:
         yield
     finally:
         _RECORDER.reset(token)
+
+
+def _check_model(model: Any, wrt: Any) -> None:
+    """There must be something to differentiate: Linen's parameters hold no Variable."""
+    if not jax.tree.leaves(nnx.state(model, wrt)):
+        raise TypeError(
+            f"model: got {type(model).__name__} without variables to differentiate, "
+            "expected an nnx.Module. Remedy: for Flax Linen dsbp_optax.linen."
+        )
 
 
 def _state_of(opt_state: PyTree) -> PyTree:

@@ -4,6 +4,8 @@ V <- orthonormalize(C V)                     (subspace iteration)
 V^T C V = Q Theta Q^T,   V <- V Q            (Rayleigh-Ritz)
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 

@@ -1,5 +1,7 @@
 """Means over batches: stacked for compiled loops, or read one by one on the host."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext

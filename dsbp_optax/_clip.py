@@ -1,5 +1,7 @@
 """Clipping that asks whether a gradient grew faster than training explains."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

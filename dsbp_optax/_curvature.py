@@ -5,6 +5,8 @@ batch after the other: inside `jax.jit` over stacked batches, or out of an itera
 algorithms are those of `matfree`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 

@@ -4,6 +4,8 @@ Knows paths, statistics and time; knows no optimizer. Both transformations of th
 package (`scale_by_spectral_projection`, `add_spectral_sharpness`) are built on it.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple

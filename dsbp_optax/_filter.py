@@ -6,6 +6,8 @@ coordinates before the inner optimizer: before a linear one (momentum) that is t
 as after it, before Adam the second moment undoes it in part.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -62,7 +64,9 @@ def whiten(exponent: Scalar = 0.5, damping: Scalar = 1.0) -> Filter:
 
 
 def complement() -> Filter:
-    """Zero: only what is orthogonal to the eigenbasis is left, with a residual rule.
+    """Nothing of the eigenbasis: only what a residual rule makes of the rest is left.
+
+        f = 0
 
     Protects what the leading directions carry, as in continual learning.
 

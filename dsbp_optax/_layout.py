@@ -12,6 +12,8 @@ alone tells side and stacking, and the array is sharded, scanned and stacked alo
 whatever axes it shares with its kernel.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 import math

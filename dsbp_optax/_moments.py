@@ -1,5 +1,7 @@
 """Residual rules that keep moments of ``E = G - V V^T G`` in a few bits a number."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

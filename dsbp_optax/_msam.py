@@ -1,5 +1,7 @@
 """Sharpness-aware training along the momentum: no second gradient."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple, TypeAlias
 

@@ -3,6 +3,8 @@
 Works on either orientation of a matrix, of the whole kernel or of the coordinates.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias

@@ -6,6 +6,8 @@ union over the grid is paid for. With the eigenbases of an optimizer state the p
 two scales, one inside of them and one outside.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

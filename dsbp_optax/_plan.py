@@ -377,15 +377,19 @@ def check_rank(rank: Any, path: str = "") -> int | None:
         return rank.most
     if (rule := _schedule.auto_rank(rank)) is not None:
         return rule.most
+    where = f" of '{path}'" if path else ""
     if isinstance(rank, jax.Array):
-        where = f" of '{path}'" if path else ""
         raise TypeError(
             f"rank{where}: got an array or traced value, expected a Python integer, "
             "since it sets array shapes. Remedy: optax.inject_hyperparams(f, "
             "static_args=('rank',))."
         )
-    value = _checks.check_integer("rank", rank, 1, f" of '{path}'" if path else "")
-    return int(value)
+    if isinstance(rank, float) and 0 < rank < 1:
+        raise TypeError(
+            f"rank{where}: got {rank} of type float, expected an integer of at least "
+            f"1. Remedy: for a share of the width dsbp_optax.RankFraction({rank})."
+        )
+    return int(_checks.check_integer("rank", rank, 1, where))
 
 
 def check_choices(choices: Choices) -> Choices:

@@ -6,6 +6,8 @@ update = direction(V u + what the residual rule makes of G - V V^T G)
          + beta lambda_1 / tr(C) e_1 e_1^T W
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The optimizers that users call."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -60,7 +62,7 @@ def dsbp(
         W <- W - eta (P G + beta lambda_1 / tr(C) e_1 e_1^T W),   P = V V^T
 
     Kept for fidelity and comparison: on measured workloads it trains worse than plain
-    SGD. `dsbp_sgd` and `dsbp_adamw` are the recommended rules. Two departures:
+    SGD. `dsbp_muon`, `dsbp_adamw` and `dsbp_sgd` are recommended. Two departures:
 
     * the paper adds ``beta lambda_1 e_1 e_1^T``, which does not conform to ``W``; see
       `add_spectral_sharpness` for the reading used here;
@@ -197,6 +199,7 @@ def dsbp_sgd(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    _checks.check_number("momentum", momentum, 0.0, 1.0)
     return _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,
@@ -421,6 +424,7 @@ def dsbp_muon(
       >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    _checks.check_number("momentum", momentum, 0.0, 1.0)
     return _recipe(
         optax.trace(momentum, nesterov),
         learning_rate,

@@ -8,6 +8,8 @@ product do the work: ``V (u - s P) + s G`` with ``P = V^T G``. Rules that keep s
 or that need ``E`` itself, are a `Residual`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,7 +62,7 @@ class Contribution(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """A rule with state.
+    """A rule with state for ``residual=``, such as `residual_momentum` gives.
 
     Attributes:
       init: zeros shaped as the matrix -> state of one kernel.
@@ -101,7 +103,11 @@ def as_residual(rule: Any) -> Residual:
 
 
 def scale_residual(factor: Scalar) -> Factor:
-    """``s`` constant; ``1 / (1 - momentum)`` matches momentum's steady state.
+    """The residual times a constant.
+
+        s = factor
+
+    ``1 / (1 - momentum)`` matches momentum's steady state.
 
     Args:
       factor: ``s``, a number; may be traced.
@@ -125,7 +131,7 @@ def scale_residual(factor: Scalar) -> Factor:
 
 
 def normalize_residual(fraction: Scalar = 0.5) -> Factor:
-    """``s`` such that the residual's RMS is `fraction` of the subspace update's.
+    """The residual, brought to `fraction` of the RMS of the subspace update.
 
         s = fraction |u| / |G - V V^T G|
 
@@ -158,7 +164,9 @@ def normalize_residual(fraction: Scalar = 0.5) -> Factor:
 
 
 def scale_residual_by_column(growth: Scalar = 1.01) -> Residual:
-    """``s_j = |u_j| / |P_j|`` for each column, the growth of the whole limited.
+    """The residual, each column scaled as the subspace update was, growth limited.
+
+        s_j = |u_j| / |P_j|
 
     Scales each column of the residual as the inner optimizer scaled that column's
     coordinates; the norm of the result grows by at most `growth` a step.

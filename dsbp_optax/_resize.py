@@ -6,6 +6,8 @@ V <- [V, V_new],  m <- [m, 0],  v <- [v, mean of v]         (more)
 `V_new` is orthonormal and orthogonal to `V`; it follows from the kernel's path alone.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import zlib

@@ -9,6 +9,8 @@ is known of the layer comes out as its cotangent. That are sums over samples, so
 are reduced over devices and micro-batches like any gradient.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Sharpness-aware minimisation whose ascent lies in the eigenbases."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -126,7 +128,8 @@ def _update(
     if grad_fn is None or params is None:
         raise ValueError(
             f"{_WHO}: got no {'parameters' if params is None else 'grad_fn'}, expected "
-            "both. Remedy: tx.update(grads, state, params, grad_fn=grad_fn)."
+            "parameters and a grad_fn. Remedy: tx.update(grads, state, params, "
+            "grad_fn=lambda params, i: jax.grad(loss_fn)(params, batch))."
         )
     before, given = state.optimizer, _coordinates.find(updates)
     radius = _perturb.value_at(rule.radius, state.step)

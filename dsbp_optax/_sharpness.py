@@ -5,6 +5,8 @@
 the gradient of ``beta/2 lambda_1 / tr(C) |e_1^T W|^2``.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """State and step that the two spectral transformations share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 

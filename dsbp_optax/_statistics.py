@@ -5,6 +5,8 @@ Their fields are sums over samples, so they add up over micro-batches, devices a
 calls of a shared layer; only ratios by `count` are ever used.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any

@@ -1,5 +1,7 @@
 """The loss on a plane through the parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from dsbp_optax import _eigenbasis, _sharding, _spectral
 from dsbp_optax._basis import power_iteration
@@ -36,6 +37,13 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
 
     Keys are parameter paths, with the suffix of the transformation they serve.
     """
+    if opt_state is None or isinstance(opt_state, optax.GradientTransformation):
+        got = "nothing" if opt_state is None else "the optimizer itself"
+        raise TypeError(
+            f"opt_state: got {got}, expected the optimizer's state, by keyword. "
+            "Remedy: value_and_grad(loss_fn)(params, batch, opt_state=opt_state), "
+            "where opt_state = tx.init(params) at first."
+        )
     riders = {}
     for state in _spectral.find_states(opt_state):
         for path, layer in _spectral.split_layers(state).items():
@@ -215,9 +223,11 @@ def check_tapped(
             + ", ".join(f"'{key}'" for key in lost)
             + ": the layer was not called inside the loss, or it was called through a "
             "function that was jit-compiled before, or the outermost module is itself "
-            "a lifted class (nn.vmap(MLP), nn.scan(Block)). Remedy: call the model's "
-            "own apply (not a jitted one) in the loss, put a lifted class inside a "
-            "module of your own, or pass strict=False to let such kernels use the "
+            "a lifted class (nn.vmap(MLP), nn.scan(Block)), or the model is of another "
+            "framework than the adapter. Remedy: call the model's own apply (not a "
+            "jitted one) in the loss, put a lifted class inside a module of your own, "
+            "take dsbp_optax.linen for Linen and dsbp_optax.nnx for NNX (neither: pass "
+            "Activations to update), or pass strict=False to let such kernels use the "
             "basis of their gradient."
         )
     return missing

@@ -4,6 +4,8 @@ Shape does not tell a first from a second moment, so this is a table by state ty
 and field. It is open: pass ``transport={("MyState", "momentum"): FIRST}``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 

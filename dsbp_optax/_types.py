@@ -16,6 +16,8 @@ from its *output* side the two swap. All numerical code below works on
 ``(*batch, d, m)`` matrices and knows nothing of sides, paths or pytrees.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
@@ -51,7 +53,7 @@ class Operator:
 
 
 class Eigenpairs(NamedTuple):
-    """What a solver returns.
+    """What a `Solver` returns.
 
     Attributes:
       basis: ``(d, k)`` orthonormal columns, leading direction first.
@@ -84,7 +86,7 @@ class Solver(Protocol):
 
 
 class Statistic(Protocol):
-    """What a layer's activations leave behind; see `dsbp_optax.Sketch`."""
+    """What a layer's activations leave behind; see `Activations`, `Sketch`."""
 
     def operator(self, basis: Array) -> Operator:
         """The per-sample second moment, in the dtype of `basis` ``(d, k)``."""

@@ -1,5 +1,7 @@
 """Read-only figures: what an optimizer does with each parameter, and how it fares."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -239,6 +241,11 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             f"{path}: stale basis: at its last refresh, in step {last}, it missed its "
             f"layer's covariance by {residual:.0%} of the leading eigenvalue. Remedy: "
             "a smaller update_every or update_every='auto', or more power_iterations."
+        )
+    if last >= 0 and not int(spectrum.activations.max()):
+        found.append(
+            f"{path}: a basis of gradients: its last refresh saw no statistics. "
+            "Remedy: pass statistics= to update; none if its layer cannot be observed."
         )
     if failures:
         found.append(

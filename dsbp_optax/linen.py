@@ -5,6 +5,8 @@ value_and_grad = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
 updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -57,7 +59,7 @@ class TrainState(train_state.TrainState):
         grads: PyTree,
         statistics: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> TrainState:
         """One step of the optimizer.
 
         Args:
@@ -125,7 +127,9 @@ def value_and_grad(
     """
     every_rule = {**_RULES, **_tap.check_rules(rules)}
 
-    def wrapped(params: PyTree, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(
+        params: PyTree, *args: Any, opt_state: PyTree = None, **kwargs: Any
+    ) -> Any:
         riders, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
 
@@ -197,7 +201,7 @@ def subspace_value_and_grad(
     def wrapped(
         params: PyTree,
         *args: Any,
-        opt_state: PyTree,
+        opt_state: PyTree = None,
         displacement: Displacement = None,
         **kwargs: Any,
     ) -> Any:

@@ -5,6 +5,8 @@ value_and_grad = dsbp_optax.nnx.value_and_grad(loss_fn, has_aux=True)
 optimizer.update(model, grads, statistics=statistics)
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import functools
@@ -90,7 +92,8 @@ def value_and_grad(
     """
     every_rule = {**RULES, **_tap.check_rules(rules)}
 
-    def wrapped(model: Any, *args: Any, opt_state: PyTree, **kwargs: Any) -> Any:
+    def wrapped(model: Any, *args: Any, opt_state: PyTree = None, **kwargs: Any) -> Any:
+        _check_model(model, wrt)
         state = _state_of(opt_state)
         riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
@@ -126,10 +129,11 @@ def subspace_value_and_grad(
         depends on a projected kernel elsewhere than through its layer.
 
     Returns:
-      ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, with
-      `dsbp_optax.Coordinates` in the place of the gradients of projected kernels:
-      to rounding what `dsbp_optax.project_gradients` makes of whole ones. Kernels
-      whose layer has no rule, and bases on the output side, get whole gradients.
+      ``(model, *args, opt_state, displacement=None, **kwargs) -> (value, grads,
+      statistics)``, with `dsbp_optax.Coordinates` in the place of the gradients of
+      projected kernels: to rounding what `dsbp_optax.project_gradients` makes of whole
+      ones. Kernels whose layer has no rule, and bases on the output side, get whole
+      gradients. A displacement is as in `dsbp_optax.linen`.
 
     Raises:
       ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
@@ -154,10 +158,11 @@ def subspace_value_and_grad(
     def wrapped(
         model: Any,
         *args: Any,
-        opt_state: PyTree,
+        opt_state: PyTree = None,
         displacement: Displacement = None,
         **kwargs: Any,
     ) -> Any:
+        _check_model(model, wrt)
         state = _state_of(opt_state)
         leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
         owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
@@ -187,7 +192,7 @@ def _differentiate(
     has_aux: bool,
     wrt: Any,
     riders: Mapping[str, Rider],
-    recorder: "_Recorder",
+    recorder: _Recorder,
 ) -> Callable[..., Any]:
     """``(model, ...) -> (value, gradients, cotangents of the riders)``."""
     differentiate = nnx.value_and_grad(
@@ -226,9 +231,7 @@ def _probed_loss(
     return loss
 
 
-def _observed_copy(
-    model: Any, riders: Mapping[str, Rider], recorder: "_Recorder"
-) -> Any:
+def _observed_copy(model: Any, riders: Mapping[str, Rider], recorder: _Recorder) -> Any:
     """A copy whose layers are watched and carry riders."""
     copy = nnx.clone(model)
     recorder.watch(copy)
@@ -238,13 +241,22 @@ def _observed_copy(
 
 
 @contextlib.contextmanager
-def _recording(recorder: "_Recorder") -> Iterator[None]:
+def _recording(recorder: _Recorder) -> Iterator[None]:
     """Layers that are called meanwhile report to `recorder`."""
     token = _RECORDER.set(recorder)
     try:
         yield
     finally:
         _RECORDER.reset(token)
+
+
+def _check_model(model: Any, wrt: Any) -> None:
+    """There must be something to differentiate: Linen's parameters hold no Variable."""
+    if not jax.tree.leaves(nnx.state(model, wrt)):
+        raise TypeError(
+            f"model: got {type(model).__name__} without variables to differentiate, "
+            "expected an nnx.Module. Remedy: for Flax Linen dsbp_optax.linen."
+        )
 
 
 def _state_of(opt_state: PyTree) -> PyTree:

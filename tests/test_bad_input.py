@@ -23,6 +23,7 @@ from _models import (
     sketches,
     train,
 )
+from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
@@ -59,6 +60,7 @@ CONSTRUCTION = [
     ({"rank": 0}, ("rank", "got 0", "at least 1")),
     ({"rank": -2}, ("rank", "got -2", "at least 1")),
     ({"rank": 1.5}, ("rank", "1.5", "float", "integer")),
+    ({"rank": 0.25}, ("rank", "0.25", "Remedy", "RankFraction(0.25)")),
     ({"rank": "3"}, ("rank", "'3'", "str", "integer")),
     ({"rank": True}, ("rank", "True", "bool", "integer")),
     ({"rank": [4]}, ("rank", "[4]", "list", "integer")),
@@ -87,6 +89,8 @@ OF_SOME = [
     ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
     ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
     ("dsbp_sgd", {"whitening": -1.0}, ("whitening", "-1.0", "at least 0")),
+    ("dsbp_sgd", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
+    ("dsbp_muon", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"scale": "lion"}, ("scale", "'lion'", "'muon'", "'adam'")),
     ("dsbp_muon", {"residual": object()}, ("residual", "object", "number")),
 ]
@@ -186,6 +190,40 @@ def test_transport_of_an_unknown_kind():
         return dsbp_optax.scale_by_spectral_projection(_odd(), rank=2, transport=table)
 
     refused(make, "transport", "'third'", "'first'")
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("adapter", ["linen", "nnx"])
+@pytest.mark.parametrize("name", ["value_and_grad", "subspace_value_and_grad"])
+def test_the_state_is_asked_for(adapter, name):
+    make = getattr(getattr(dsbp_optax, adapter), name)
+    step, tx = make(lambda model, x: x.sum()), dsbp_optax.dsbp_muon(0.1)
+    model, x = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    words = "opt_state", "expected the optimizer's state", "Remedy", "tx.init"
+    refused(lambda: step(model, x), "got nothing", *words)
+    refused(lambda: step(model, x, opt_state=tx), "the optimizer itself", *words)
+
+
+@pytest.mark.parametrize("name", ["value_and_grad", "subspace_value_and_grad"])
+def test_parameters_of_linen_in_the_nnx_adapter(name):
+    params, tx = {"kernel": jnp.ones((64, 64))}, dsbp_optax.dsbp_muon(0.1)
+    step = getattr(dsbp_optax.nnx, name)(lambda p, x: (x @ p["kernel"]).sum())
+    refused(
+        lambda: step(params, jnp.ones((2, 64)), opt_state=tx.init(params)),
+        *("model: got dict", "expected an nnx.Module", "dsbp_optax.linen"),
+    )
+
+
+def test_a_model_of_nnx_in_the_linen_adapter():
+    model, tx = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), dsbp_optax.dsbp_muon(0.1)
+    step = dsbp_optax.linen.value_and_grad(lambda model, x: model(x).sum())
+    state = tx.init({"kernel": jnp.ones((64, 64))})
+    refused(
+        lambda: step(model, jnp.ones((2, 64)), opt_state=state),
+        *("no activations", "'kernel'", "dsbp_optax.nnx for NNX", "Activations"),
+    )
 
 
 # ---------------------------------------------------------------- statistics

@@ -111,6 +111,17 @@ def test_a_refused_refresh_is_called_ill_conditioned() -> None:
     assert "rank" in words
 
 
+def test_a_forgotten_statistic_is_told() -> None:
+    params = {"kernel": jax.random.normal(jax.random.key(0), (D, M))}
+    tx = dsbp_optax.dsbp_sgd(0.1, rank=2, update_every=1)
+    state = tx.init(params)
+    for _ in range(6):
+        _, state = tx.update(params, state, params)
+    (words,) = diagnostics.warnings(state)
+    assert words.startswith("kernel: a basis of gradients")
+    assert "pass statistics= to update" in words
+
+
 def test_steps_without_statistics_and_skipped_steps_are_told() -> None:
     tx = dsbp_optax.add_spectral_sharpness(0.1)
     params = {"kernel": jnp.ones((D, M))}

@@ -1,12 +1,17 @@
 """Everything in the README that can be executed is executed."""
 
+import ast
 import contextlib
+import inspect
 import io
 import pathlib
 import re
 import tomllib
 
+import optax
 import pytest
+
+import dsbp_optax
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -98,6 +103,36 @@ def test_ported_script_runs(diff, which):
 def test_port_is_short(diff):
     inserted = sum(line.startswith("+") for line in diff.splitlines())
     assert 0 < inserted <= MOST_INSERTED_LINES
+
+
+def calls_of_the_migration(text: str) -> list[tuple[object, ast.Call]]:
+    """Functions of Optax and ours, and how the table calls them."""
+    section = text.split("\n## From Optax\n")[1].split("\n## ")[0]
+    found = []
+    for code in re.findall(r"`([^`]+\(.+?\))`(?= |,|:|;|$)", section, re.MULTILINE):
+        call = ast.parse(code).body[0]
+        if isinstance(call, ast.Expr):
+            name = ast.unparse(call.value.func).removeprefix("contrib.")
+            homes = (dsbp_optax, optax, optax.contrib)
+            (home,) = [home for home in homes if hasattr(home, name)]
+            found.append((getattr(home, name), call.value))
+    return found
+
+
+def test_arguments_of_the_migration_exist():
+    calls = calls_of_the_migration(README)
+    assert len(calls) >= 10
+    for function, call in calls:
+        keywords = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(function).bind(*call.args, **keywords)
+
+
+def test_a_wrong_migration_fails():
+    text = "x\n## From Optax\n\n| `sgd(lr)` | `dsbp_sgd(lr, warmth=3)` |\n"
+    (_, good), (function, call) = calls_of_the_migration(text)
+    assert not good.keywords
+    with pytest.raises(TypeError, match="warmth"):
+        inspect.signature(function).bind(0.1, **{k.arg: None for k in call.keywords})
 
 
 def test_two_commands():

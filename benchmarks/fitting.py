@@ -11,10 +11,10 @@ import optax
 from benchmarks.data import Characters, Episode
 from benchmarks.models import DrawingsMlp
 
-#: Classes of an episode and queries of each.
+#: Classes of an episode, and queries of each where it judges.
 WAYS, QUERIES = 5, 15
-#: Tasks of an outer step.
-TASKS = 16
+#: Tasks of an outer step, and queries of each of their classes.
+TASKS, TRAIN_QUERIES = 16, 5
 #: Episodes that are judged at once.
 _TOGETHER = 50
 

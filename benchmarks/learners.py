@@ -89,7 +89,6 @@ LEARNERS = {
             _SPECTRAL,
             spectral=True,
         ),
-        _spectral("spectral_32", "the same in 32 eigendirections", rank=32),
         _spectral(
             "spectral_random", "the same in 8 random directions", solver=keep_basis
         ),

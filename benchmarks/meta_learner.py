@@ -10,8 +10,8 @@ import numpy as np
 import dsbp_optax
 from benchmarks.data import Characters, Episode, episodes, stacked
 from benchmarks.fitting import (
-    QUERIES,
     TASKS,
+    TRAIN_QUERIES,
     WAYS,
     Fitted,
     Plan,
@@ -59,7 +59,7 @@ class Maml:
     def __call__(self, characters: Characters, plan: Plan) -> Fitted:
         """Train on episodes of these characters."""
         rng = np.random.default_rng([plan.seed, 0])
-        drawn = episodes(characters, WAYS, self.shots, QUERIES, rng)
+        drawn = episodes(characters, WAYS, self.shots, TRAIN_QUERIES, rng)
         batches = (stacked(drawn, TASKS) for _ in range(plan.steps))
         params = fresh(self.model, characters, plan.seed)
         numbers = tuple(map(np.float32, (plan.rate, plan.inner_rate, plan.steps)))

@@ -25,8 +25,8 @@ from benchmarks.optimizers import Contender
 from benchmarks.train import train_step
 from benchmarks.workloads import cosine
 
-#: Steps for each outer step of MAML, and their batch: as many drawings in all.
-STEPS, BATCH = 5, 256
+#: Steps for each outer step of MAML, and their batch: about the drawings of one shot.
+STEPS, BATCH = 2, 256
 #: Steps of the linear probe, each on all supports.
 PROBE_STEPS = 100
 

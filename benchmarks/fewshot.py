@@ -100,11 +100,11 @@ class Lane:
         if not self.path.exists():
             return
         self.found = records.read(self.path)["records"]
-        steps = {record["full_steps"] for record in self.found}
-        if steps - {self.steps}:
+        others = {record["full_steps"] for record in self.found} - {self.steps}
+        if others:
             raise DataError(
-                f"{self.path}: got {steps} steps, expected {self.steps}. Remedy: "
-                "another --out, or the same --steps."
+                f"{self.path}: got runs of {min(others)} steps, expected {self.steps}. "
+                "Remedy: another --out, or the same --steps."
             )
 
     @property

@@ -100,20 +100,18 @@ def controls_table(title: str, found: Sequence[Entry]) -> Table:
 def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
     """Learners of few-shot episodes, against the first of them."""
     table = _table(title, "learner")
-    against = f"against {found[0].name} (95 %)"
-    _columns(table, "rate", "inner rate", found[0].metric.label, "mean of runs, 95 %")
-    _columns(table, "runs", against, "train loss", "train s", "state KiB")
+    label = f"{found[0].metric.label}, 95 %"
+    _columns(table, "rate", "inner", label, "runs", f"against {found[0].name}")
+    _columns(table, "train s", "state KiB")
     for entry in found:
         first = entry.records[0]
         table.add_row(
             entry.name,
             f"{first['learning_rate']:g}",
             f"{first['inner_rate']:g}",
-            _spread(entry),
-            _reach(entry),
+            _mean_and_reach(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
             _difference(entry, found[0]),
-            _number(entry.median("train_loss"), ".3f"),
             _number(entry.median("seconds"), ".1f"),
             _number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
         )
@@ -422,13 +420,13 @@ def _spread(entry: Entry) -> str:
     return text
 
 
-def _reach(entry: Entry) -> str:
-    """The 95 % t interval of the mean over seeds."""
+def _mean_and_reach(entry: Entry) -> str:
+    """Mean over seeds, and its 95 % t interval where there are several."""
     found = compare.mean_interval(list(entry.finals.values()))
     if found is None:
-        return "-"
-    low, high = (entry.metric.show(value) for value in found[1:])
-    return f"[{low}, {high}]"
+        return entry.metric.show(entry.mean)
+    mean, low, high = map(entry.metric.show, found)
+    return f"{mean} [{low}, {high}]"
 
 
 def _difference(entry: Entry, peer: Entry | None) -> str:

@@ -147,12 +147,17 @@ def difference(entry: Entry, other: Entry) -> tuple[float, float, float] | None:
     None with fewer than two common seeds; NaN where one of the runs diverged.
     """
     seeds = sorted(entry.finals.keys() & other.finals.keys())
-    if len(seeds) < 2:
+    return mean_interval([entry.finals[s] - other.finals[s] for s in seeds])
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """The mean and its 95 % t interval; None with fewer than two values."""
+    if len(values) < 2:
         return None
-    gaps = np.asarray([entry.finals[s] - other.finals[s] for s in seeds])
-    error = gaps.std(ddof=1) / np.sqrt(len(gaps))
-    reach = stats.t.ppf(0.975, len(gaps) - 1) * error
-    mean = float(gaps.mean())
+    found = np.asarray(values)
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    reach = stats.t.ppf(0.975, len(found) - 1) * error
+    mean = float(found.mean())
     return mean, float(mean - reach), float(mean + reach)
 
 

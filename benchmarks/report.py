@@ -102,6 +102,27 @@ def controls_table(title: str, found: Sequence[Entry]) -> Table:
     return table
 
 
+def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
+    """Learners of few-shot episodes, against the first of them."""
+    table = _table(title, "learner")
+    label = f"{found[0].metric.label}, 95 %"
+    _columns(table, "rate", "inner", label, "runs", f"against {found[0].name}")
+    _columns(table, "train s", "state KiB")
+    for entry in found:
+        first = entry.records[0]
+        table.add_row(
+            entry.name,
+            f"{first['learning_rate']:g}",
+            f"{first['inner_rate']:g}",
+            _mean_and_reach(entry),
+            f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
+            _difference(entry, found[0]),
+            _number(entry.median("seconds"), ".1f"),
+            _number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
+        )
+    return table
+
+
 def faults_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
     """Where training was killed, what else befell it, and what came of it."""
     kills = _table(f"{title}: kills")
@@ -333,6 +354,15 @@ def written(console: Console, paths: Sequence[Path]) -> None:
     """Say which files were written."""
     for path in paths:
         console.print(f"wrote {path}", style="dim", soft_wrap=True)
+
+
+def _mean_and_reach(entry: Entry) -> str:
+    """Mean over seeds, and its 95 % t interval where there are several."""
+    found = compare.mean_interval(list(entry.finals.values()))
+    if found is None:
+        return entry.metric.show(entry.mean)
+    mean, low, high = map(entry.metric.show, found)
+    return f"{mean} [{low}, {high}]"
 
 
 def _mean_loss(losses: Sequence[float | None]) -> str:

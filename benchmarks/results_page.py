@@ -12,6 +12,7 @@ from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
 from benchmarks.markdown import Provenance
 from benchmarks.results_campaign import campaign_sections
+from benchmarks.results_fewshot import fewshot_sections
 from benchmarks.results_files import file_section
 from benchmarks.results_minima import final_records, minima_sections
 from benchmarks.workloads import WORKLOADS
@@ -54,8 +55,11 @@ def document(root: Path = RESULTS) -> str:
 
 def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str:
     origin = Provenance(run for one in found for run in one.runs)
-    sections = list(campaign_sections(found, entries, origin))
-    sections += minima_sections(found, origin)
+    sections = [
+        *campaign_sections(found, entries, origin),
+        *minima_sections(found, origin),
+        *fewshot_sections(found, origin),
+    ]
     shown = frozenset[Path]().union(*(section.paths for section in sections))
     rest = [one for one in found if one.path not in shown]
     sections += [file_section(one, origin) for one in rest if not one.is_run]

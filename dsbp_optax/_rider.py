@@ -140,9 +140,11 @@ def sketch_layer(
     squares = apply(x * x, jnp.ones_like(basis[..., :1]))
     trace = jnp.sum(squares, axis=tuple(range(batch, squares.ndim)))
     samples = z.size // (z.shape[-1] * max(1, trace.size))
+    # Under the user's `vmap` cotangents are summed over samples, constants are not.
+    count = jnp.where(jnp.isnan(trace), samples, samples).astype(rider.count.dtype)
     return Rider(
         basis=both[..., :-1],
-        count=jnp.full_like(rider.count, samples),
+        count=count.reshape(rider.count.shape),
         trace=trace.reshape(rider.trace.shape),
         total=both[..., -1:],
     )

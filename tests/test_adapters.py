@@ -197,6 +197,33 @@ def test_vmapped_kernels_have_statistics_of_their_own() -> None:
     assert_same(got, explicit(x, state.basis["members/kernel"]))
 
 
+@pytest.mark.parametrize("adapter", ["linen", "nnx", "coordinates"])
+def test_a_loss_that_maps_its_samples_counts_them_all(adapter: str) -> None:
+    x = jax.random.normal(jax.random.key(0), (20, 12))
+    if adapter == "nnx":
+        model = nnx.Linear(12, 8, rngs=nnx.Rngs(0))
+        params, make = model, dsbp_optax.nnx.value_and_grad
+        state = optimizer().init(nnx.state(model, nnx.Param))
+    else:
+        params = nn.Dense(8).init(jax.random.key(1), x)["params"]
+        make, state = dsbp_optax.linen.value_and_grad, optimizer().init(params)
+    if adapter == "coordinates":
+        make = dsbp_optax.linen.subspace_value_and_grad
+
+    def each(params: Any, x: Any) -> Any:
+        def one(row: Any) -> Any:
+            found = params(row) if adapter == "nnx" else apply(params, row)
+            return jnp.mean(found**2)
+
+        return jnp.mean(jax.vmap(one)(x))
+
+    def apply(params: Any, row: Any) -> Any:
+        return nn.Dense(8).apply({"params": params}, row)
+
+    got = make(each)(params, x, opt_state=state)[2]["kernel"]
+    assert_same(got, explicit(x, state.basis["kernel"]))
+
+
 def test_scan_along_another_axis_by_an_axes_rule() -> None:
     class Tall(nn.Module):
         @nn.compact

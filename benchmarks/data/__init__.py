@@ -9,7 +9,16 @@ from benchmarks.data.images import augmented
 from benchmarks.data.mail import load_mail
 from benchmarks.data.medmnist import PNEUMONIA_COUNTS, load_medmnist
 from benchmarks.data.npz import read_npz
-from benchmarks.data.omniglot import episodes, load_omniglot_small
+from benchmarks.data.omniglot import (
+    Alphabets,
+    Characters,
+    Episode,
+    episodes,
+    halved,
+    load_omniglot_small,
+    stacked,
+    with_rotations,
+)
 from benchmarks.data.shakespeare import load_shakespeare
 from benchmarks.data.sotu import load_sotu
 from benchmarks.data.split import Batch, Data, Samples, drawn, hold_out, shuffled
@@ -27,13 +36,17 @@ __all__ = [
     "TINY_IMAGENET_CLASSES",
     "TINY_IMAGENET_MEAN",
     "TINY_IMAGENET_STD",
+    "Alphabets",
     "Batch",
+    "Characters",
     "Data",
     "DataError",
+    "Episode",
     "Samples",
     "augmented",
     "drawn",
     "episodes",
+    "halved",
     "hold_out",
     "load_cifar10",
     "load_digits",
@@ -47,4 +60,6 @@ __all__ = [
     "read_idx",
     "read_npz",
     "shuffled",
+    "stacked",
+    "with_rotations",
 ]

@@ -86,6 +86,28 @@ def load_omniglot_small(data_dir: Path | None) -> Alphabets:
     )
 
 
+def halved(characters: Characters) -> Characters:
+    """Drawings of half the side: means of two by two pixels."""
+    count, drawings, height, width, _ = characters.images.shape
+    blocks = characters.images.reshape(count, drawings, height // 2, 2, width // 2, 2)
+    return Characters(blocks.mean((3, 5))[..., None], characters.alphabets)
+
+
+def with_rotations(characters: Characters) -> Characters:
+    """Each character four times, turned by 0, 90, 180 and 270 degrees: so many more.
+
+    Customary in training; a character and its turned self count as two.
+    """
+    turned = [np.rot90(characters.images, turns, axes=(2, 3)) for turns in range(4)]
+    return Characters(np.concatenate(turned), np.tile(characters.alphabets, 4))
+
+
+def stacked(drawn: Iterator[Episode], count: int) -> Episode:
+    """The next `count` episodes as one, along a new first axis."""
+    parts = zip(*(next(drawn) for _ in range(count)), strict=True)
+    return Episode(*(np.stack(part) for part in parts))
+
+
 def _part(
     path: Path, drawn: np.ndarray, alphabets: np.ndarray, wanted: Sequence[str]
 ) -> Characters:

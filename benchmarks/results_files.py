@@ -53,6 +53,11 @@ _KINDS: tuple[tuple[Callable[[Record], bool], str, Callable[[Record], Table]], .
         lambda record: report.communication_table("", record),
     ),
     (
+        _rows_with("cap_mib", "way", "artifact_bytes"),
+        "One core and little memory: the smallest cap that trains",
+        lambda record: report.constrained_table("", record),
+    ),
+    (
         _runs_with("hessian_eigenvalues", "m_sharpness"),
         "Flatness",
         lambda record: report.flatness_table("", record["records"]),

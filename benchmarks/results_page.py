@@ -7,7 +7,7 @@ its shape, so that none is left out.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import compare, generic, plots, reaches
+from benchmarks import compare, generic, plots, reaches, results_ablation
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
 from benchmarks.markdown import Provenance
@@ -54,6 +54,7 @@ def document(root: Path = RESULTS) -> str:
 def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str:
     origin = Provenance(run for one in found for run in one.runs)
     sections = list(campaign_sections(found, entries, origin))
+    sections += results_ablation.sections(found, origin)
     shown = frozenset[Path]().union(*(section.paths for section in sections))
     rest = [one for one in found if one.path not in shown]
     sections += [file_section(one, origin) for one in rest if not one.is_run]
@@ -82,22 +83,22 @@ def _reaches(
 
 
 def write(page: Path, root: Path = RESULTS) -> list[Path]:
-    """The page, and beside it the picture of the same name.
+    """The page, and beside it its pictures.
 
     Returns:
-      What was written; no picture without entries.
+      What was written; no picture without its records.
     """
-    entries = campaign_entries(root)
-    text = _document(read_all(root), entries)
-    page.write_text(text, encoding="utf-8", newline="\n")
+    entries, found = campaign_entries(root), read_all(root)
+    page.write_text(_document(found, entries), encoding="utf-8", newline="\n")
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries
     }
+    written = [page, *results_ablation.write_picture(page, found)]
     if not panels:
-        return [page]
+        return written
     picture = page.with_suffix(".png")
     plots.plot_against_state(panels, picture)
-    return [page, picture]
+    return [*written, picture]
 
 
 def _is_stability(record: Record) -> bool:

@@ -93,10 +93,17 @@ def test_the_artifact_trains_as_the_code_does(quick_compilation, tmp_path):
 
 def record(**changes):
     row = {
-        **{"optimizer": "sgd", "size": "small", "way": "exported"},
-        **{"learning_rate": 0.1, "artifact_bytes": 2048, "state_bytes": 2**20},
-        **{"compiling_rss_mib": 500.0, "cap_mib": 180.0, "rss_mib": 210.0},
-        **{"step_ms": 12.0, "losses": [4.0, 3.0]},
+        "optimizer": "sgd",
+        "size": "small",
+        "way": "exported",
+        "learning_rate": 0.1,
+        "artifact_bytes": 2048,
+        "state_bytes": 2**20,
+        "compiling_rss_mib": 500.0,
+        "cap_mib": 180.0,
+        "rss_mib": 210.0,
+        "step_ms": 12.0,
+        "losses": [4.0, 3.0],
     }
     lost = {"cap_mib": None, "step_ms": None, "losses": None}
     alone = {"cap_mib": 130.0, "step_ms": 0.1, "compiling_rss_mib": 200.0}

@@ -66,13 +66,16 @@ class Report(NamedTuple):
         return finite and self.losses[-1] < self.losses[0]
 
 
-def attempt(order: Order, cache: Path, seconds: float = 600.0) -> Report | None:
-    """Run a child; None where it did not come to its end.
+def attempt(order: Order, cache: Path, seconds: float = 3600.0) -> Report | None:
+    """Run a child; None where it failed, as it does when memory is refused to it.
 
     Args:
       order: for it.
       cache: folder of compiled programs: what lies there is not compiled again.
       seconds: after which it is ended.
+
+    Raises:
+      DataError: when it was; that says nothing of its memory.
     """
     environment = {
         **os.environ,
@@ -87,8 +90,13 @@ def attempt(order: Order, cache: Path, seconds: float = 600.0) -> Report | None:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=seconds
         )
-    except subprocess.TimeoutExpired:
-        return None
+    except subprocess.TimeoutExpired as error:
+        from benchmarks.data import DataError  # Not in the child before its cap.
+
+        raise DataError(
+            f"a child that trains from {order.way}: got no end after {seconds:.0f} s, "
+            "expected one. Remedy: fewer --steps, or a machine with less to do."
+        ) from error
     if done.returncode:
         return None
     return Report(*json.loads(done.stdout.splitlines()[-1]))

@@ -28,6 +28,7 @@ from benchmarks.cells import spread as _spread
 from benchmarks.cells import table as _table
 from benchmarks.compare import Entry
 from benchmarks.data.packages import ELSEWHERE, PACKAGES, Packaged
+from benchmarks.effects import Effect
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
@@ -121,6 +122,87 @@ def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
             _number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
         )
     return table
+
+
+def effects_table(
+    title: str, found: Mapping[str, tuple[Sequence[Effect], Sequence[Effect]]]
+) -> Table:
+    """One row an effect; of each workload, on accuracy and on training loss."""
+    table = _table(title, "effect")
+    for workload in found:
+        _columns(table, f"{workload}, points", f"{workload}, loss times")
+    columns = [effects for pair in found.values() for effects in pair]
+    for row in zip(*columns, strict=True):
+        cells = [
+            _times(effect) if number % 2 else _points(effect)
+            for number, effect in enumerate(row)
+        ]
+        table.add_row(row[0].name, *cells)
+    return table
+
+
+def _points(effect: Effect) -> str:
+    return f"{effect.value:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
+
+
+def _times(effect: Effect) -> str:
+    value, low, high = (10**x for x in (effect.value, effect.low, effect.high))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ablation_table(title: str, cells: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a cell of `benchmarks.ablation`; means over the runs that ended."""
+    table = _table(title, "outside")
+    for heading in ("filter", "side", "sharpness"):
+        table.add_column(heading)
+    _columns(table, "rank", "period", "rate", "test accuracy, %", "train loss", "lost")
+    for cell in cells:
+        ended = [100 * value for value in cell["accuracy"] if value is not None]
+        losses = [value for value in cell["train_loss"] if value is not None]
+        spread = f" ± {np.std(ended, ddof=1):.2f}" if len(ended) > 1 else ""
+        table.add_row(
+            *(cell[key] for key in ("outside", "filter", "side", "sharpness")),
+            *(f"{cell[key]:g}" for key in ("rank", "period", "rate")),
+            f"{np.mean(ended):.2f}{spread}" if ended else "-",
+            f"{np.mean(losses):.4f}" if losses else "-",
+            f"{cell['accuracy'].count(None)}",
+        )
+    return table
+
+
+def constrained_table(title: str, record: Mapping[str, Any]) -> Table:
+    """One row an optimizer, size and way of `benchmarks.constrained`."""
+    base = record["baseline"]["cap_mib"]
+    table = _table(title)
+    for heading in ("size", "trained from"):
+        table.add_column(heading)
+    _columns(
+        table,
+        *("cap MiB", "less jax alone", "step ms", "state MiB", "artifact KiB"),
+        *("resident MiB", "compiling, resident MiB"),
+    )
+    alone = {
+        **dict.fromkeys(_UNCOUNTED),
+        **record["baseline"],
+        "optimizer": "jax alone",
+    }
+    for row in (alone, *record["rows"]):
+        cap = row["cap_mib"]
+        table.add_row(
+            *(row["optimizer"], row["size"] or "-", row["way"] or "-"),
+            "does not train" if cap is None else f"{cap:.0f}",
+            "-" if cap is None else f"{cap - base:.0f}",
+            _number(row["step_ms"], ".1f"),
+            _number(row["state_bytes"], ",.2f", 1 / 2**20),
+            _number(row["artifact_bytes"], ",.0f", 1 / 2**10),
+            _number(row.get("rss_mib"), ",.0f"),
+            _number(row["compiling_rss_mib"], ",.0f"),
+        )
+    return table
+
+
+#: What the child that trains nothing has no figures for.
+_UNCOUNTED = ("size", "way", "state_bytes", "artifact_bytes")
 
 
 def faults_tables(title: str, found: Mapping[str, Any]) -> list[Table]:

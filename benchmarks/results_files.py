@@ -44,6 +44,11 @@ _KINDS: tuple[tuple[Callable[[Record], bool], str, Callable[[Record], Table]], .
         "Communication: numbers sent in a step",
         lambda record: report.communication_table("", record),
     ),
+    (
+        _rows_with("cap_mib", "way", "artifact_bytes"),
+        "One core and little memory: the smallest cap that trains",
+        lambda record: report.constrained_table("", record),
+    ),
 )
 
 

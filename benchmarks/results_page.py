@@ -7,7 +7,15 @@ its shape, so that none is left out.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import compare, generic, plots, plots_minima, reaches, reaches_minima
+from benchmarks import (
+    compare,
+    generic,
+    plots,
+    plots_minima,
+    reaches,
+    reaches_minima,
+    results_ablation,
+)
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
 from benchmarks.markdown import Provenance
@@ -58,6 +66,7 @@ def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str
     sections = [
         *campaign_sections(found, entries, origin),
         *minima_sections(found, origin),
+        *results_ablation.sections(found, origin),
         *fewshot_sections(found, origin),
     ]
     shown = frozenset[Path]().union(*(section.paths for section in sections))
@@ -96,7 +105,7 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     """
     entries, found = campaign_entries(root), read_all(root)
     page.write_text(_document(found, entries), encoding="utf-8", newline="\n")
-    written = [page]
+    written = [page, *results_ablation.write_picture(page, found)]
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries
     }

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -105,10 +105,23 @@ def train_step(
 
 
 def make_step(workload: Workload, contender: Contender) -> Any:
-    """The jitted step of a `Program`; rate and length are arguments, not constants."""
+    """The jitted step of a `Program`; rate and length are arguments, not constants.
 
-    def step(params: Params, opt_state: Any, batch: Any, rate: Any, steps: Any) -> Any:
-        tx = contender.build(lambda count: workload.schedule(count, rate, steps))
+    So are settings of the contender that are passed as a dict behind them.
+    """
+
+    def step(
+        params: Params,
+        opt_state: Any,
+        batch: Any,
+        rate: Any,
+        steps: Any,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Any:
+        told = {**contender.settings, **(settings or {})}
+        tx = replace(contender, settings=told).build(
+            lambda count: workload.schedule(count, rate, steps)
+        )
         return train_step(
             *(workload.loss, workload.clip, tx, params, opt_state, batch),
             contender.coordinates,

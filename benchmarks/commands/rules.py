@@ -1,11 +1,14 @@
 """What the parts of a rule do: time, transport, stability, controls."""
 
+import functools
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks import (
+    ablation,
     compare,
     controls,
     records,
@@ -25,6 +28,7 @@ from benchmarks.commands.shared import (
     Seeds,
     Steps,
     WorkloadName,
+    WorkloadNames,
     app,
     console,
     failures,
@@ -167,3 +171,38 @@ def controls_command(
         found = [controls.made(out, chosen, *pair) for pair in plan]
         entries += compare.entries(chosen, [r for each in found for r in each])
         console.print(report.controls_table(f"{workload}: {of}", entries))
+
+
+@app.command("ablation")
+def ablation_command(
+    workload: WorkloadNames = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path, typer.Option(help="folder of records")] = ablation.RESULTS,
+    hours: Annotated[float, typer.Option(min=0, help="start no cell after")] = 1.0,
+    seeds: Seeds = 3,
+    steps: Steps = None,
+    quiet: Quiet = False,
+) -> None:
+    """Each part of the rule at each of its levels, crossed; can be continued.
+
+    Default workloads: digits_cnn, fashion_mnist_mlp, at their quick lengths.
+    """
+    deadline = time.monotonic() + 3600 * hours
+    names = workload or list(ablation.USUAL)
+    plans = [
+        ablation.Plan(
+            *(chosen, out / f"{chosen.name}.json", seeds),
+            *(steps or chosen.quick_steps, deadline),
+        )
+        for chosen in several(WORKLOADS, names, "WORKLOAD")
+    ]
+    with failures(), report.make_progress(console, quiet) as progress:
+        for plan in plans:
+            name = plan.workload.name
+            task = progress.add_task(name, total=plan.runs)
+            advance = functools.partial(progress.advance, task)
+            if not ablation.run(plan, plan.workload.load(data_dir), advance):
+                break
+    if not quiet:
+        for plan in plans:
+            console.print(report.ablation_table(plan.workload.name, plan.found()))

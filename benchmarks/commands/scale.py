@@ -9,6 +9,7 @@ import typer
 
 from benchmarks import (
     communication,
+    constrained,
     coordinates,
     distributed,
     estimate,
@@ -29,6 +30,7 @@ from benchmarks.commands.shared import (
     failures,
     lookup,
     save,
+    several,
 )
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.workloads import WORKLOADS
@@ -180,6 +182,52 @@ def faults_command(
             console.print(table)
     if not found["passed"]:
         raise typer.Exit(1)
+
+
+@app.command("constrained")
+def constrained_command(
+    size: Annotated[
+        list[str] | None, typer.Option(help="small, wide; repeat it; default: both")
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None, typer.Option("--optimizer", help="repeat it; default: all")
+    ] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="code, exported; default: both")
+    ] = None,
+    data_dir: DataDir = None,
+    steps: Annotated[int, typer.Option(min=2, help="of each attempt")] = 20,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """The smallest cap of memory, on one core, under which each optimizer trains.
+
+    Rows that the record of --json has are not made again.
+    """
+    sizes, ways = size or list(constrained.SIZES), way or list(constrained.WAYS)
+    names = optimizer or list(constrained.ENTRANTS)
+    for table, given, name in (
+        (constrained.SIZES, sizes, "--size"),
+        (constrained.ENTRANTS, names, "--optimizer"),
+        (constrained.WAYS, ways, "--way"),
+    ):
+        several(table, given, name)
+    record = {**records.environment(), "cap": constrained.CAP, "steps": steps}
+    with failures(), report.make_progress(console, quiet) as progress:
+        record |= constrained.resume(json, steps)
+        task = progress.add_task(
+            "optimizers", total=len(sizes) * len(names) * len(ways)
+        )
+        for one in sizes:
+            found = constrained.measure(
+                *(one, names, ways, data_dir, steps, record["rows"])
+            )
+            for row in found:
+                record["rows"].append(row)
+                save(json, record, True)
+                progress.advance(task)
+    if not quiet:
+        console.print(report.constrained_table("", record))
 
 
 @app.command("estimate")

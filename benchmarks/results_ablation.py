@@ -1,0 +1,121 @@
+"""What `benchmarks.ablation` found: effects, tables, a section, a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import ablation, effects, report
+from benchmarks.effects import Effect
+from benchmarks.found import Found, Record, Section, titled
+from benchmarks.markdown import Provenance
+from benchmarks.plot_effects import plot_effects
+
+FOLDER = ablation.RESULTS.name
+PICTURE = "ABLATION.png"
+#: Of a run that was lost: that of guessing among ten classes.
+_CHANCE_ACCURACY, _CHANCE_LOSS = 0.1, float(np.log(10))
+#: Below it a training loss is as good as zero.
+_LEAST_LOSS = 1e-4
+
+_WORDS = f"""Momentum SGD; every level of every factor with every other, at rank
+{ablation.RANK} and period {ablation.PERIOD}. Rates: {len(ablation.RATES)} for each cell
+from a seed of its own, a third of the length, judged on validation samples, one more
+beyond where the best is at an edge; then {{seeds}} paired seeds.
+
+{ablation.WORDS}
+
+Effects: what a level does against the first of its factor, averaged over all levels
+of the others (a linear model with main effects, all pairwise interactions and a seed's
+own; 95 % t interval, with what three and more factors do together as noise). "a x b":
+what the effect of a gains where b is the level. Training loss: mean of the last twelfth
+of the steps, as a factor. A run that was lost counts as guessing."""
+
+
+def has_grid(record: Record) -> bool:
+    """Whether every cell of the grid is there."""
+    known = {ablation.cell_of(cell) for cell in record["cells"]}
+    return known >= {*ablation.GRID}
+
+
+def accuracies(cell: Record) -> np.ndarray:
+    """Of every seed, in percent."""
+    found = [_CHANCE_ACCURACY if x is None else x for x in cell["accuracy"]]
+    return 100 * np.asarray(found)
+
+
+def losses(cell: Record) -> np.ndarray:
+    """Decimal logarithms of every seed's training loss."""
+    found = [_CHANCE_LOSS if x is None else x for x in cell["train_loss"]]
+    return np.log10(np.maximum(found, _LEAST_LOSS))
+
+
+def effects_of(cells: Sequence[Record]) -> tuple[list[Effect], list[Effect]]:
+    """Of the crossed factors: on the accuracy in points, on the loss as a factor."""
+    grid = [cell for cell in cells if ablation.cell_of(cell).on_grid]
+    levels = [cell for cell in grid for _ in cell["accuracy"]]
+    blocks = [seed for cell in grid for seed in range(len(cell["accuracy"]))]
+    points, decades = (
+        effects.effects(
+            *(ablation.FACTORS, levels, blocks),
+            np.concatenate([values(cell) for cell in grid]),
+        )
+        for values in (accuracies, losses)
+    )
+    return points, decades
+
+
+def known_effects(found: Sequence[Found]) -> dict[str, tuple[list[Effect], ...]]:
+    """Workload -> effects, of the records that have the whole grid."""
+    return {
+        one.record["workload"]: effects_of(one.record["cells"])
+        for one in found
+        if one.path.parts[0] == FOLDER and has_grid(one.record)
+    }
+
+
+def sections(found: Sequence[Found], origin: Provenance) -> list[Section]:
+    """One section for all workloads, where there is a record."""
+    here = [one for one in found if one.path.parts[0] == FOLDER]
+    if not here:
+        return []
+    known = known_effects(here)
+    seeds = ", ".join(sorted({str(one.record["seeds"]) for one in here}))
+    parts = ["## Ablation: which part does the work", _WORDS.format(seeds=seeds)]
+    if known:
+        parts += [f"![Effects of the parts]({PICTURE})"]
+        parts += [titled(report.effects_table("", known), "Effects (95 %)")]
+    for one in here:
+        name, steps = one.record["workload"], one.record["steps"]
+        for title, cells in _groups(one.record["cells"]):
+            table = report.ablation_table("", cells)
+            parts += [titled(table, f"{name}, {steps} steps: {title}")]
+        parts += [origin.line(one.runs)]
+    return [Section("\n\n".join(parts), frozenset(one.path for one in here))]
+
+
+def _groups(cells: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """The grid, best first; then every corner, by rank and period."""
+    grid = [cell for cell in cells if ablation.cell_of(cell).on_grid]
+    grid.sort(key=lambda cell: -accuracies(cell).mean())
+    found = [("the grid, best first", grid)]
+    rest = [cell for cell in cells if not ablation.cell_of(cell).on_grid]
+    for corner in dict.fromkeys(map(_levels, rest)):
+        here = [cell for cell in cells if _levels(cell) == corner]
+        here.sort(key=lambda cell: (cell["rank"], cell["period"]))
+        found.append((f"rank and period of {', '.join(corner)}", here))
+    return found
+
+
+def _levels(cell: Record) -> tuple[str, ...]:
+    return tuple(cell[name] for name in ablation.FACTORS)
+
+
+def write_picture(page: Path, found: Sequence[Found]) -> list[Path]:
+    """The picture beside the page; none without a whole grid."""
+    known = known_effects(found)
+    if not known:
+        return []
+    path = page.with_name(PICTURE)
+    plot_effects(known, path)
+    return [path]

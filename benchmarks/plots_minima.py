@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks import minima
 from benchmarks.experiment import Record
@@ -77,6 +78,7 @@ def _sharpness(axes: Any, name: str, groups: Mapping[Any, Sequence[Record]]) -> 
     axes.set_xlabel("largest eigenvalue of the Hessian of the training loss")
     axes.margins(x=0.25, y=0.12)
     _tidy(axes)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
 

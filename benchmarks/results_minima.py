@@ -47,6 +47,7 @@ def _section(name: str, here: Sequence[Found], origin: Provenance) -> Section:
     parts = [f"## Minima: {name}"]
     for some, heading in ((finals, ""), (tried, "one seed, to choose by validation: ")):
         for table in report_minima.tables(heading, some):
-            parts.append(titled(table, str(table.title).capitalize()))
+            title = str(table.title)
+            parts.append(titled(table, title[0].upper() + title[1:]))
     text = "\n\n".join([*parts, origin.line([*finals, *tried])])
     return Section(text, frozenset(one.path for one in here))

@@ -46,7 +46,7 @@ WORDS = """- `outside`: what becomes of the gradient outside of the basis. "whol
 - `filter`: "whiten" shrinks the coordinates of strong directions, with exponent 1.
 - `side`: of the kernel that carries the basis.
 - `sharpness`: "spectral" is the paper's term at its weight of 0.1 (that of
-  `add_spectral_sharpness`), "msam" is `subspace_msam` at its radius of 0.3."""
+  `add_spectral_sharpness`), "msam" is `subspace_msam` at its radius of 0.1."""
 
 RANK, PERIOD = 8, 100
 RANKS, PERIODS = (2, 8, 32), (20, 100, 400)
@@ -59,7 +59,7 @@ _GLANCE = 128
 
 _STORED = {"whole": 32, "5 bits": 5}
 _FACTOR = 1 / (1 - MOMENTUM)
-_BETA, _RADIUS = 0.1, 0.3
+_BETA, _RADIUS = 0.1, 0.1
 
 
 class Cell(NamedTuple):

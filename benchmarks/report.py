@@ -72,9 +72,9 @@ def results_table(title: str, found: Sequence[Entry]) -> Table:
         table.add_row(
             entry.name,
             f"{entry.records[0]['learning_rate']:g}",
-            _spread(entry),
+            spread(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
-            _difference(entry, peer),
+            difference(entry, peer),
             _number(entry.median("train_loss"), ".4f"),
         )
     return table
@@ -89,9 +89,9 @@ def controls_table(title: str, found: Sequence[Entry]) -> Table:
         table.add_row(
             entry.name,
             f"{entry.records[0]['learning_rate']:g}",
-            _spread(entry),
+            spread(entry),
             f"{len(entry.records)}",
-            "" if entry is found[0] else _difference(entry, found[0]),
+            "" if entry is found[0] else difference(entry, found[0]),
             _number(entry.median("projected_state_bytes"), ",.1f", 1 / 2**10),
         )
     return table
@@ -390,7 +390,7 @@ def _columns(table: Table, *headings: str) -> None:
         table.add_column(heading, justify="right")
 
 
-def _spread(entry: Entry) -> str:
+def spread(entry: Entry) -> str:
     """Mean, and standard deviation where there are several seeds."""
     metric, finals = entry.metric, list(entry.finals.values())
     text = metric.show(entry.mean)
@@ -399,7 +399,8 @@ def _spread(entry: Entry) -> str:
     return text
 
 
-def _difference(entry: Entry, peer: Entry | None) -> str:
+def difference(entry: Entry, peer: Entry | None) -> str:
+    """Paired by seed, with its interval; a dash where there is nothing to pair."""
     if peer is None or entry is peer:
         return "-"
     gap = compare.difference(entry, peer)

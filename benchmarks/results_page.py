@@ -7,7 +7,7 @@ its shape, so that none is left out.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import compare, generic, plots, reaches
+from benchmarks import compare, generic, plots, reaches, results_finetuning
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
 from benchmarks.markdown import Provenance
@@ -48,12 +48,18 @@ def campaign_entries(root: Path) -> dict[str, list[Entry]]:
 
 def document(root: Path = RESULTS) -> str:
     """The whole page."""
-    return _document(read_all(root), campaign_entries(root))
+    finetuned = results_finetuning.all_entries(root)
+    return _document(read_all(root), campaign_entries(root), finetuned)
 
 
-def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str:
+def _document(
+    found: Sequence[Found],
+    entries: Mapping[str, list[Entry]],
+    finetuned: Mapping[str, list[Entry]],
+) -> str:
     origin = Provenance(run for one in found for run in one.runs)
     sections = list(campaign_sections(found, entries, origin))
+    sections += results_finetuning.sections(found, finetuned, origin)
     shown = frozenset[Path]().union(*(section.paths for section in sections))
     rest = [one for one in found if one.path not in shown]
     sections += [file_section(one, origin) for one in rest if not one.is_run]
@@ -87,8 +93,7 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     Returns:
       What was written; no picture without entries.
     """
-    entries = campaign_entries(root)
-    text = _document(read_all(root), entries)
+    entries, text = campaign_entries(root), document(root)
     page.write_text(text, encoding="utf-8", newline="\n")
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries

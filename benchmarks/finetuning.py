@@ -134,6 +134,11 @@ class Task:
         """As typed on the command line."""
         return self.workload.name
 
+    def with_weights(self, weights: Path) -> Adaptation:
+        """The workload of full fine-tuning, its data read with those weights."""
+        load = functools.partial(self.load, weights=weights)
+        return dataclasses.replace(self.workload, load=load)
+
     def trained(self, inside: str) -> str:
         """Pattern of the trained paths, `inside` those of the adapted modules."""
         return inside if self.head is None else f"{inside}|{self.head}"
@@ -227,13 +232,12 @@ def lanes(
       seeds: number of final runs of each contender.
       names: of the contenders; all without names.
     """
-    load = functools.partial(task.load, weights=weights)
-    found = []
-    for name, (workload, contender) in entrants(task).items():
-        if not names or name in names:
-            workload = dataclasses.replace(workload, load=load)
-            found.append(Lane(out, workload, contender, seeds))
-    return found
+    task = dataclasses.replace(task, workload=task.with_weights(weights))
+    return [
+        Lane(out, workload, contender, seeds)
+        for name, (workload, contender) in entrants(task).items()
+        if not names or name in names
+    ]
 
 
 def _load_mail(data_dir: Path | None, weights: Path) -> Data:

@@ -60,7 +60,7 @@ def finetune_command(
             bar = progress.add_task("pretraining", total=pretraining.WORKLOAD.steps)
             path = out / task.name / results_finetuning.PRETRAINING
             after_step = functools.partial(progress.advance, bar)
-            _pretrain(lanes[-1], data_dir, weights, path, after_step)
+            _pretrain(task, data_dir, weights, path, after_step)
         runner = Runner(data_dir, deadline, progress, finetuning.build_counted)
         done = all(runner.run(lane) for lane in lanes)
         if done and rounds and not optimizer:
@@ -71,7 +71,7 @@ def finetune_command(
 
 
 def _pretrain(
-    lane: Lane,
+    task: Task,
     data_dir: Path | None,
     weights: Path,
     path: Path,
@@ -82,7 +82,7 @@ def _pretrain(
         params = pretraining.pretrain(data_dir, after_step=after_step)
         pretraining.write(weights, params)
     if not path.is_file():
-        found = pretraining.describe(weights, data_dir, lane.workload)
+        found = pretraining.describe(weights, data_dir, task.with_weights(weights))
         records.write(path, found)
 
 

@@ -96,8 +96,8 @@ def _section(
     ranks = f"LoRA of rank {task.lora_rank}, coordinates in {task.rank} directions"
     parts = [
         f"## Fine-tuning: {task.name}",
-        f"{task.workload.summary}; {title}; {ranks}; state and FLOPs are those that "
-        "the compiler plans, refreshes counted as if in every step.",
+        f"{task.workload.summary}; {title}; {ranks}; temporary memory "
+        "and FLOPs are the compiler's, refreshes counted as if in every step.",
         titled(quality_table(entries), "Quality"),
         titled(cost_table(entries), "Cost"),
         *("### Tuning", tuning(task.workload, runs)),

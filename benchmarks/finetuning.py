@@ -21,12 +21,12 @@ import optax
 import qwix
 
 import dsbp_optax
-from benchmarks import data, kernels, pretraining
+from benchmarks import kernels
 from benchmarks.campaign import Lane
 from benchmarks.data import Data
 from benchmarks.optimizers import Contender
 from benchmarks.train import Program, build
-from benchmarks.workloads import WORKLOADS, Params, Workload, vectors
+from benchmarks.workloads import Params, Workload
 
 #: Where the records lie, unless told otherwise.
 RESULTS = Path(__file__).parent / "results" / "finetune"
@@ -89,6 +89,22 @@ def holding(factory: Factory, trained: str) -> Factory:
             {True: factory(learning_rate, **settings), False: optax.set_to_zero()},
             lambda tree: chosen(tree, trained),
         )
+
+    return make
+
+
+def projecting(factory: Factory, pattern: str) -> Factory:
+    """The same optimizer; what it projects are the kernels of a pattern, no others."""
+
+    @functools.wraps(factory)
+    def make(
+        learning_rate: optax.ScalarOrSchedule, rank: int, **settings: Any
+    ) -> optax.GradientTransformation:
+        def rank_of(path: str, shape: tuple[int, ...]) -> int | None:
+            del shape
+            return rank if re.search(pattern, path) else None
+
+        return factory(learning_rate, rank=rank_of, **settings)
 
     return make
 
@@ -172,13 +188,14 @@ def _lora(task: Task) -> tuple[Adaptation, Contender]:
 def _coordinates(
     task: Task, name: str, factory: Factory
 ) -> tuple[Adaptation, Contender]:
-    trained = task.trained(f"^{task.modules}/kernel$")
+    kernel = f"^{task.modules}/kernel$"
+    trained = task.trained(kernel)
     workload = dataclasses.replace(task.workload, trained=trained)
     contender = _contender(
         task,
         name,
         f"coordinates in {task.rank} directions, {name}",
-        holding(factory, trained),
+        holding(projecting(factory, kernel), trained),
         settings={"rank": task.rank, "residual": None},
         ours=True,
         period=100,
@@ -238,60 +255,3 @@ def lanes(
         for name, (workload, contender) in entrants(task).items()
         if not names or name in names
     ]
-
-
-def _load_mail(data_dir: Path | None, weights: Path) -> Data:
-    del weights  # Those of the encoder lie beside the mail.
-    return data.load_mail(data_dir, length=_TOKENS)
-
-
-_TOKENS = 32
-_GPT = WORKLOADS["shakespeare_gpt"]
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            workload=adapted(
-                WORKLOADS["minilm_mail"],
-                summary="MiniLM (6 layers) on spam or ham, 32 tokens a message",
-                example=vectors(_TOKENS, 384),
-                steps=60,
-                grid_shift=0,
-                curve_samples=16,
-            ),
-            modules=r"encoder/layer_\d+/(query|key|value|out|up|down)",
-            head="^head/",
-            lora_rank=8,
-            rank=16,
-            grids={
-                "lora": (3e-4, 1e-3, 3e-3),
-                "dsbp_adamw": (3e-4, 1e-3, 3e-3),
-                "dsbp_muon": (1e-3, 3e-3, 1e-2),
-                "adamw": (3e-5, 1e-4, 3e-4),
-            },
-            load=_load_mail,
-        ),
-        Task(
-            workload=adapted(
-                _GPT,
-                name="sotu_gpt",
-                summary="GPT of 4 layers, width 128, from Tiny Shakespeare to State of "
-                "the Union",
-                steps=150,
-            ),
-            modules=r"block_\d+/(qkv|proj|up|down)",
-            head=None,
-            lora_rank=8,
-            rank=14,
-            grids={
-                "lora": (3e-3, 1e-2, 3e-2),
-                "dsbp_adamw": (3e-3, 1e-2, 3e-2),
-                "dsbp_muon": (1e-2, 3e-2, 1e-1),
-                "adamw": (1e-3, 3e-3, 1e-2),
-            },
-            load=pretraining.load_sotu,
-            pretrained=True,
-        ),
-    )
-}

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from benchmarks import compare, generic, report
 from benchmarks.compare import Entry
-from benchmarks.finetuning import PEER, TASKS, WHOLE, Task, entrants
+from benchmarks.finetuning import PEER, WHOLE, Task, entrants
+from benchmarks.finetuning_tasks import TASKS
 from benchmarks.found import Found, Section, titled
 from benchmarks.markdown import Provenance
 from benchmarks.results_campaign import origins, tuning

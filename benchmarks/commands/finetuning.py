@@ -31,7 +31,8 @@ from benchmarks.commands.shared import (
     several,
 )
 from benchmarks.compare import speed_path
-from benchmarks.finetuning import TASKS, Task
+from benchmarks.finetuning import Task
+from benchmarks.finetuning_tasks import TASKS
 
 Rounds = Annotated[int, typer.Option(min=0, help="steps in turns at the end; 0: none")]
 

@@ -8,7 +8,7 @@ records. What comes next is a function of the records alone.
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,10 +137,18 @@ class Runner:
       data_dir: folder of the data files.
       deadline: on the clock of `time.monotonic`.
       progress: bars to advance.
+      make: ``(workload, contender) -> program``.
     """
 
-    def __init__(self, data_dir: Path | None, deadline: float, progress: Progress):
+    def __init__(
+        self,
+        data_dir: Path | None,
+        deadline: float,
+        progress: Progress,
+        make: Callable[..., Program] = build,
+    ):
         self.data_dir, self.deadline, self.progress = data_dir, deadline, progress
+        self.make = make
         self._data: tuple[str, Data] | None = None
 
     def run(self, lane: Lane) -> bool:
@@ -155,7 +163,7 @@ class Runner:
                 return False
             data = self._load(lane.workload)
             task = self.progress.add_task(f"{lane.name}: compile", total=order.steps)
-            program = program or build(lane.workload, lane.contender)
+            program = program or self.make(lane.workload, lane.contender)
             self.progress.update(task, description=f"{lane.name}: {_words(order)}")
             advance = functools.partial(self.progress.advance, task)
             record = carry_out(program, data, order, advance)

@@ -11,7 +11,7 @@ from benchmarks import records
 from benchmarks.campaign import learning_rate_for
 from benchmarks.experiment import Record
 from benchmarks.metrics import Metric
-from benchmarks.optimizers import CONTENDERS
+from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.workloads import Workload
 
 
@@ -93,17 +93,20 @@ class Entry:
 
 
 def read_entries(
-    workload: Workload, out: Path, names: Sequence[str] = ()
+    workload: Workload,
+    out: Path,
+    names: Sequence[str] = (),
+    contenders: Mapping[str, Contender] = CONTENDERS,
 ) -> list[Entry]:
-    """Entries of a campaign, in the order of `CONTENDERS`.
+    """Entries of a campaign, in the order of its contenders.
 
     Runs at a rate that later tuning has replaced are left out.
     """
     found = []
-    for name in names or CONTENDERS:
+    for name in names or contenders:
         folder = out / workload.name / name
         known = [records.read(path) for path in sorted(folder.glob("final-*.json"))]
-        rate, _ = learning_rate_for(workload, CONTENDERS[name], out)
+        rate, _ = learning_rate_for(workload, contenders[name], out)
         found += [record for record in known if record["learning_rate"] == rate]
     path = speed_path(out, workload.name)
     rows = records.read(path)["rows"] if path.exists() else []

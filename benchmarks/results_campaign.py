@@ -38,9 +38,9 @@ def _workload_section(
     ]
     timed = report.time_table("", entries)
     parts += [] if timed is None else [titled(timed, "Equal time")]
-    parts += ["### Tuning", _tuning(workload, runs)]
+    parts += ["### Tuning", tuning(workload, runs)]
     parts += _replaced(workload, entries, runs)
-    parts += ["### Where from", _origins(runs, origin)]
+    parts += ["### Where from", origins(runs, origin)]
     shown = list(runs)
     for one in here:
         if one.path.name == "speed.json" and len(one.path.parts) == 3:
@@ -69,7 +69,7 @@ def _by_rule(
             yield entry.name, some
 
 
-def _tuning(workload: Workload, runs: Sequence[Found]) -> str:
+def tuning(workload: Workload, runs: Sequence[Found]) -> str:
     """Validation figures by rate, all rounds."""
     rows = []
     for name in _names(runs):
@@ -114,7 +114,8 @@ def _replaced(
     return ["### At rates that tuning replaced", markdown.table(headings, rows)]
 
 
-def _origins(runs: Sequence[Found], origin: Provenance) -> str:
+def origins(runs: Sequence[Found], origin: Provenance) -> str:
+    """Machines, versions, commits, dates and seeds, by optimizer and phase."""
     rows = []
     for name in _names(runs):
         for phase in ("tune", "final"):
@@ -130,5 +131,6 @@ def _origins(runs: Sequence[Found], origin: Provenance) -> str:
 
 
 def _names(runs: Iterable[Found]) -> list[str]:
-    known = {one.path.parts[2] for one in runs}
-    return [name for name in CONTENDERS if name in known]
+    """In the order of `CONTENDERS`, then the others."""
+    known = dict.fromkeys(one.path.parts[2] for one in runs)
+    return [*(n for n in CONTENDERS if n in known), *sorted(known.keys() - CONTENDERS)]

@@ -15,6 +15,7 @@ from benchmarks import (
     reaches,
     reaches_minima,
     results_ablation,
+    results_finetuning,
 )
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
@@ -58,13 +59,19 @@ def campaign_entries(root: Path) -> dict[str, list[Entry]]:
 
 def document(root: Path = RESULTS) -> str:
     """The whole page."""
-    return _document(read_all(root), campaign_entries(root))
+    finetuned = results_finetuning.all_entries(root)
+    return _document(read_all(root), campaign_entries(root), finetuned)
 
 
-def _document(found: Sequence[Found], entries: Mapping[str, list[Entry]]) -> str:
+def _document(
+    found: Sequence[Found],
+    entries: Mapping[str, list[Entry]],
+    finetuned: Mapping[str, list[Entry]],
+) -> str:
     origin = Provenance(run for one in found for run in one.runs)
     sections = [
         *campaign_sections(found, entries, origin),
+        *results_finetuning.sections(found, finetuned, origin),
         *minima_sections(found, origin),
         *results_ablation.sections(found, origin),
         *fewshot_sections(found, origin),
@@ -104,7 +111,9 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
       What was written.
     """
     entries, found = campaign_entries(root), read_all(root)
-    page.write_text(_document(found, entries), encoding="utf-8", newline="\n")
+    finetuned = results_finetuning.all_entries(root)
+    text = _document(found, entries, finetuned)
+    page.write_text(text, encoding="utf-8", newline="\n")
     written = [page, *results_ablation.write_picture(page, found)]
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries

@@ -132,7 +132,26 @@ def whole_steps(
     """
     against = {c.name: baseline or plain_of(c) for c in contenders}
     everyone = {c.name: c for c in (*contenders, *against.values())}
-    loops = {name: _loop(workload, c) for name, c in everyone.items()}
+    pairs = {name: (workload, contender) for name, contender in everyone.items()}
+    return in_turns(pairs, against, rounds, after_round)
+
+
+def in_turns(
+    pairs: Mapping[str, tuple[Workload, Contender]],
+    against: Mapping[str, Contender],
+    rounds: int = PERIOD,
+    after_round: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """The same where each contender has a workload of its own.
+
+    Args:
+      pairs: name -> what is trained, and how.
+      against: name -> what its ratio is against; itself where it is missing.
+      rounds: steps of each that are timed.
+      after_round: called after each.
+    """
+    everyone = {name: contender for name, (_, contender) in pairs.items()}
+    loops = {name: _loop(*pair) for name, pair in pairs.items()}
     warmup = max(2 * WINDOW, 1)
     seconds = timing.interleave(loops, rounds, warmup, after_round)
     flags = {

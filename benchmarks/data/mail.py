@@ -39,12 +39,13 @@ class Embedded(NamedTuple):
         return self.table[tokens], tokens != self.padding
 
 
-def load_mail(data_dir: Path | None, layers: int = 6) -> Data:
+def load_mail(data_dir: Path | None, layers: int = 6, length: int = _LENGTH) -> Data:
     """Messages split 80/10/10 by a fixed permutation; repeated texts are left out.
 
     Args:
       data_dir: folder that holds the mail and the encoder.
       layers: of the encoder.
+      length: tokens a message.
 
     Raises:
       DataError: when something is missing or malformed.
@@ -53,7 +54,7 @@ def load_mail(data_dir: Path | None, layers: int = 6) -> Data:
     texts, labels = _read_mail(folder)
     vocabulary = wordpiece.read_vocabulary(minilm.locate_vocabulary(data_dir))
     table, pretrained = minilm.load(data_dir, layers)
-    tokens = wordpiece.encode(texts, vocabulary, _LENGTH)
+    tokens = wordpiece.encode(texts, vocabulary, length)
     if tokens.max() >= len(table):
         raise damaged(folder, f"{len(vocabulary)} pieces", f"{len(table)}")
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(texts))

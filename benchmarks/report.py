@@ -108,7 +108,7 @@ def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
     table = _table(title, "learner")
     label = f"{found[0].metric.label}, 95 %"
     _columns(table, "rate", "inner", label, "runs", f"against {found[0].name}")
-    _columns(table, "train s", "state KiB")
+    _columns(table, "state KiB")
     for entry in found:
         first = entry.records[0]
         table.add_row(
@@ -118,7 +118,6 @@ def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
             _mean_and_reach(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
             _difference(entry, found[0]),
-            _number(entry.median("seconds"), ".1f"),
             _number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
         )
     return table

@@ -80,10 +80,24 @@ _TIMES = ("step", "refresh")
 def sections(
     found: Sequence[Found], entries: Mapping[str, list[Entry]], origin: Provenance
 ) -> Iterator[Section]:
-    """One for each task that has final runs."""
-    for name, known in entries.items():
+    """One for each task that was begun."""
+    for name, task in TASKS.items():
         here = [one for one in found if one.path.parts[:2] == (FOLDER, name)]
-        yield _section(TASKS[name], known, here, origin)
+        if name in entries:
+            yield _section(task, entries[name], here, origin)
+        elif here:
+            yield _begun(task, here, origin)
+
+
+def _begun(task: Task, here: Sequence[Found], origin: Provenance) -> Section:
+    """What is there before any final run."""
+    runs = [one for one in here if len(one.path.parts) == 4]
+    parts = [f"## Fine-tuning: {task.name}, begun", "No final run was made yet."]
+    parts += [_before(task, one) for one in here if one.path.name == PRETRAINING]
+    if runs:
+        parts += ["### Tuning", tuning(task.workload, runs), origins(runs, origin)]
+    parts.append(origin.line([run for one in here for run in one.runs]))
+    return Section("\n\n".join(parts), frozenset(one.path for one in here))
 
 
 def _section(

@@ -1,12 +1,12 @@
 """Main effects and pairwise interactions of crossed factors, by least squares.
 
-    y = m + seed + sum_f a_f(level of f) + sum_{f<g} b_fg(levels of f and g) + noise
+    y = m + sum_f a_f(level of f) + sum_{f<g} b_fg(levels of f and g),  for each seed
 
 What is reported are differences that the fit predicts, averaged over the levels of the
 other factors: of a level to the first one of its factor, and, of two factors, how much
-the one difference changes with the other. Intervals are those of Student's t; what no
-pair of factors explains counts as noise, so that they are wide where more than two
-factors act together.
+the one difference changes with the other. Intervals are those of Student's t over the
+seeds: where every combination was run, such averages need no noise but theirs, and
+levels that are unsteady do not blur the others.
 """
 
 import itertools
@@ -47,43 +47,34 @@ class Effect(NamedTuple):
 
 
 def effects(
-    factors: Factors,
-    cells: Sequence[Levels],
-    blocks: Sequence[int],
-    values: Sequence[float],
+    factors: Factors, cells: Sequence[Levels], values: np.ndarray
 ) -> list[Effect]:
     """All of them, main effects first.
 
     Args:
       factors: name -> levels; differences are to the first one.
-      cells: factor -> level, of each run.
-      blocks: seed of each run.
-      values: of each run.
+      cells: factor -> level, of each cell.
+      values: ``(cells, seeds)``.
 
     Raises:
-      ValueError: when the runs cannot tell the effects apart.
+      ValueError: when the cells cannot tell the effects apart, or there is one seed.
     """
-    rows = np.stack([_row(factors, cell) for cell in cells])
-    seeds = np.unique(blocks)
-    design = np.hstack([rows, np.equal.outer(blocks, seeds[1:]).astype(float)])
-    rank = np.linalg.matrix_rank(design)
-    if rank < design.shape[1] or len(values) <= rank:
+    design = np.stack([_row(factors, cell) for cell in cells])
+    rank, seeds = np.linalg.matrix_rank(design), values.shape[1]
+    if rank < design.shape[1] or seeds < 2:
         raise ValueError(
-            f"effects: got {len(values)} runs, which tell {rank} numbers apart, "
-            f"expected more than {design.shape[1]} of them in all combinations of two "
-            "levels. Remedy: make the runs that are missing."
+            f"effects: got {len(cells)} cells of {seeds} seed(s), which tell {rank} "
+            f"numbers apart, expected {design.shape[1]} from at least 2 seeds. Remedy: "
+            "make the runs that are missing."
         )
-    fit, inverse = np.linalg.lstsq(design, values)[0], np.linalg.inv(design.T @ design)
-    freedom = len(values) - rank
-    noise = np.sum((design @ fit - values) ** 2) / freedom
-    found = []
-    for name, contrast in contrasts(factors):
-        weights = np.concatenate([contrast, np.zeros(len(seeds) - 1)])
-        error = np.sqrt(noise * weights @ inverse @ weights)
-        reach = stats.t.ppf(0.975, freedom) * error
-        value = weights @ fit
-        found.append(Effect(name, *map(float, (value, value - reach, value + reach))))
-    return found
+    names, weights = zip(*contrasts(factors), strict=True)
+    fits = np.linalg.lstsq(design, values)[0]
+    found = np.stack(weights) @ fits
+    error = found.std(1, ddof=1) / np.sqrt(seeds)
+    reach = stats.t.ppf(0.975, seeds - 1) * error
+    means = found.mean(1)
+    rows = zip(names, means, means - reach, means + reach, strict=True)
+    return [Effect(name, *map(float, row)) for name, *row in rows]
 
 
 def contrasts(factors: Factors) -> list[tuple[str, np.ndarray]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.effects import Effect
 
@@ -12,6 +13,8 @@ from benchmarks.effects import Effect
 _MOST_PAIRS = 8
 _COLORS = ("#b3202f", "#30638e", "#6a994e")
 _ROW_HEIGHT = 0.34
+#: Marked on the axis of the accuracy, which is linear from -1 to 1.
+_POINTS = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
 
 Found = Mapping[str, tuple[Sequence[Effect], Sequence[Effect]]]
 
@@ -34,13 +37,16 @@ def plot_effects(found: Found, path: Path) -> None:
         _furnish(axes, names)
     panels[0].set(xlabel="test accuracy, points (right is better)")
     panels[0].set_xscale("symlog", linthresh=1.0)
+    panels[0].xaxis.set_major_locator(FixedLocator(_POINTS))
+    panels[0].xaxis.set_major_formatter(lambda value, _: f"{value:+g}")
+    panels[0].xaxis.set_minor_locator(NullLocator())
     panels[1].set(xlabel="training loss, times (left is better)")
-    panels[1].xaxis.set_major_formatter(lambda value, _: f"{10**value:.3g}")
+    panels[1].xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(found))
-    figure.suptitle("Which part does the work: effects, 95 % intervals", x=0.3)
+    figure.suptitle("Which part does the work: effects, 95 % intervals", x=0.32)
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -26,10 +26,10 @@ beyond where the best is at an edge; then {{seeds}} paired seeds.
 {ablation.WORDS}
 
 Effects: what a level does against the first of its factor, averaged over all levels
-of the others (a linear model with main effects, all pairwise interactions and a seed's
-own; 95 % t interval, with what three and more factors do together as noise). "a x b":
-what the effect of a gains where b is the level. Training loss: mean of the last twelfth
-of the steps, as a factor. A run that was lost counts as guessing."""
+of the others, seed by seed (a linear model with main effects and all pairwise
+interactions; 95 % t interval over the seeds). "a x b": what the effect of a gains where
+b is the level. Training loss: mean of the last twelfth of the steps, as a factor.
+A run that was lost counts as guessing."""
 
 
 def has_grid(record: Record) -> bool:
@@ -53,13 +53,8 @@ def losses(cell: Record) -> np.ndarray:
 def effects_of(cells: Sequence[Record]) -> tuple[list[Effect], list[Effect]]:
     """Of the crossed factors: on the accuracy in points, on the loss as a factor."""
     grid = [cell for cell in cells if ablation.cell_of(cell).on_grid]
-    levels = [cell for cell in grid for _ in cell["accuracy"]]
-    blocks = [seed for cell in grid for seed in range(len(cell["accuracy"]))]
     points, decades = (
-        effects.effects(
-            *(ablation.FACTORS, levels, blocks),
-            np.concatenate([values(cell) for cell in grid]),
-        )
+        effects.effects(ablation.FACTORS, grid, np.stack([*map(values, grid)]))
         for values in (accuracies, losses)
     )
     return points, decades

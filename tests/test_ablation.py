@@ -23,23 +23,21 @@ from benchmarks.markdown import of_rich
 from benchmarks.plot_effects import plot_effects, shown
 from benchmarks.workloads import WORKLOADS
 
-SEEDS = 3
+SEEDS = 5
 
 
 def planted(noise=0.1):
-    """Cells and values with known effects of levels and of pairs."""
+    """Cells, and values with known effects of levels and of pairs."""
     rng = np.random.default_rng(0)
-    cells, blocks, values = [], [], []
-    for cell, seed in itertools.product(GRID, range(SEEDS)):
-        levels = cell._asdict()
-        value = 5.0 + 0.3 * seed + noise * rng.standard_normal()
-        value += -3.0 * (cell.side == "output") + 2.0 * (cell.filter == "whiten")
+    cells = [cell._asdict() for cell in GRID]
+    values = np.zeros(len(cells))
+    for number, cell in enumerate(GRID):
         dropped = cell.outside == "dropped"
-        value += -4.0 * dropped - 6.0 * (dropped and cell.side == "output")
-        cells.append(levels)
-        blocks.append(seed)
-        values.append(value)
-    return cells, blocks, np.asarray(values)
+        values[number] = 5.0 - 3.0 * (cell.side == "output") - 4.0 * dropped
+        values[number] += 2.0 * (cell.filter == "whiten")
+        values[number] -= 6.0 * (dropped and cell.side == "output")
+    seeds = 0.3 * np.arange(SEEDS) + noise * rng.standard_normal((len(cells), SEEDS))
+    return cells, values[:, None] + seeds
 
 
 def made(cell, accuracy, loss, **changes):
@@ -91,28 +89,32 @@ def test_effects_find_what_was_planted_and_nothing_else():
     assert max(abs(effect.value) for effect in others) < 0.15
 
 
-def test_intervals_widen_with_what_pairs_do_not_explain():
-    cells, blocks, values = planted()
-    three = [
-        20.0
-        * (c["outside"] == "dropped" and c["side"] == "output")
-        * (c["filter"] == "whiten")
-        for c in cells
-    ]
-    before, after = (
-        effects(FACTORS, cells, blocks, values),
-        effects(FACTORS, cells, blocks, values + three),
-    )
-    width = [effect.high - effect.low for effect in (before[0], after[0])]
-    assert width[1] > 5 * width[0]
+def test_intervals_speak_of_seeds():
+    """Three factors together are no noise; an unsteady level blurs no other."""
+    cells, values = planted()
+    before = {effect.name: effect for effect in effects(FACTORS, cells, values)}
+    here = [c["outside"] == "dropped" and c["side"] == "output" for c in cells]
+    both = [x and c["filter"] == "whiten" for x, c in zip(here, cells, strict=True)]
+    three = 20.0 * np.asarray(both)
+    unsteady = 9.0 * np.asarray(here)[:, None] * np.asarray([1, -1] * SEEDS)[:SEEDS]
+    steady = effects(FACTORS, cells, values + three[:, None])
+    rough = effects(FACTORS, cells, values + unsteady)
+    for one, other in zip(steady, rough, strict=True):
+        width = before[one.name].high - before[one.name].low
+        assert np.isclose(one.high - one.low, width)
+        if one.name in ("outside: 5 bits", "outside: scaled"):
+            assert np.isclose(other.high - other.low, width)
+        if one.name == "outside: dropped":
+            assert other.high - other.low > 10 * width
 
 
-def test_effects_refuse_runs_that_cannot_tell_them_apart():
-    cells, blocks, values = planted()
+def test_effects_refuse_cells_that_cannot_tell_them_apart():
+    cells, values = planted()
     kept = [n for n, cell in enumerate(cells) if cell["side"] == "input"]
-    some = [cells[n] for n in kept], [blocks[n] for n in kept]
-    with pytest.raises(ValueError, match=r"72 runs.*Remedy"):
-        effects(FACTORS, *some, values[kept])
+    with pytest.raises(ValueError, match=r"24 cells of 5 seed.*Remedy"):
+        effects(FACTORS, [cells[n] for n in kept], values[kept])
+    with pytest.raises(ValueError, match=r"of 1 seed.*Remedy"):
+        effects(FACTORS, cells, values[:, :1])
 
 
 # The grid and the rule.

@@ -1,11 +1,11 @@
 """A picture of effects and their intervals, as PNG."""
 
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.effects import Effect
 
@@ -13,17 +13,18 @@ from benchmarks.effects import Effect
 _MOST_PAIRS = 8
 _COLORS = ("#b3202f", "#30638e", "#6a994e")
 _ROW_HEIGHT = 0.34
-#: Marked on the axis of the accuracy, which is linear from -1 to 1.
-_POINTS = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
+#: Marked on the axes.
+_TIMES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 1000)
 
 Found = Mapping[str, tuple[Sequence[Effect], Sequence[Effect]]]
 
 
-def plot_effects(found: Found, path: Path) -> None:
-    """Effects on the accuracy, and on the training loss, one row an effect.
+def plot_effects(found: Found, title: str, path: Path) -> None:
+    """Effects on test error and on training loss, one row an effect.
 
     Args:
-      found: workload -> effects on both, in the same order for all.
+      found: workload -> effects on both in decades, in the same order for all.
+      title: above the panels.
       path: the PNG. Its bytes follow from the effects and Matplotlib's version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,18 +36,13 @@ def plot_effects(found: Found, path: Path) -> None:
         for place, (workload, pair) in enumerate(found.items()):
             _points(axes, names, pair[number], place, len(found), workload)
         _furnish(axes, names)
-    panels[0].set(xlabel="test accuracy, points (right is better)")
-    panels[0].set_xscale("symlog", linthresh=1.0)
-    panels[0].xaxis.set_major_locator(FixedLocator(_POINTS))
-    panels[0].xaxis.set_major_formatter(lambda value, _: f"{value:+g}")
-    panels[0].xaxis.set_minor_locator(NullLocator())
+    panels[0].set(xlabel="test error, times (left is better)")
     panels[1].set(xlabel="training loss, times (left is better)")
-    panels[1].xaxis.set_major_formatter(lambda value, _: f"{10**value:.2g}")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(found))
-    figure.suptitle("Which part does the work: effects, 95 % intervals", x=0.32)
+    figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -54,9 +50,9 @@ def shown(found: Found) -> list[str]:
     """Names of all main effects, and of the largest interactions that are clear."""
     pairs: dict[str, float] = {}
     mains: dict[str, None] = {}
-    for accuracy, _ in found.values():
-        mains |= dict.fromkeys(effect.name for effect in accuracy if not effect.is_pair)
-        for effect in accuracy:
+    for on_error, _ in found.values():
+        mains |= dict.fromkeys(effect.name for effect in on_error if not effect.is_pair)
+        for effect in on_error:
             if effect.is_pair and effect.is_clear:
                 size = max(abs(effect.value), pairs.get(effect.name, 0.0))
                 pairs[effect.name] = size
@@ -99,5 +95,9 @@ def _furnish(axes: Any, names: Sequence[str]) -> None:
     mains = sum(" x " not in name for name in names)
     axes.axhline(mains - 0.5, color="black", lw=0.8)
     axes.set_ylim(-0.5, len(names) - 0.5)
+    low, high = axes.get_xlim()
+    marks = [(log10(times), times) for times in _TIMES]
+    known = [(place, times) for place, times in marks if low <= place <= high]
+    axes.set_xticks([place for place, _ in known], [f"{x:g}" for _, x in known])
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -126,25 +126,18 @@ def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
 def effects_table(
     title: str, found: Mapping[str, tuple[Sequence[Effect], Sequence[Effect]]]
 ) -> Table:
-    """One row an effect; of each workload, on accuracy and on training loss."""
+    """One row an effect; of each workload, on test error and training loss."""
     table = _table(title, "effect")
     for workload in found:
-        _columns(table, f"{workload}, points", f"{workload}, loss times")
+        _columns(table, f"{workload}: error times", f"{workload}: loss times")
     columns = [effects for pair in found.values() for effects in pair]
     for row in zip(*columns, strict=True):
-        cells = [
-            _times(effect) if number % 2 else _points(effect)
-            for number, effect in enumerate(row)
-        ]
-        table.add_row(row[0].name, *cells)
+        table.add_row(row[0].name, *map(_factor, row))
     return table
 
 
-def _points(effect: Effect) -> str:
-    return f"{effect.value:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
-
-
-def _times(effect: Effect) -> str:
+def _factor(effect: Effect) -> str:
+    """Of an effect in decades."""
     value, low, high = (10**x for x in (effect.value, effect.low, effect.high))
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 

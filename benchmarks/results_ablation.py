@@ -15,8 +15,8 @@ FOLDER = ablation.RESULTS.name
 PICTURE = "ABLATION.png"
 #: Of a run that was lost: that of guessing among ten classes.
 _CHANCE_ACCURACY, _CHANCE_LOSS = 0.1, float(np.log(10))
-#: Below it a training loss is as good as zero.
-_LEAST_LOSS = 1e-4
+#: Below them a share of errors, and a training loss, are as good as zero.
+_LEAST_ERROR, _LEAST_LOSS = 1e-3, 1e-4
 
 _WORDS = f"""Momentum SGD; every level of every factor with every other, at rank
 {ablation.RANK} and period {ablation.PERIOD}. Rates: {len(ablation.RATES)} for each cell
@@ -28,8 +28,8 @@ beyond where the best is at an edge; then {{seeds}} paired seeds.
 Effects: what a level does against the first of its factor, averaged over all levels
 of the others, seed by seed (a linear model with main effects and all pairwise
 interactions; 95 % t interval over the seeds). "a x b": what the effect of a gains where
-b is the level. Training loss: mean of the last twelfth of the steps, as a factor.
-A run that was lost counts as guessing."""
+b is the level. Both figures as factors: test error is 1 - accuracy, training loss the
+mean of the last twelfth of the steps. A run that was lost counts as guessing."""
 
 
 def has_grid(record: Record) -> bool:
@@ -38,10 +38,10 @@ def has_grid(record: Record) -> bool:
     return known >= {*ablation.GRID}
 
 
-def accuracies(cell: Record) -> np.ndarray:
-    """Of every seed, in percent."""
+def errors(cell: Record) -> np.ndarray:
+    """Decimal logarithms of every seed's share of errors, 1 - test accuracy."""
     found = [_CHANCE_ACCURACY if x is None else x for x in cell["accuracy"]]
-    return 100 * np.asarray(found)
+    return np.log10(np.maximum(1 - np.asarray(found), _LEAST_ERROR))
 
 
 def losses(cell: Record) -> np.ndarray:
@@ -51,13 +51,13 @@ def losses(cell: Record) -> np.ndarray:
 
 
 def effects_of(cells: Sequence[Record]) -> tuple[list[Effect], list[Effect]]:
-    """Of the crossed factors: on the accuracy in points, on the loss as a factor."""
+    """Of the crossed factors: on test error and training loss, in decades."""
     grid = [cell for cell in cells if ablation.cell_of(cell).on_grid]
-    points, decades = (
+    on_error, on_loss = (
         effects.effects(ablation.FACTORS, grid, np.stack([*map(values, grid)]))
-        for values in (accuracies, losses)
+        for values in (errors, losses)
     )
-    return points, decades
+    return on_error, on_loss
 
 
 def known_effects(found: Sequence[Found]) -> dict[str, tuple[list[Effect], ...]]:
@@ -92,7 +92,7 @@ def sections(found: Sequence[Found], origin: Provenance) -> list[Section]:
 def _groups(cells: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """The grid, best first; then every corner, by rank and period."""
     grid = [cell for cell in cells if ablation.cell_of(cell).on_grid]
-    grid.sort(key=lambda cell: -accuracies(cell).mean())
+    grid.sort(key=lambda cell: errors(cell).mean())
     found = [("the grid, best first", grid)]
     rest = [cell for cell in cells if not ablation.cell_of(cell).on_grid]
     for corner in dict.fromkeys(map(_levels, rest)):
@@ -112,5 +112,6 @@ def write_picture(page: Path, found: Sequence[Found]) -> list[Path]:
     if not known:
         return []
     path = page.with_name(PICTURE)
-    plot_effects(known, path)
+    against = ", ".join(f"{n}: {levels[0]}" for n, levels in ablation.FACTORS.items())
+    plot_effects(known, f"Effects against {against}; 95 % intervals", path)
     return [path]

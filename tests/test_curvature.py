@@ -230,7 +230,7 @@ def test_figures_of_an_iterator_are_those_of_stacked_batches(problem: Any) -> No
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4),
         *(found, expected),
     )
-    assert len(reads) > 50  # Read afresh for each product, not remembered.
+    assert len(reads) > 40  # Read afresh for each product, not remembered.
     short = figures(jax.tree.map(lambda x: x[:2], batches))
     assert abs(short["values"][0] / found["values"][0] - 1) > 1e-2
 

@@ -24,7 +24,7 @@ from benchmarks.workloads import WORKLOADS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-NAMES = ("sgd", "sam", "dsbp_sgd_msam", "dsbp_sgd_sam")
+NAMES = ("sgd", "sam", "dsbp_sgd_msam")
 
 
 def first_images(data_dir):
@@ -64,9 +64,9 @@ def read(out):
 
 def test_every_run_leaves_a_record_that_is_not_made_again(tiny, tmp_path):
     out = tmp_path / "minima"
-    printed = look(out, "--seeds", 2, *CURVATURE)
+    printed = look(out, "--seeds", 1, *CURVATURE)
     found = read(out)
-    assert len(found) == 8 and "sam-0.1-rho0.05-1.json" in found
+    assert len(found) == 3 and "sam-0.1-rho0.05-0.json" in found
     for record in found.values():
         values = np.asarray(record["hessian_eigenvalues"])
         assert len(values) == 10 and (np.diff(values) <= 0).all() and values[0] > 0
@@ -82,7 +82,7 @@ def test_every_run_leaves_a_record_that_is_not_made_again(tiny, tmp_path):
             assert 0 < last["kl_inside"] < last["kl_bases"]
     assert all(name in printed for name in NAMES)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
-    look(out, "--seeds", 2, *CURVATURE)
+    look(out, "--seeds", 1, *CURVATURE)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
 
 

@@ -202,12 +202,18 @@ def measure(
                 continue
             task = {"optimizer": name, "sizes": SIZES[size]}
             written = export_step(task, folder)
-            rate = ENTRANTS[name].default_rate
+            rate = _rate(name, size)
             for way in wanted:
                 order = Order(way, place, task, steps, rate)
                 head = {"optimizer": name, "size": size, "way": way}
                 found = smallest_cap(order, cache)
                 yield {**head, "learning_rate": rate, **written, **found}
+
+
+def _rate(name: str, size: str) -> float:
+    """That of the small GPT, smaller in proportion where the model is wider."""
+    rate = ENTRANTS[name].default_rate
+    return rate * SIZES["small"]["width"] / SIZES[size]["width"]
 
 
 def baseline() -> dict[str, Any]:

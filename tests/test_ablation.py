@@ -130,7 +130,7 @@ def test_every_level_meets_every_other_once():
 
 
 @pytest.fixture(scope="module")
-def kernel(quick_compilation):
+def kernel():
     """A kernel, five gradients, and activations that leave the basis where it is."""
     rng = np.random.default_rng(0)
 
@@ -186,7 +186,7 @@ def tiny():
     return Data(*few)
 
 
-def test_a_run_goes_on_where_it_stood(quick_compilation, tiny, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stood(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RANKS", (ablation.RANK,))
     monkeypatch.setattr(ablation, "PERIODS", (ablation.PERIOD, 7))
     workload = dataclasses.replace(WORKLOADS["digits_cnn"], batch_size=32)

@@ -29,7 +29,6 @@ import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
 from dsbp_optax._tap import make_riders
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIRST = KERNELS[0]
 FACTORIES: dict[str, Callable[..., Any]] = {
     "dsbp": functools.partial(dsbp_optax.dsbp, 0.1),

@@ -63,8 +63,6 @@ from benchmarks.optimizers import CONTENDERS
 from benchmarks.tune import Choice, Trial, next_trial
 from benchmarks.workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def idx_bytes(array):
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)

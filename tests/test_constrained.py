@@ -74,7 +74,7 @@ def test_a_child_ends_under_a_cap_that_is_too_small(tmp_path):
     assert device.attempt(small, tmp_path / "cache") is None
 
 
-def test_the_artifact_trains_as_the_code_does(quick_compilation, tmp_path):
+def test_the_artifact_trains_as_the_code_does(tmp_path):
     """A child with jax alone takes the steps that the model's code takes here."""
     workload = constrained.sized(**SIZES)
     for number in range(STEPS):

@@ -13,7 +13,6 @@ import pytest
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Coordinates, project_gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 D, M, K, N = 12, 10, 3, 40
 PATH = "dense/kernel"
 

@@ -12,8 +12,6 @@ from jax.flatten_util import ravel_pytree
 
 from dsbp_optax import diagnostics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = (6, 8, 4)
 
 

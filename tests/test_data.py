@@ -15,8 +15,6 @@ from benchmarks.data import DataError, Samples, omniglot, sotu
 from benchmarks.data.images import Pixels, crop_and_flip
 from benchmarks.workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REMEDY = r"got .*, expected .*\. Remedy: "
 
 

@@ -21,7 +21,6 @@ from dsbp_optax import (
     project_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RHO = 0.3
 
 

@@ -21,10 +21,7 @@ from benchmarks.train import make_step
 from benchmarks.workloads import WORKLOADS
 
 KILLS = 5
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

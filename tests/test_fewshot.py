@@ -26,8 +26,6 @@ from benchmarks.models import DrawingsMlp
 from benchmarks.pretrained import linear_probe, nearest_mean
 from benchmarks.results_page import document
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Episodes.
 
 DRAWINGS = 20

@@ -31,11 +31,8 @@ from benchmarks.finetuning_tasks import TASKS
 from benchmarks.results_page import document
 from benchmarks.workloads import WORKLOADS
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # qwix asks for a name that Flax has retired.
-    pytest.mark.filterwarnings("ignore:'VariableState' was removed"),
-]
+# qwix asks for a name that Flax has retired.
+pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
 
 NAMES = (PEER, "dsbp_adamw", "dsbp_muon", WHOLE)
 MODEL = models.Mlp((32, 32))

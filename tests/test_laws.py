@@ -23,6 +23,7 @@ from dsbp_optax import (
     _subspace,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
 D, K, N = 24, 4, 60
 SOLVERS = {
     "power_iteration": dsbp_optax.power_iteration,

@@ -22,8 +22,6 @@ from benchmarks.optimizers import CONTENDERS
 from benchmarks.results_page import document, write
 from benchmarks.workloads import WORKLOADS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = ("sgd", "sam", "dsbp_sgd_msam")
 
 

@@ -13,6 +13,7 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 600

@@ -33,7 +33,6 @@ from dsbp_optax import put_statistics
 from dsbp_optax._spectral import find_states
 from dsbp_optax._tap import make_riders
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 12
 every_case = pytest.mark.parametrize("name", list(CASES))
 some_cases = pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])

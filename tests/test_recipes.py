@@ -13,7 +13,6 @@ import pytest
 import dsbp_optax
 from dsbp_optax import _spectral, diagnostics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = {"rank": 2, "update_every": 4, "power_iterations": 2}
 RECIPES = {
     "dsbp_sgd": functools.partial(dsbp_optax.dsbp_sgd, 0.05, **SMALL),

@@ -14,8 +14,6 @@ from _models import KERNELS, loss_fn, make_batch, make_params, make_step, only
 import dsbp_optax
 from dsbp_optax import AutoInterval, AutoRank, _spectral
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = {"update_every": 4, "power_iterations": 2}
 HALF = {"moment_dtype": jnp.bfloat16, "basis_dtype": jnp.bfloat16}
 #: Name -> rank -> optimizer. Together: every inner state, dtype, side and wrapper.

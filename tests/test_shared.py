@@ -14,7 +14,6 @@ from flax import nnx
 import dsbp_optax
 from dsbp_optax import Activations, Axes, diagnostics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 D, M, K, N = 12, 10, 3, 40
 QKV = ("query/kernel", "key/kernel", "value/kernel")
 

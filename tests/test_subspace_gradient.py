@@ -15,8 +15,6 @@ from test_adapters import assert_same, loss_of, nnx_twin, optimizer
 import dsbp_optax
 from dsbp_optax import _coordinates, project_gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def warm(tx: Any, params: Any, loss_fn: Any, x: Any) -> Any:
     """A state whose bases have seen the data."""

@@ -4,7 +4,6 @@ A new claim is one function of the `Evidence`, named in `CLAIMS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,22 +71,22 @@ def cost(evidence: Evidence) -> Iterator[Line]:
         "a projection of a gradient that was computed; there is nothing to save",
         REFUTED,
     )
-    programs = _records(evidence, "coordinates")
     claim = f"{claim}: with gradients taken in coordinates"
-    if not programs:
+    counted = [
+        one.record["figures"]["dense layers"]
+        for one in evidence.found
+        if "dense layers" in (one.record.get("figures") or ())
+    ]
+    if not counted:
         yield Line(claim, "-", UNMEASURED)
         return
-    flops = {row["way"]: row["flops"] for row in _gradients(programs[-1])}
+    rows = [row for row in counted[-1] if row["program"] == "gradient"]
+    flops = {row["way"]: row["flops"] for row in rows}
     share = flops["coordinates"] / flops["adamw"]
     measured = (
         f"{share:.2f} of the FLOPs of a whole one: the layer's input is still read"
     )
     yield Line(claim, measured, CONFIRMED if share < 1 else REFUTED)
-
-
-def _gradients(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    rows = record["figures"]["dense layers"]
-    return [row for row in rows if row["program"] == "gradient"]
 
 
 def flatness(evidence: Evidence) -> Iterator[Line]:
@@ -279,15 +278,6 @@ def _with(found: Sequence[Record], optimizer: str, key: str) -> list[Record]:
         if run["optimizer"] == optimizer
         and not run["diverged"]
         and (key in run or key in run["curve"][-1])
-    ]
-
-
-def _records(evidence: Evidence, kind: str) -> list[Mapping[str, Any]]:
-    """Of a command, by date."""
-    return [
-        one.record
-        for one in evidence.found
-        if PurePath(one.path).name.startswith(f"{kind}-")
     ]
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import (
+    claims,
     compare,
+    comparison,
     generic,
     plots,
     plots_minima,
@@ -79,8 +81,12 @@ def _document(
     shown = frozenset[Path]().union(*(section.paths for section in sections))
     rest = [one for one in found if one.path not in shown]
     sections += [file_section(one, origin) for one in rest if not one.is_run]
+    looked_at = final_records(found)
+    pictures = comparison.known(entries, looked_at)
     parts = [
         _HEAD,
+        comparison.section(pictures),
+        claims.section(claims.Evidence(found, pictures, finetuned, looked_at)),
         "## Reached and missed\n\n" + reaches.table(_reaches(found, entries)),
         *(section.text for section in sections),
         *_rest([one for one in rest if one.is_run], origin),

@@ -1,0 +1,286 @@
+"""What the paper claims, each claim held against the records.
+
+A new claim is one function of the `Evidence`, named in `CLAIMS`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import ablation, cells, compare, fewshot, markdown, minima
+from benchmarks.compare import Entry
+from benchmarks.comparison import DATA_SETS, Known
+from benchmarks.experiment import Record
+from benchmarks.finetuning import PEER
+from benchmarks.finetuning_tasks import TASKS
+from benchmarks.found import Found
+
+CONFIRMED, REFUTED = "confirmed", "**not confirmed**"
+UNTESTABLE, UNMEASURED = "not testable here", "not measured"
+
+_PAPER, _SAM = "dsbp", "sam"
+_HEAD = """## The paper's claims
+
+The claims of [arXiv 2505.23369](https://arxiv.org/abs/2505.23369), each with what was
+measured here of `dsbp`, its literal rule. A difference counts as one where its 95 %
+interval, paired by seed, lies on one side of zero."""
+
+
+class Line(NamedTuple):
+    """One claim.
+
+    Attributes:
+      claim: in words.
+      figure: what was measured, or why nothing can be.
+      verdict: one of the four words of this module.
+    """
+
+    claim: str
+    figure: str
+    verdict: str
+
+
+class Evidence(NamedTuple):
+    """What there is to judge by.
+
+    Attributes:
+      found: every record.
+      pictures: final runs on the paper's data sets.
+      finetuned: workload -> final runs of fine-tuning.
+      looked_at: workload -> final records of `benchmarks.minima`.
+    """
+
+    found: Sequence[Found]
+    pictures: Known
+    finetuned: Mapping[str, Sequence[Entry]]
+    looked_at: Mapping[str, Sequence[Record]]
+
+
+def section(evidence: Evidence) -> str:
+    """The table of all claims."""
+    rows = [line for judge in CLAIMS for line in judge(evidence)]
+    return f"{_HEAD}\n\n{markdown.table(('claim', 'here', ''), rows)}"
+
+
+def cost(evidence: Evidence) -> Iterator[Line]:
+    """A gradient for O(k d): as published, and in coordinates."""
+    claim = "a layer's gradient costs O(k d) instead of O(d d')"
+    yield Line(
+        f"{claim}: as published, the whole gradient projected",
+        "a projection of a gradient that was computed; there is nothing to save",
+        REFUTED,
+    )
+    claim = f"{claim}: with gradients taken in coordinates"
+    counted = [
+        one.record["figures"]["dense layers"]
+        for one in evidence.found
+        if "dense layers" in (one.record.get("figures") or ())
+    ]
+    if not counted:
+        yield Line(claim, "-", UNMEASURED)
+        return
+    rows = [row for row in counted[-1] if row["program"] == "gradient"]
+    flops = {row["way"]: row["flops"] for row in rows}
+    share = flops["coordinates"] / flops["adamw"]
+    measured = (
+        f"{share:.2f} of the FLOPs of a whole one: the layer's input is still read"
+    )
+    yield Line(claim, measured, CONFIRMED if share < 1 else REFUTED)
+
+
+def flatness(evidence: Evidence) -> Iterator[Line]:
+    """Flat minima: the ten largest eigenvalues of the Hessian."""
+    name = DATA_SETS["Fashion-MNIST"]
+    claim = "flatter minima: lower top-10 Hessian eigenvalues than SGD's and SAM's"
+    values = {
+        key: np.mean([run["hessian_eigenvalues"] for run in runs], axis=0)
+        for key in (_PAPER, "sgd", _SAM)
+        if (runs := _with(evidence.looked_at.get(name, ()), key, "hessian_eigenvalues"))
+    }
+    if len(values) < 3:
+        yield Line(claim, "-", UNMEASURED)
+        return
+    lower = all((values[_PAPER] < values[key]).all() for key in ("sgd", _SAM))
+    words = [f"{key} {row[0]:.3g} to {row[-1]:.3g}" for key, row in values.items()]
+    measured = f"first to tenth, on Fashion-MNIST: {', '.join(words)}"
+    yield Line(claim, measured, CONFIRMED if lower else REFUTED)
+
+
+def bounded(evidence: Evidence) -> Iterator[Line]:
+    """The PAC-Bayes bound, and its KL term along training."""
+    claim = "the KL term of a PAC-Bayes bound stays bounded along training"
+    runs = _with(evidence.looked_at.get(DATA_SETS["Fashion-MNIST"], ()), _PAPER, "kl")
+    curve = minima.mean_curve(runs, "kl")
+    if curve is None:
+        yield Line(claim, "-", UNMEASURED)
+    else:
+        growth = curve[-1] / curve[len(curve) // 2 - 1]
+        measured = (
+            f"{curve[-1]:,.0f} nats at the end, {growth:.2f} times those at half of "
+            "the way: it stands still with the rate"
+        )
+        yield Line(claim, measured, CONFIRMED if growth < 1.5 else REFUTED)
+    claim = "a PAC-Bayes bound limits the error"
+    bounds = [run for some in evidence.looked_at.values() for run in some]
+    bounds = [run for run in bounds if "bound" in run]
+    if not bounds:
+        yield Line(claim, "-", UNMEASURED)
+        return
+    least = min(bounds, key=lambda run: float(run["bound"]))
+    measured = (
+        f"it holds and says little: at best {100 * least['bound']:.0f} % "
+        f"({least['optimizer']}, {least['workload']}) where the test error is "
+        f"{100 * (1 - least[least['metric']]):.0f} %"
+    )
+    yield Line(claim, measured, CONFIRMED if least["bound"] < 1 else REFUTED)
+
+
+def equation(evidence: Evidence) -> Iterator[Line]:
+    """The stochastic differential equation."""
+    del evidence
+    claim = "a third-order stochastic differential equation describes training"
+    reason = "no observable is named by which it could be told from another"
+    yield Line(claim, reason, UNTESTABLE)
+
+
+def accuracy(evidence: Evidence) -> Iterator[Line]:
+    """Better than SAM on each data set."""
+    for title, workload in DATA_SETS.items():
+        claim = f"more accurate than SAM on {title}"
+        known = evidence.pictures[workload]
+        if title == "Tiny ImageNet" and not known:
+            reason = "no package registry carries the data; the loader is there"
+            yield Line(claim, reason, UNTESTABLE)
+            continue
+        yield Line(claim, *_against(known.get(_PAPER), known.get(_SAM), known))
+
+
+def _against(
+    entry: Entry | None, peer: Entry | None, known: Mapping[str, Entry]
+) -> tuple[str, str]:
+    """Of the paper's rule; the best of this package beside it."""
+    gap = compare.difference(entry, peer) if entry and peer else None
+    if entry is None or peer is None or gap is None:
+        return "-", UNMEASURED
+    words = f"{cells.difference(entry, peer)} points"
+    others = [one for one in known.values() if one.ours and one is not entry]
+    if others:
+        best = max(others, key=lambda one: one.metric.score(one.mean))
+        words += f"; the best of ours, {best.name}: {cells.difference(best, peer)}"
+    return words, _verdict(gap, entry)
+
+
+def lora(evidence: Evidence) -> Iterator[Line]:
+    """Better than LoRA, where there is something to adapt."""
+    yield Line(
+        "more accurate than LoRA, trained on pictures from the start",
+        "LoRA adapts pretrained weights: compared by fine-tuning, the next lines",
+        UNTESTABLE,
+    )
+    for workload in TASKS:
+        named = {one.name: one for one in evidence.finetuned.get(workload, ())}
+        peer = named.get(PEER)
+        for name in ("dsbp_adamw", "dsbp_muon"):
+            claim = f"better than LoRA: {workload}, {name} in coordinates"
+            entry = named.get(name)
+            gap = compare.difference(entry, peer) if entry and peer else None
+            if entry is None or peer is None or gap is None:
+                yield Line(claim, "-", UNMEASURED)
+                continue
+            words = f"{entry.metric.label}: {cells.difference(entry, peer)}"
+            yield Line(claim, words, _verdict(gap, entry))
+
+
+def maml(evidence: Evidence) -> Iterator[Line]:
+    """Better than MAML, on episodes."""
+    for shots in fewshot.SHOTS:
+        claim = f"better than MAML ({shots} shot(s)), as spectral inner steps"
+        files = [
+            one.record
+            for one in evidence.found
+            if one.record.keys() >= {"learner", "shots"}
+            and one.record["shots"] == shots
+        ]
+        known = {entry.name: entry for entry in fewshot.entries(files)}
+        entry, peer = known.get("maml_spectral"), known.get("maml")
+        gap = compare.difference(entry, peer) if entry and peer else None
+        if entry is None or peer is None or gap is None:
+            yield Line(claim, "-", UNMEASURED)
+            continue
+        words = f"{cells.difference(entry, peer)} points on Omniglot-small"
+        yield Line(claim, words, _verdict(gap, entry))
+
+
+def _verdict(gap: tuple[float, float, float], entry: Entry) -> str:
+    """Whether the interval lies on the better side."""
+    _, low, high = gap
+    return CONFIRMED if (low > 0 if entry.metric.higher else high < 0) else REFUTED
+
+
+def failures(evidence: Evidence) -> Iterator[Line]:
+    """Stale bases and too few directions cost accuracy."""
+    folder = ablation.RESULTS.name
+    grids = [one for one in evidence.found if one.path.parts[0] == folder]
+    for one in grids:
+        grid = {
+            (cell["rank"], cell["period"]): 100 * np.mean(cell["accuracy"])
+            for cell in one.record["cells"]
+            if all(cell[key] == level for key, level in _LITERAL.items())
+        }
+        where = one.record["workload"]
+        for words, axis in (("few directions", 0), ("stale bases", 1)):
+            line = _along(grid, axis)
+            if line is not None:
+                yield Line(f"{words} cost accuracy ({where})", *line)
+
+
+#: The paper's rule among the levels of the ablation.
+_LITERAL = {
+    "outside": "dropped",
+    "filter": "none",
+    "side": "output",
+    "sharpness": "spectral",
+}
+
+
+def _along(grid: Mapping[tuple[int, int], Any], axis: int) -> tuple[str, str] | None:
+    """Accuracy from end to end of one axis, averaged over the other."""
+    levels = sorted({place[axis] for place in grid})
+    if len(levels) < 2:
+        return None
+    ends = [
+        float(np.mean([v for place, v in grid.items() if place[axis] == level]))
+        for level in (levels[0], levels[-1])
+    ]
+    name = ("rank", "period")[axis]
+    worse = ends[0] < ends[1] if axis == 0 else ends[1] < ends[0]
+    words = f"{name} {levels[0]}: {ends[0]:.1f} %, {name} {levels[-1]}: {ends[1]:.1f} %"
+    return words, CONFIRMED if worse else REFUTED
+
+
+def extensions(evidence: Evidence) -> Iterator[Line]:
+    """What is known by name only."""
+    del evidence
+    yield Line(
+        "five extensions: spectral inference, architecture, meta learning, transfer, "
+        "Lie algebra",
+        "known by name only; our reading of the third is the line on MAML",
+        UNTESTABLE,
+    )
+
+
+def _with(found: Sequence[Record], optimizer: str, key: str) -> list[Record]:
+    """Runs of an optimizer that have a figure, at the end or along the way."""
+    return [
+        run
+        for run in found
+        if run["optimizer"] == optimizer
+        and not run["diverged"]
+        and (key in run or key in run["curve"][-1])
+    ]
+
+
+CLAIMS: tuple[Callable[[Evidence], Iterator[Line]], ...] = (
+    *(cost, accuracy, lora, maml, flatness, bounded, equation, failures, extensions),
+)

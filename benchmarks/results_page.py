@@ -12,6 +12,7 @@ from benchmarks import (
     compare,
     comparison,
     generic,
+    hours,
     plots,
     plots_minima,
     reaches,
@@ -90,6 +91,7 @@ def _document(
         "## Reached and missed\n\n" + reaches.table(_reaches(found, entries)),
         *(section.text for section in sections),
         *_rest([one for one in rest if one.is_run], origin),
+        hours.section(found),
         "## Machines and versions\n\n" + origin.legend(),
         _listing(found),
     ]

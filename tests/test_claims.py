@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from benchmarks import claims, comparison
+from benchmarks import claims, comparison, hours
 from benchmarks.claims import CONFIRMED, REFUTED, UNMEASURED, UNTESTABLE, Evidence
 from benchmarks.compare import Entry
 from benchmarks.found import Found
@@ -177,3 +177,13 @@ def test_runs_of_the_campaign_go_before_those_that_were_looked_at():
     assert known[CIFAR] == {}
     text = comparison.section(known)
     assert "| sam | - | 90.00 ± 0.00 (2) | - | - |" in text
+
+
+def test_hours_are_those_of_single_runs():
+    paths = ("campaign/a/sgd/final-1.json", "campaign/a/sgd/final-2.json", "x-1.json")
+    timed = [Found(Path(path), run("sgd", 0.9, seconds=1800.0)) for path in paths]
+    table = Found(Path("speed-1.json"), {"seconds": 9e9})
+    text = hours.section([*timed, table])
+    assert "| campaign/a | 2 | 1.0 |" in text
+    assert f"| all | 3 | 1.5 of {hours.BUDGET} |" in text
+    assert "speed" not in text

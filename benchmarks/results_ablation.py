@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import ablation, effects, report
+from benchmarks import ablation, effects, report_rules
 from benchmarks.effects import Effect
 from benchmarks.found import Found, Record, Section, titled
 from benchmarks.markdown import Provenance
@@ -79,11 +79,11 @@ def sections(found: Sequence[Found], origin: Provenance) -> list[Section]:
     parts = ["## Ablation: which part does the work", _WORDS.format(seeds=seeds)]
     if known:
         parts += [f"![Effects of the parts]({PICTURE})"]
-        parts += [titled(report.effects_table("", known), "Effects (95 %)")]
+        parts += [titled(report_rules.effects_table("", known), "Effects (95 %)")]
     for one in here:
         name, steps = one.record["workload"], one.record["steps"]
         for title, cells in _groups(one.record["cells"]):
-            table = report.ablation_table("", cells)
+            table = report_rules.ablation_table("", cells)
             parts += [titled(table, f"{name}, {steps} steps: {title}")]
         parts += [origin.line(one.runs)]
     return [Section("\n\n".join(parts), frozenset(one.path for one in here))]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from benchmarks import compare, controls, markdown, report
+from benchmarks import compare, controls, markdown, report_campaign
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, Section, titled
 from benchmarks.markdown import Provenance
@@ -33,10 +33,10 @@ def _workload_section(
     parts = [
         f"## {workload.name}",
         f"{workload.summary}; {title}.",
-        titled(report.results_table("", entries), "Equal steps"),
-        titled(report.cost_table("", entries), "Cost"),
+        titled(report_campaign.results_table("", entries), "Equal steps"),
+        titled(report_campaign.cost_table("", entries), "Cost"),
     ]
-    timed = report.time_table("", entries)
+    timed = report_campaign.time_table("", entries)
     parts += [] if timed is None else [titled(timed, "Equal time")]
     parts += ["### Tuning", tuning(workload, runs)]
     parts += _replaced(workload, entries, runs)
@@ -44,13 +44,13 @@ def _workload_section(
     shown = list(runs)
     for one in here:
         if one.path.name == "speed.json" and len(one.path.parts) == 3:
-            table = report.steps_table("", one.record["rows"])
+            table = report_campaign.steps_table("", one.record["rows"])
             parts += [titled(table, "Steps in turns"), origin.line(one.runs)]
             shown.append(one)
     for rule, some in _by_rule(taken, entries):
         known = [entry for entry in entries if entry.name == rule]
         known += compare.entries(workload, [one.record for one in some])
-        table = report.controls_table("", known)
+        table = report_campaign.controls_table("", known)
         parts += [titled(table, f"Controls of {rule}")]
         parts += [origin.line([one.record for one in some])]
         shown += some

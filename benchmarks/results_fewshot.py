@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import fewshot, markdown, report
+from rich.table import Table
+
+from benchmarks import cells, compare, fewshot, markdown
+from benchmarks.compare import Entry
 from benchmarks.fitting import QUERIES, TASKS, WAYS
 from benchmarks.found import Found, Record, Section, titled
 from benchmarks.markdown import Provenance
@@ -30,7 +33,7 @@ def _section(shots: int, here: Sequence[Found], origin: Provenance) -> Section:
     parts = [f"## Few-shot episodes, {shots} shot(s)", f"{title}."]
     entries = fewshot.entries([one.record for one in here])
     if entries:
-        parts.append(titled(report.fewshot_table("", entries), "Test alphabets"))
+        parts.append(titled(fewshot_table("", entries), "Test alphabets"))
     rows = [row for one in here for row in _tuning(one.record)]
     if rows:
         headings = ("learner", "round", "steps", "rate / inner rate: validation %")
@@ -52,3 +55,32 @@ def _tried(run: dict[str, Any]) -> str:
     value = run[ACCURACY.tuning_key]
     shown = "bad" if value is None else ACCURACY.show(value)
     return f"{run['learning_rate']:g} / {run['inner_rate']:g}: {shown}"
+
+
+def fewshot_table(title: str, found: Sequence[Entry]) -> Table:
+    """Learners of few-shot episodes, against the first of them."""
+    table = cells.table(title, "learner")
+    label = f"{found[0].metric.label}, 95 %"
+    cells.columns(table, "rate", "inner", label, "runs", f"against {found[0].name}")
+    cells.columns(table, "state KiB")
+    for entry in found:
+        first = entry.records[0]
+        table.add_row(
+            entry.name,
+            f"{first['learning_rate']:g}",
+            f"{first['inner_rate']:g}",
+            _mean_and_reach(entry),
+            f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
+            cells.difference(entry, found[0]),
+            cells.number(entry.median("state_bytes"), ",.1f", 1 / 2**10),
+        )
+    return table
+
+
+def _mean_and_reach(entry: Entry) -> str:
+    """Mean over seeds, and its 95 % t interval where there are several."""
+    found = compare.mean_interval(list(entry.finals.values()))
+    if found is None:
+        return entry.metric.show(entry.mean)
+    mean, low, high = map(entry.metric.show, found)
+    return f"{mean} [{low}, {high}]"

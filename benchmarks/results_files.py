@@ -4,7 +4,13 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from benchmarks import generic, markdown, report
+from benchmarks import (
+    generic,
+    markdown,
+    report_campaign,
+    report_rules,
+    report_scale,
+)
 from benchmarks.found import Found, Record, Section
 from benchmarks.markdown import Provenance
 
@@ -22,32 +28,32 @@ _KINDS: tuple[tuple[Callable[[Record], bool], str, Callable[[Record], Table]], .
     (
         _rows_with("figure", "seconds_against", "ratio"),
         "Speed, fixed figures",
-        lambda record: report.speed_table(record["rows"]),
+        lambda record: report_rules.speed_table(record["rows"]),
     ),
     (
         _rows_with("dearest", "step_seconds", "compile_seconds"),
         "Steps in turns",
-        lambda record: report.steps_table("", record["rows"]),
+        lambda record: report_campaign.steps_table("", record["rows"]),
     ),
     (
         _rows_with("losses_against", "skipped"),
         "Stability: final training loss against the plain optimizer's",
-        lambda record: report.stability_table(record["rows"]),
+        lambda record: report_rules.stability_table(record["rows"]),
     ),
     (
         _rows_with("rule", "ratios", "ratio_to_oracle"),
         "Transport: mean loss over the second half of a stream that turns",
-        lambda record: report.transport_table(record["rows"]),
+        lambda record: report_rules.transport_table(record["rows"]),
     ),
     (
         lambda record: {"coordinates", "others", "refresh", "share"} <= record.keys(),
         "Communication: numbers sent in a step",
-        lambda record: report.communication_table("", record),
+        lambda record: report_scale.communication_table("", record),
     ),
     (
         _rows_with("cap_mib", "way", "artifact_bytes"),
         "One core and little memory: the smallest cap that trains",
-        lambda record: report.constrained_table("", record),
+        lambda record: report_scale.constrained_table("", record),
     ),
 )
 

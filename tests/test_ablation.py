@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import report_rules
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import dsbp_optax
-from benchmarks import ablation, records, report, results_ablation, results_page
+from benchmarks import ablation, records, results_ablation, results_page
 from benchmarks.ablation import FACTORS, GRID, PAPER, Cell
 from benchmarks.data import DataError, Samples
 from benchmarks.data.split import Data
@@ -254,7 +256,7 @@ def test_half_a_grid_has_tables_and_no_effects(tmp_path):
     assert [path.name for path in results_page.write(tmp_path / "P.md", tmp_path)] == [
         "P.md"
     ]
-    table = of_rich(report.ablation_table("", record["cells"]))
+    table = of_rich(report_rules.ablation_table("", record["cells"]))
     assert table.count("\n") == 2 - 1 + 10
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import report_campaign
+
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -36,7 +38,6 @@ from benchmarks import (
     models,
     plots,
     records,
-    report,
     speed,
     timing,
     train,
@@ -948,7 +949,11 @@ def test_a_divergence_stays_in_the_tables(tmp_path):
     bad = record("dsbp", 0, [0.5], diverged=True, test_accuracy=None)
     found = compare.entries(TINY, [*FINALS, bad])
     assert found[-1].diverged == 1 and np.isnan(found[-1].mean)
-    for table in (report.results_table, report.cost_table, report.time_table):
+    for table in (
+        report_campaign.results_table,
+        report_campaign.cost_table,
+        report_campaign.time_table,
+    ):
         assert table("title", found).row_count == 4
     plots.plot_comparison(found, "title", tmp_path / "curves.png")
 

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import report_scale
+
 pytest.importorskip("flax")
 pytest.importorskip("flatbuffers")
 
-from benchmarks import constrained, device, records, report
+from benchmarks import constrained, device, records
 from benchmarks.data import DataError
 from benchmarks.device import Order, Report, smallest
 from benchmarks.markdown import of_rich
@@ -112,7 +114,7 @@ def record(**changes):
 
 
 def test_the_table_takes_off_what_jax_needs_and_keeps_failures():
-    lines = of_rich(report.constrained_table("", record())).splitlines()
+    lines = of_rich(report_scale.constrained_table("", record())).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert cells[0][:5] == ["jax alone", "-", "-", "130", "0"]
     assert cells[1][:8] == [

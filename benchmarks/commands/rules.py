@@ -13,6 +13,8 @@ from benchmarks import (
     controls,
     records,
     report,
+    report_campaign,
+    report_rules,
     speed,
     stability,
     transport,
@@ -60,7 +62,7 @@ def speed_command(
     """
     if workload is None:
         rows = _fixed_figures(quiet)
-        table = report.speed_table(rows)
+        table = report_rules.speed_table(rows)
     else:
         chosen = lookup(WORKLOADS, workload, "WORKLOAD")
         against = lookup(CONTENDERS, baseline, "--baseline") if baseline else None
@@ -70,7 +72,7 @@ def speed_command(
             rows = speed.whole_steps(
                 chosen, contenders, against, rounds, lambda: progress.advance(task)
             )
-        table = report.steps_table(f"{workload}: whole steps", rows)
+        table = report_campaign.steps_table(f"{workload}: whole steps", rows)
     save(json, {**records.environment(), "workload": workload, "rows": rows}, quiet)
     if not quiet:
         console.print(table)
@@ -97,7 +99,7 @@ def transport_command(
         rows = transport.compare(range(seeds), after=lambda: progress.advance(task))
     save(json, {**records.environment(), "rows": rows}, quiet)
     if not quiet:
-        console.print(report.transport_table(rows))
+        console.print(report_rules.transport_table(rows))
 
 
 @app.command("stability")
@@ -126,7 +128,7 @@ def stability_command(
     record = {**records.environment(), "workload": workload, "steps": steps}
     save(json, {**record, "rows": rows}, quiet)
     if not quiet:
-        console.print(report.stability_table(rows))
+        console.print(report_rules.stability_table(rows))
 
 
 @app.command("controls")
@@ -170,7 +172,7 @@ def controls_command(
     if not quiet:
         found = [controls.made(out, chosen, *pair) for pair in plan]
         entries += compare.entries(chosen, [r for each in found for r in each])
-        console.print(report.controls_table(f"{workload}: {of}", entries))
+        console.print(report_campaign.controls_table(f"{workload}: {of}", entries))
 
 
 @app.command("ablation")
@@ -205,4 +207,4 @@ def ablation_command(
                 break
     if not quiet:
         for plan in plans:
-            console.print(report.ablation_table(plan.workload.name, plan.found()))
+            console.print(report_rules.ablation_table(plan.workload.name, plan.found()))

@@ -16,6 +16,7 @@ from benchmarks import (
     faults,
     records,
     report,
+    report_scale,
 )
 from benchmarks.campaign import RESULTS, learning_rate_for
 from benchmarks.commands.shared import (
@@ -54,7 +55,9 @@ def communication_command(
     record = {**records.environment(), "workload": workload, "rank": rank}
     save(json, {**record, "devices": devices, "route": route, **found}, quiet)
     if not quiet:
-        console.print(report.communication_table(f"{workload}, {route} route", found))
+        console.print(
+            report_scale.communication_table(f"{workload}, {route} route", found)
+        )
 
 
 @app.command("coordinates")
@@ -92,7 +95,7 @@ def coordinates_command(
     record = {**records.environment(), "workload": workload, **sizes}
     save(json, {**record, "figures": figures, "times": times, "losses": losses}, quiet)
     if not quiet:
-        for table in report.coordinates_tables(workload, figures, times, losses):
+        for table in report_scale.coordinates_tables(workload, figures, times, losses):
             console.print(table)
 
 
@@ -178,7 +181,7 @@ def faults_command(
     record |= {"period": faults.PERIOD, "window": faults.WINDOW}
     save(json, {**record, **found}, quiet)
     if not quiet:
-        for table in report.faults_tables(f"{workload}: {steps} steps", found):
+        for table in report_scale.faults_tables(f"{workload}: {steps} steps", found):
             console.print(table)
     if not found["passed"]:
         raise typer.Exit(1)
@@ -227,7 +230,7 @@ def constrained_command(
                 save(json, record, True)
                 progress.advance(task)
     if not quiet:
-        console.print(report.constrained_table("", record))
+        console.print(report_scale.constrained_table("", record))
 
 
 @app.command("estimate")

@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks import (
     records,
     report,
+    report_campaign,
 )
 from benchmarks.campaign import RESULTS, learning_rate_for
 from benchmarks.compare import Entry
@@ -146,9 +147,9 @@ def save(path: Path | None, record: dict[str, Any], quiet: bool) -> None:
 
 def show(title: str, entries: list[Entry]) -> None:
     """All tables, and where the learning rates come from."""
-    console.print(report.results_table(title, entries))
-    console.print(report.cost_table(title, entries))
-    timed = report.time_table(title, entries)
+    console.print(report_campaign.results_table(title, entries))
+    console.print(report_campaign.cost_table(title, entries))
+    timed = report_campaign.time_table(title, entries)
     if timed is not None:
         console.print(timed)
     for entry in entries:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import fewshot, report
+from benchmarks import fewshot, report, results_fewshot
 from benchmarks.commands.shared import (
     DataDir,
     Quiet,
@@ -47,4 +47,6 @@ def fewshot_command(
         for shots in fewshot.SHOTS:
             found = fewshot.entries(fewshot.read(out, shots))
             if found:
-                console.print(report.fewshot_table(f"5-way, {shots} shot(s)", found))
+                console.print(
+                    results_fewshot.fewshot_table(f"5-way, {shots} shot(s)", found)
+                )

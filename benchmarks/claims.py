@@ -153,22 +153,17 @@ def accuracy(evidence: Evidence) -> Iterator[Line]:
             reason = "no package registry carries the data; the loader is there"
             yield Line(claim, reason, UNTESTABLE)
             continue
-        yield Line(claim, *_against(known.get(_PAPER), known.get(_SAM), known))
+        entry, peer = known.get(_PAPER), known.get(_SAM)
+        yield _judged(claim, entry, peer, _best_of_ours(known, peer))
 
 
-def _against(
-    entry: Entry | None, peer: Entry | None, known: Mapping[str, Entry]
-) -> tuple[str, str]:
-    """Of the paper's rule; the best of this package beside it."""
-    gap = compare.difference(entry, peer) if entry and peer else None
-    if entry is None or peer is None or gap is None:
-        return "-", UNMEASURED
-    words = f"{cells.difference(entry, peer)} points"
-    others = [one for one in known.values() if one.ours and one is not entry]
-    if others:
-        best = max(others, key=lambda one: one.metric.score(one.mean))
-        words += f"; the best of ours, {best.name}: {cells.difference(best, peer)}"
-    return words, _verdict(gap, entry)
+def _best_of_ours(known: Mapping[str, Entry], peer: Entry | None) -> str:
+    """The best of this package that is not the paper's rule, against a peer."""
+    others = [one for one in known.values() if one.ours and one.name != _PAPER]
+    if not others:
+        return ""
+    best = max(others, key=lambda one: one.metric.score(one.mean))
+    return f"; the best of ours, {best.name}: {cells.difference(best, peer)}"
 
 
 def lora(evidence: Evidence) -> Iterator[Line]:
@@ -183,13 +178,7 @@ def lora(evidence: Evidence) -> Iterator[Line]:
         peer = named.get(PEER)
         for name in ("dsbp_adamw", "dsbp_muon"):
             claim = f"better than LoRA: {workload}, {name} in coordinates"
-            entry = named.get(name)
-            gap = compare.difference(entry, peer) if entry and peer else None
-            if entry is None or peer is None or gap is None:
-                yield Line(claim, "-", UNMEASURED)
-                continue
-            words = f"{entry.metric.label}: {cells.difference(entry, peer)}"
-            yield Line(claim, words, _verdict(gap, entry))
+            yield _judged(claim, named.get(name), peer)
 
 
 def maml(evidence: Evidence) -> Iterator[Line]:
@@ -204,18 +193,20 @@ def maml(evidence: Evidence) -> Iterator[Line]:
         ]
         known = {entry.name: entry for entry in fewshot.entries(files)}
         entry, peer = known.get("maml_spectral"), known.get("maml")
-        gap = compare.difference(entry, peer) if entry and peer else None
-        if entry is None or peer is None or gap is None:
-            yield Line(claim, "-", UNMEASURED)
-            continue
-        words = f"{cells.difference(entry, peer)} points on Omniglot-small"
-        yield Line(claim, words, _verdict(gap, entry))
+        yield _judged(claim, entry, peer)
 
 
-def _verdict(gap: tuple[float, float, float], entry: Entry) -> str:
-    """Whether the interval lies on the better side."""
+def _judged(
+    claim: str, entry: Entry | None, peer: Entry | None, more: str = ""
+) -> Line:
+    """By whether the whole interval of the difference lies on the better side."""
+    gap = compare.difference(entry, peer) if entry and peer else None
+    if entry is None or gap is None:
+        return Line(claim, "-", UNMEASURED)
     _, low, high = gap
-    return CONFIRMED if (low > 0 if entry.metric.higher else high < 0) else REFUTED
+    better = low > 0 if entry.metric.higher else high < 0
+    measured = f"{entry.metric.label}: {cells.difference(entry, peer)}{more}"
+    return Line(claim, measured, CONFIRMED if better else REFUTED)
 
 
 def failures(evidence: Evidence) -> Iterator[Line]:

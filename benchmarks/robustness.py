@@ -42,6 +42,7 @@ def attacked(
 
     inputs, labels = samples.take(np.arange(min(ATTACKED, len(samples))))
     pixels = jnp.asarray(workload.to_pixels(inputs), jnp.float32)
+    pixels = jnp.clip(pixels, 0, 1)  # Foolbox refuses what rounding put outside.
     labels = jnp.asarray(labels)
     predict = jax.jit(
         lambda x: workload.model.apply({"params": params}, workload.from_pixels(x))

@@ -268,7 +268,7 @@ def document(names: Sequence[str], machine: Machine, rank: int, each: int) -> st
 Estimates by the formulas of `benchmarks/estimate.py`, written by
 `python -m benchmarks estimate --write benchmarks/SCALE.md`; nothing of this size has
 been run. State and FLOPs of the formulas are held against small models by a test. Times
-follow from the stated rates: nothing is hidden behind anything else, and every device
+follow from the stated rates: no sending overlaps with computing, and every device
 makes the whole update. Kernels with one input share a basis.
 """
     tables = [markdown(name, machine, rank, each * machine.devices) for name in names]

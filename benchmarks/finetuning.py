@@ -4,7 +4,8 @@ Both adapt the same kernels of the same pretrained network and hold everything e
 but for a new head, which both train whole. LoRA trains ``A`` (``d x r``) and ``B``
 (``r x m``) beside each kernel, `dsbp_optax` the coordinates ``S`` (``k x m``) of an
 update ``V S`` in the basis ``V`` of the kernel's inputs, merged after every step. Ranks
-are such that the trained numbers are equal. Fine-tuning of everything is the reference.
+are such that the trained numbers are as near as whole ranks allow. Fine-tuning of
+everything is the reference.
 """
 
 import dataclasses

@@ -51,9 +51,10 @@ def accuracy_table(title: str, workload: Workload, groups: Groups) -> Table:
     cells.columns(table, f"against {PLAIN} (95 %)", f"against {PEER} (95 %)")
     for (name, rate), entry in entries.items():
         seen = [run["validation_value"] for run in entry.records if not run["diverged"]]
+        source = entry.records[0]["learning_rate_source"]
         table.add_row(
             name,
-            f"{rate:g}",
+            f"{rate:g}" + ", untuned" * (not source.startswith("tuned")),
             cells.spread(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
             workload.metric.show(float(np.mean(seen))) if seen else "-",

@@ -52,6 +52,7 @@ def _workload_section(
         known += compare.entries(workload, [one.record for one in some])
         table = report_campaign.controls_table("", known)
         parts += [titled(table, f"Controls of {rule}")]
+        parts += ["Each is of the rule as it was at the commit below."]
         parts += [origin.line([one.record for one in some])]
         shown += some
     return Section("\n\n".join(parts), frozenset(one.path for one in shown))

@@ -77,7 +77,7 @@ def dsbp(
       update_every: p, steps between refreshes.
       power_iterations: q, power iterations a refresh.
       sharpness: beta, a number or a schedule; acts where activations were observed.
-      side: "output" is the paper's; "input" is the useful one.
+      side: "output" is the paper's; the other rules take "input".
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsbp_optax import _basis, _checks, _layout, _schedule, _subspace
+from dsbp_optax._known import KnownPaths
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._schedule import AutoRank, Every
 from dsbp_optax._statistics import (
@@ -298,7 +299,7 @@ def usable(operator: Operator, pairs: Eigenpairs, deficient: bool = False) -> Ar
     return (operator.count > 0) & finite & full_rank & orthonormal
 
 
-def check_mapping(statistics: Any, known: list[str], suffixes: list[str]) -> None:
+def check_mapping(statistics: Any, known: KnownPaths, suffixes: list[str]) -> None:
     """Statistics are a flat mapping from known paths, or an error that says where."""
     if not isinstance(statistics, Mapping):
         raise TypeError(
@@ -310,10 +311,10 @@ def check_mapping(statistics: Any, known: list[str], suffixes: list[str]) -> Non
         path = str(key)
         for suffix in suffixes:
             path = path.removesuffix(suffix)
-        if not isinstance(key, str) or path not in known:
+        if not isinstance(key, str) or not known.may_have(path):
             raise ValueError(
                 f"statistics: unknown path {key!r}, expected one of "
-                f"{_checks.some(known)}.{_checks.did_you_mean(path, known)}"
+                f"{_checks.some(known.all)}.{_checks.did_you_mean(path, known.all)}"
             )
 
 

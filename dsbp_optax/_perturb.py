@@ -122,10 +122,9 @@ def zero_coordinates(
     for state in states:
         for path, owner in _spectral.owners_of(state).items():
             _spectral.check_path(path, leaves)
-            form, stacked = state.basis[owner].shape, state.spectrum[owner].trace.shape
-            view = _layout.view_of(jnp.shape(leaves[path]), form, stacked)
-            dtype = _plan.compute_dtype(state.basis[owner].dtype)
-            found[path] = jnp.zeros(view.coordinate_shape(form[-1]), dtype)
+            form, trace = state.basis[owner].shape, state.spectrum[owner].trace
+            view = _layout.view_of(jnp.shape(leaves[path]), form, trace.shape)
+            found[path] = jnp.zeros(view.coordinate_shape(form[-1]), trace.dtype)
     return found
 
 

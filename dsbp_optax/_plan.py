@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _layout, _schedule, _share
+from dsbp_optax import _checks, _known, _layout, _schedule, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._schedule import RankFraction
 from dsbp_optax._types import Array, PyTree, Side, state_bytes
 
-#: Names whose arrays are tables, scales or offsets, not linear maps.
-_NOT_KERNELS = re.compile(r"embed|bias|scale|norm|(^|/)(pos|cls|token)[^/]*$")
+#: Names of arrays that are tables, scales or offsets, not linear maps.
+_NOT_KERNELS = re.compile("embed|bias|scale|norm|^(pos|cls|token)")
+#: Names of layers whose arrays are tables.
+_TABLES = re.compile("embed")
 When: TypeAlias = Literal["auto", "always"]
 
 
@@ -93,7 +95,7 @@ def plan(
       outside: zeros shaped as a matrix -> state of the residual rule, or None.
     """
     leaves, _ = _layout.flatten_with_paths(params)
-    check_patterns(known_paths(params), choices)
+    check_patterns(_known.known_paths(params), choices)
     found = {path: _candidate(path, x, leaves, choices) for path, x in leaves.items()}
     candidates = {p: c for p, c in found.items() if isinstance(c, _Candidate)}
     decisions = {p: d for p, d in found.items() if isinstance(d, Decision)}
@@ -176,9 +178,15 @@ def _no_kernel(path: str, leaf: Any, choices: Choices) -> str | None:
         return f"dtype {dtype} is not real floating point"
     if math.prod(shape) == 0:
         return "it holds no numbers"
-    if _NOT_KERNELS.search(path.lower()) and not _asked_for(path, shape, choices):
+    if _is_table(path) and not _asked_for(path, shape, choices):
         return "by name an embedding, scale or bias"
     return None
+
+
+def _is_table(path: str) -> bool:
+    """By the names of the array and its layer; blocks may be called anything."""
+    *_, layer, name = ["", *path.lower().split("/")]
+    return bool(_NOT_KERNELS.search(name) or _TABLES.search(layer))
 
 
 def _check_basis(
@@ -407,31 +415,23 @@ def _per_path(choice: Any) -> bool:
     return callable(choice) or isinstance(choice, Mapping)
 
 
-def known_paths(tree: PyTree) -> list[str]:
-    """Paths of all leaves, those included that a mask hides from here."""
-    flat, _ = _layout.flatten_with_paths(
-        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    return list(flat)
-
-
-def check_patterns(paths: list[str], choices: Choices) -> None:
-    """A pattern that matches no parameter is a misspelling."""
+def check_patterns(paths: _known.KnownPaths, choices: Choices) -> None:
+    """A pattern that matches no parameter, not even a hidden one, is a misspelling."""
     asked = {"rank": choices.rank, "side": choices.side, "axes": choices.axes}
-    for name, choice in asked.items():
-        for pattern in choice if isinstance(choice, Mapping) and paths else ():
-            if not any(_layout.matches(path, pattern) for path in paths):
-                raise ValueError(
-                    f"{name}: pattern '{pattern}' matches no parameter; there are "
-                    f"{_checks.some(paths)}.{_checks.did_you_mean(pattern, paths)}"
-                )
-    for pattern in (p for group in choices.share for p in group):
-        # A mask may hide a whole branch of the tree behind the path of its root.
-        if paths and not any(
-            _share.capture(path, pattern) is not None or pattern.startswith(f"{path}/")
-            for path in paths
-        ):
+    given = [
+        (name, pattern, _layout.matches)
+        for name, choice in asked.items()
+        for pattern in (choice if isinstance(choice, Mapping) else ())
+    ]
+    given += [
+        ("share", pattern, _share.covers)
+        for group in choices.share
+        for pattern in group
+    ]
+    for name, pattern, covers in given:
+        found = any(covers(path, pattern) for path in paths.all)
+        if paths.all and not found and not paths.may_hide(pattern):
             raise ValueError(
-                f"share: '{pattern}' matches no parameter; there are "
-                f"{_checks.some(paths)}.{_checks.did_you_mean(pattern, paths)}"
+                f"{name}: pattern '{pattern}' matches no parameter; there are "
+                f"{_checks.some(paths.all)}.{_checks.did_you_mean(pattern, paths.all)}"
             )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _adapt, _eigenbasis, _layout, _plan, _spectral, _subspace
+from dsbp_optax import _adapt, _eigenbasis, _known, _layout, _plan, _spectral, _subspace
 from dsbp_optax._adapt import Now, Rules
 from dsbp_optax._eigenbasis import Layer, Refresh
 from dsbp_optax._layout import Coordinates, MatrixView
@@ -77,7 +77,7 @@ def begin_step(
     }
     owners = _spectral.owners_of(state)
     views = _plan.views(updates, choices, state.basis, owners)
-    known = _plan.known_paths(updates)
+    known = _known.known_paths(updates)
     seen = _spectral.gather_statistics(statistics, state, views, known)
     matrices = _spectral.matrices(gradients, views)
     given = _given_coordinates(gradients, views)

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _coordinates, _layout, _perturb, _plan, _sharding
+from dsbp_optax import (
+    _checks,
+    _coordinates,
+    _layout,
+    _perturb,
+    _plan,
+    _sharding,
+    _spectral,
+)
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._perturb import Subspace
 from dsbp_optax._types import Array, PyTree
@@ -147,7 +155,8 @@ def _update(
         there = jax.tree.map(lambda g, u: g.astype(u.dtype), there, updates)
         if change:
             seen = there, updates, before, params
-            change = _sharding.in_place(_relative_change, change, *seen)
+            new = _sharding.in_place(_relative_change, change, *seen)
+            change = _spectral.select(_spectral.all_finite(new), new, change)
         return there, change
 
     def again(change: Parts) -> tuple[PyTree, Parts]:

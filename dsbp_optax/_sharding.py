@@ -147,6 +147,7 @@ def _spec(
       view: of the kernel, where it is projected.
       inside: whether it holds coordinates, whose rank may be as long as an axis.
     """
+    view = view and _of_axes(view, len(shape) - 2)
     if view is not None and inside and _holds_coordinates(shape, view):
         pair = (None, _merged(spec, view.columns))
         return (*(spec[a] for a in view.batch), *(pair[::-1] if view.flipped else pair))
@@ -162,6 +163,15 @@ def _spec(
     merged = (*(spec[axis] for axis in view.batch), *(_merged(spec, s) for s in sides))
     triples = zip(shape, whole, merged, strict=True)
     return tuple(s if n == d else None for n, d, s in triples)
+
+
+def _of_axes(view: MatrixView, stacked: int) -> MatrixView:
+    """The view of arrays with so many stacked axes, those of length 1 left out.
+
+    `view_of` cannot tell stacked axes of length 1 from those of a 1 x 1 convolution.
+    """
+    longer = tuple(axis for axis in view.batch if view.shape[axis] > 1)
+    return view._replace(batch=longer) if len(longer) == stacked else view
 
 
 def _holds_coordinates(shape: Shape, view: MatrixView) -> bool:

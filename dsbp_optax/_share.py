@@ -31,6 +31,11 @@ def check_share(share: Any) -> Groups:
     return tuple(tuple(group) for group in share)
 
 
+def covers(path: str, pattern: str) -> bool:
+    """Whether a pattern of a group matches `path`."""
+    return capture(path, pattern) is not None
+
+
 def capture(path: str, pattern: str) -> tuple[str, ...] | None:
     """The parts of `path` in the places of each ``*``, or None if it does not match."""
     expression = "(.*)".join(map(re.escape, pattern.split("*")))

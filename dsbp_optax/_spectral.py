@@ -11,6 +11,7 @@ import optax
 
 from dsbp_optax import _checks, _eigenbasis, _layout, _plan, _schedule
 from dsbp_optax._eigenbasis import Layer, Refresh, Spectrum
+from dsbp_optax._known import KnownPaths
 from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._schedule import AutoRank
 from dsbp_optax._statistics import Sketch
@@ -177,7 +178,7 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
             "Remedy: build the optimizer with statistics_in_state=True."
         )
     known = [p + STATES[type(s)] for s in states for p in s.statistics]
-    _eigenbasis.check_mapping(statistics, known, [])
+    _eigenbasis.check_mapping(statistics, KnownPaths(known, []), [])
 
     def put(state: SpectralState) -> SpectralState:
         suffix = STATES[type(state)]
@@ -216,7 +217,7 @@ def gather_statistics(
     given: Any,
     state: SpectralState,
     views: Mapping[str, MatrixView],
-    known: list[str],
+    known: KnownPaths,
 ) -> dict[str, Any]:
     """Statistics by path: those of the call, else those put into the state.
 
@@ -409,7 +410,7 @@ def split_layers(state: SpectralState) -> dict[str, Layer]:
     """The layers of a state, by path."""
     return {
         path: Layer(
-            basis.astype(_plan.compute_dtype(basis.dtype)),
+            basis.astype(state.spectrum[path].trace.dtype),
             state.spectrum[path],
             state.schedule.get(path),
         )

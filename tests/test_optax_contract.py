@@ -180,6 +180,30 @@ def test_masked_refuses_a_path_that_is_nowhere():
         )
 
 
+def test_labels_and_masks_of_whole_branches():
+    """A prefix of the tree hides paths behind it: they are no misspellings."""
+    params, x = make_params(), make_batch(0)
+    case = CASES["dsbp_sgd"]
+    tx = optax.partition(
+        {
+            "train": case.optimizer(rank={"first/*": 2, "second/*": 3}),
+            "rest": case.optimizer(),
+        },
+        {"first": "train", "second": "rest", "embed": "rest"},
+    )
+    state = tx.init(params)
+    statistics = activations(params, x, case.side)
+    grads = jax.grad(loss_fn)(params, x)
+    _, state = tx.update(grads, state, params, statistics=statistics)
+    for inner in find_states(state):
+        assert all(one.activations.all() for one in inner.spectrum.values())
+    with pytest.raises(ValueError, match="pattern 'frist/\\*' matches no parameter"):
+        optax.masked(
+            case.optimizer(rank={"frist/*": 2}),
+            {"first": True, "second": False, "embed": True},
+        ).init(params)
+
+
 def _labels(params: Any) -> Any:
     return {k: jax.tree.map(lambda _, k=k: k, v) for k, v in params.items()}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from versions import x64
 
 import dsbp_optax
 from dsbp_optax import _spectral, diagnostics
@@ -193,3 +194,34 @@ def test_storage_of_the_residual_by_name(stored) -> None:
     for name in ("dsbp_sgd", "dsbp_adamw", "dsbp_muon"):
         params, _ = fit(RECIPES[name](residual=stored), 40)
         assert float(loss_fn(params)) < 0.8 * float(loss_fn(PARAMS)), name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("more", [{}, {"residual": None}], ids=["whole", "coordinates"])
+def test_parameters_in_float64(name: str, more: dict[str, None]) -> None:
+    """Statistics of the adapters are theirs, whatever the bases are kept in."""
+    with x64():
+        model = nn.Dense(16, param_dtype=jnp.float64)
+        x = jax.random.normal(jax.random.key(0), (32, 16), jnp.float64)
+        params = model.init(jax.random.key(1), x)["params"]
+
+        def loss_fn(params: Any, x: Any) -> Any:
+            return jnp.mean((model.apply({"params": params}, x) - x) ** 2)
+
+        way = "subspace_value_and_grad" if more else "value_and_grad"
+        value_and_grad = getattr(dsbp_optax.linen, way)(loss_fn)
+        tx = RECIPES[name](**more)
+        state, losses = tx.init(params), []
+
+        @jax.jit
+        def step(params: Any, state: Any, x: Any) -> Any:
+            loss, grads, sketches = value_and_grad(params, x, opt_state=state)
+            updates, state = tx.update(grads, state, params, statistics=sketches)
+            return optax.apply_updates(params, updates), state, loss
+
+        for _ in range(8):
+            params, state, loss = step(params, state, x)
+            losses.append(float(loss))
+    assert params["kernel"].dtype == jnp.float64
+    assert state[0].basis["kernel"].dtype == jnp.bfloat16
+    assert losses[-1] < losses[0]

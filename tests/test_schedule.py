@@ -596,3 +596,23 @@ def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
     for spectrum in only(state).spectrum.values():
         assert spectrum.activations.all()
         assert not spectrum.failures.any()
+
+
+def test_names_of_blocks_say_nothing_of_the_kernels_in_them() -> None:
+    kernel, table = jnp.ones((64, 64)), jnp.ones((64, 64))
+    params = {
+        "PreNorm_0": {"Attention_0": {"query": {"kernel": kernel}}},
+        "UpscaleBlock_0": {"Conv_0": {"kernel": jnp.ones((3, 3, 16, 32))}},
+        "time_embed": {"Dense_0": {"kernel": kernel}},
+        "blocks": {"LayerNorm_0": {"scale": table, "bias": table}},
+        "embed": {"embedding": table},
+        "patch_embed": {"kernel": table},
+        "pos_embed": table,
+    }
+    found = explain(dsbp_optax.dsbp_muon(0.02), params)
+    projected = {path for path, (one, *_) in found.items() if one.projected}
+    assert projected == {
+        "PreNorm_0/Attention_0/query/kernel",
+        "UpscaleBlock_0/Conv_0/kernel",
+        "time_embed/Dense_0/kernel",
+    }

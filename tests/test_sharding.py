@@ -138,3 +138,22 @@ def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
     assert shapes[0].inner.trace["w"].shape == (16, 64)
     assert tuple(inside.inner.trace["w"].spec) == (None, "model")
     assert tuple(beside.trace["w"].spec) == ("data", "model")
+
+
+def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
+    """Their window axes of length 1 are no stack of matrices."""
+    mesh, tx = mesh_of({"data": 2}), dsbp_optax.dsbp_muon(0.1, rank=4)
+    place = NamedSharding(mesh, P(None, None, None, "data"))
+    for window in (1, 3):
+        shape = (window, window, 64, 128)
+        held = jax.eval_shape(tx.init, {"w": jnp.ones(shape)})
+        kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        places = dsbp_optax.state_shardings(held, {"w": kernel})
+        specs = {
+            leaf.shape: tuple(spec.spec)
+            for leaf, spec in zip(
+                jax.tree.leaves(held), jax.tree.leaves(places), strict=True
+            )
+        }
+        assert specs[4, 128] == (None, "data")
+        assert specs[window * window * 64 * 6 // 8, 128] == (None, "data")

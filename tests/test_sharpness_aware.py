@@ -187,6 +187,24 @@ def test_a_change_is_used_again_until_the_next_second_gradient() -> None:
     assert distance(none, plain) < 1e-5
 
 
+def test_a_lost_second_gradient_costs_one_step() -> None:
+    """The change that is used again stays the last finite one."""
+    params, x = make_params(), inputs(0)
+    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.05, rank=3), RHO, every=3)
+    state = tx.init(params)
+    for step in range(8):
+        lost = jnp.nan if step == 3 else 1.0
+        grads = jax.grad(loss_fn)(params, x)
+
+        def away(params: Any, _: Any, lost: float = lost) -> Any:
+            return jax.tree.map(lambda g: lost * g, jax.grad(loss_fn)(params, x))
+
+        updates, state = tx.update(grads, state, params, grad_fn=away)
+        params = optax.apply_updates(params, updates)
+    assert state.optimizer[0].skipped == 1
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.change))
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("every", [1, 2])
 def test_zero_gradients_stay_finite(adaptive: bool, every: int) -> None:

@@ -54,7 +54,7 @@ def accuracy_table(title: str, workload: Workload, groups: Groups) -> Table:
         source = entry.records[0]["learning_rate_source"]
         table.add_row(
             name,
-            f"{rate:g}" + ", untuned" * (not source.startswith("tuned")),
+            f"{rate:g}" + f" ({source})" * (source == "given"),
             cells.spread(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
             workload.metric.show(float(np.mean(seen))) if seen else "-",

@@ -43,7 +43,7 @@ nothing else; a test compares it byte for byte. What the numbers mean, and what 
 tried without success, is in [FINDINGS.md](FINDINGS.md).
 
 - Rates are tuned alike for all on validation samples, from a seed of its own, but where
-  a table says "untuned"; results are of test samples, mean ± standard deviation over
+  a table says "given"; results are of test samples, mean ± standard deviation over
   seeds. Differences are paired by seed, with a 95 % t interval. Ratios of times have
   95 % bootstrap intervals.
 - *kernels* is the state of the kernels, *ratio* is to that of the best peer; *temp* is

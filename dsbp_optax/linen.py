@@ -246,6 +246,9 @@ def warm_start(
     opt_state: PyTree,
     power_iterations: int = 5,
     has_aux: bool = False,
+    centered: bool = False,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
     **kwargs: Any,
 ) -> PyTree:
     """All power iterations but the last on the first batch, as the paper does.
@@ -260,18 +263,21 @@ def warm_start(
       opt_state: what ``tx.init(params)`` gave.
       power_iterations: q of the optimizer.
       has_aux: as for `value_and_grad`.
+      centered: as the optimizer was told.
+      rules: as for `value_and_grad`.
+      strict: as for `value_and_grad`.
       **kwargs: passed to the loss.
 
     Returns:
       `opt_state` with warm bases.
     """
-    step = value_and_grad(loss_fn, has_aux)
+    step = value_and_grad(loss_fn, has_aux, rules=rules, strict=strict)
 
     @jax.jit
     def collect(opt_state: PyTree) -> Any:
         return step(params, *args, opt_state=opt_state, **kwargs)[-1]
 
-    return _tap.warm_start(collect, opt_state, power_iterations - 1)
+    return _tap.warm_start(collect, opt_state, power_iterations - 1, centered)
 
 
 def find_shared_inputs(

@@ -1,5 +1,6 @@
 """Linen, NNX and explicit activations agree; values and gradients stay untouched."""
 
+import functools
 import threading
 from typing import Any
 
@@ -506,6 +507,74 @@ def test_warm_start_makes_all_iterations_on_the_first_batch() -> None:
         np.testing.assert_allclose(left @ left.T, right @ right.T, atol=1e-4)
         start = cold[0].basis[path][:, 0]
         assert float(jnp.abs(start @ start.T - right @ right.T).max()) > 1e-2
+
+
+class Partly(nn.Module):
+    """A layer with a shipped rule, and one of the user's own."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(7, name="dense")(x)[:, :, None] + Bilinear(name="own")(x)[:, :1]
+
+
+class BilinearNnx(nnx.Module):
+    def __init__(self, weight: Any) -> None:
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.einsum("nd,dhe->nhe", x, self.weight[...])
+
+
+class PartlyNnx(nnx.Module):
+    def __init__(self, params: Any) -> None:
+        for name in ("dense", "spare"):
+            layer = nnx.Linear(12, 7, rngs=nnx.Rngs(0))
+            layer.kernel = nnx.Param(params[name]["kernel"])
+            setattr(self, name, layer)
+        self.own = BilinearNnx(params["own"]["weight"])
+
+    def __call__(self, x: Any) -> Any:
+        return self.dense(x)[:, :, None] + self.own(x)[:, :1]
+
+
+def off_center() -> Any:
+    """Samples of three clear directions, far from the origin."""
+    x = np.random.default_rng(0).normal(size=(40, 12)) * 0.1
+    x[:, :3] *= np.array([40.0, 20.0, 2.0])
+    return jnp.asarray(x + 5.0, jnp.float32)
+
+
+@pytest.mark.parametrize("adapter", ["linen", "nnx"])
+def test_warm_start_is_told_what_the_optimizer_and_the_step_are(adapter: str) -> None:
+    """A centred covariance, a rule of one's own, a layer that is never called."""
+    x, own = off_center(), dsbp_optax.Axes(inputs=(0,), outputs=(1, 2))
+    params = jax.jit(Partly().init)(jax.random.key(1), x)["params"]
+    params = {**params, "spare": params["dense"]}
+    cold = optimizer(axes={"own/weight": own}, centered=True).init(params)
+    rule = dsbp_optax.linen.LinearMap(lambda x, v: x @ v, 1, parameter="weight")
+    linen = adapter == "linen"
+    warm_start = (dsbp_optax.linen if linen else dsbp_optax.nnx).warm_start
+    loss_fn = loss_of(Partly()) if linen else (lambda model, x: jnp.mean(model(x) ** 2))
+    start = functools.partial(
+        warm_start,
+        loss_fn,
+        params if linen else PartlyNnx(params),
+        x,
+        opt_state=cold,
+        power_iterations=9,
+        rules={Bilinear if linen else BilinearNnx: lambda layer: rule},
+    )
+    with pytest.raises(ValueError, match=r"'spare/kernel'.*strict=False"):
+        start()
+    warm = start(centered=True, strict=False)
+    exact = np.linalg.eigvalsh(np.cov(x.T, bias=True))[:-3:-1]
+    for path in ("dense/kernel", "own/weight"):
+        found = warm.spectrum[path]
+        assert int(found.iterations.max()) == 8
+        np.testing.assert_allclose(found.eigenvalues.ravel(), exact, rtol=1e-3)
+    assert int(warm.spectrum["spare/kernel"].iterations.max()) == 0
+    raw = start(strict=False).spectrum["dense/kernel"].eigenvalues
+    assert float(raw.max()) > 10 * exact[0], "the mean is the larger part"
 
 
 def test_nnx_warm_start_and_state_changes() -> None:

@@ -269,6 +269,39 @@ def test_micro_batches_sum_to_the_whole_batch() -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "bare"), [("dense", True), ("scan", False)])
+def test_samples_of_micro_batches_are_those_of_the_whole_batch(
+    name: str, bare: bool
+) -> None:
+    """Of stacked kernels too; activations do not add up number by number."""
+    network = NETWORKS[name]
+    params, x = init(network), batch(network, 2)
+    form = (lambda a: a) if bare else Activations
+
+    def seen(x: Any) -> Any:
+        return {p: form(a) for p, (a, _) in network.by_hand(params, x)[1].items()}
+
+    @jax.jit
+    def spectrum(statistics: Any) -> Any:
+        state = optimizer(power_iterations=2).init(params)
+        update = optimizer(power_iterations=2).update
+        return update(params, state, params, statistics=statistics)[1].spectrum
+
+    parts = [seen(part) for part in jnp.split(x, 2)]
+    whole = spectrum(seen(x))
+    assert_same(spectrum(dsbp_optax.add_statistics(*parts)), whole, rtol=2e-3)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
+    assert_same(spectrum(dsbp_optax.sum_statistics(stacked)), whole, rtol=2e-3)
+
+
+def test_statistics_of_two_kinds_do_not_add_up() -> None:
+    a = jnp.ones((4, 3))
+    one, two = {"w": Activations(a)}, {"w": dsbp_optax.Covariance(a.T @ a, 4)}
+    for left, right in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="Activations"):
+            dsbp_optax.add_statistics(left, right)
+
+
 def test_statistics_do_not_see_the_loss_scale() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)

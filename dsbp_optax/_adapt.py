@@ -141,6 +141,38 @@ def _period(refresh: Refresh) -> Any:
     return _eigenbasis.to_int(refresh.every)
 
 
+def keep_observed(
+    rules: Rules, path: str, old: Layer, new: Layer, rotation: Array, now: Now
+) -> tuple[Layer, Array]:
+    """A refresh by the gradient, undone where one by a statistic is within its window.
+
+    Statistics may be passed on some steps only; what they told is not to be replaced.
+
+    Args:
+      rules: of the refresh.
+      path: of the layer.
+      old: before the refresh, kernel form.
+      new: after it.
+      rotation: ``V_new^T V_old (*batch, k, k)``.
+      now: of the layer's group.
+
+    Returns:
+      The layer and the rotation; the identity where nothing changes.
+    """
+    past = old.spectrum
+    kept = (past.activations > 0) & _in_window(rules, past.refreshed, now)
+    still = _layout.from_kernel_form(kept, rules.views[path])
+    same = jnp.eye(rotation.shape[-1], dtype=rotation.dtype)
+    return _eigenbasis.where(kept, old, new), jnp.where(still, same, rotation)
+
+
+def _in_window(rules: Rules, refreshed: Array, now: Now) -> Array:
+    """Whether a refresh was accepted so lately that it is of the same window."""
+    window = _eigenbasis.to_int(rules.refresh.iterations)
+    lately: Array = (refreshed >= 0) & (refreshed > now.step - window)
+    return lately
+
+
 def adapt(
     rules: Rules, path: str, old: Layer, new: Layer, rotation: Array, now: Now
 ) -> tuple[Layer, Array]:
@@ -163,10 +195,10 @@ def adapt(
     if new.schedule is None:
         return new, rotation
     # Refreshes that were refused, or that saw nothing, tell nothing.
-    window = _eigenbasis.to_int(rules.refresh.iterations)
-    told = (refreshed >= 0) & (refreshed > now.step - window)
+    told = _in_window(rules, refreshed, now)
     schedule, interval = new.schedule, rules.refresh.every
     if isinstance(interval, AutoInterval):
+        window = _eigenbasis.to_int(rules.refresh.iterations)
         drift, jitter = _drifts(new, rotation, rules.views[path], now)
         warm = (schedule.start > 0) & (jnp.max(new.spectrum.iterations) > window)
         decided = _set_interval(interval, schedule, drift, jitter, told, warm)

@@ -233,10 +233,10 @@ def refresh_layers(
 
     Layers with sketches (or with nothing, which use their gradient) take one power
     iteration on each step of a window; layers with a whole matrix take all of them on
-    the first. Gradients that are not finite change nothing; the branch tests them
-    itself, so that other steps need not wait for the test. Several groups lie in one
-    branch more, which most steps do not enter. A basis whose gradients came as
-    coordinates waits for a statistic.
+    the first, and none by the gradient on the rest of it. Gradients that are not finite
+    change nothing; the branch tests them itself, so that other steps need not wait for
+    the test. Several groups lie in one branch more, which most steps do not enter. A
+    basis whose gradients came as coordinates waits for a statistic.
 
     Args:
       rules: of the refresh.
@@ -327,6 +327,8 @@ def _refresh_group(
         if gradient.size == 0:  # coordinates do not tell the energy outside
             spectrum = done.spectrum._replace(energy=layer.spectrum.energy)
             done = done._replace(spectrum=spectrum)
+        if path not in seen:
+            done, turned = _adapt.keep_observed(rules, path, layer, done, turned, now)
         new[path], turned = _adapt.adapt(rules, path, layer, done, turned, now)
         rotation = Rotation(turned, view.flipped, now.step)
         rotations |= dict.fromkeys(kernels, rotation)

@@ -1,8 +1,8 @@
 """What a layer's activations leave behind, in three forms behind one protocol.
 
 Every form yields the per-sample second moment ``C = A^T A / n`` as an `Operator`.
-Their fields are sums over samples, so they add up over micro-batches, devices and
-calls of a shared layer; only ratios by `count` are ever used.
+The fields of a sketch and of a second moment are sums over samples, so they add up over
+micro-batches, devices and calls of a shared layer; only ratios by `count` are used.
 """
 
 from __future__ import annotations
@@ -184,11 +184,12 @@ def add_statistics(left: Any, right: Any) -> Any:
     """Statistics of two micro-batches as one.
 
     Args:
-      left: a mapping path -> `Sketch` (or `Covariance`), as an adapter returns it.
+      left: a mapping path -> statistic, as an adapter returns it.
       right: another, of the same structure.
 
     Returns:
-      Their sum. Sketches must have been taken with the same optimizer state.
+      Those of all samples: sums, and `Activations` one below the other. Sketches must
+      have been taken with the same optimizer state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,17 +198,22 @@ def add_statistics(left: Any, right: Any) -> Any:
       >>> float(add_statistics(one, one)["kernel"].count)
       6.0
     """
-    return jax.tree.map(jnp.add, left, right)
+
+    def add(left: Any, right: Any) -> Any:
+        join = jnp.add if isinstance(left, _SUMS) else _append
+        return jax.tree.map(join, left, right)
+
+    return jax.tree.map(add, left, right, is_leaf=_is_sum)
 
 
 def sum_statistics(stacked: Any) -> Any:
     """Statistics stacked along a leading axis (a `jax.lax.scan` over micro-batches).
 
     Args:
-      stacked: a mapping path -> `Sketch` with one more leading axis.
+      stacked: a mapping path -> statistic with one more leading axis.
 
     Returns:
-      The sum over that axis.
+      Those of all samples: sums over that axis, and `Activations` one below the other.
 
     Example:
       >>> import jax.numpy as jnp
@@ -216,7 +222,35 @@ def sum_statistics(stacked: Any) -> Any:
       >>> float(sum_statistics(stacked)["kernel"].count)
       4.0
     """
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+
+    def add(one: Any) -> Any:
+        join = _total if isinstance(one, _SUMS) else _unstack
+        return jax.tree.map(join, one)
+
+    return jax.tree.map(add, stacked, is_leaf=_is_sum)
+
+
+#: Statistics whose fields add up; others are samples, bare arrays too.
+_SUMS = (Sketch, Covariance)
+
+
+def _is_sum(node: Any) -> bool:
+    return isinstance(node, _SUMS)
+
+
+def _append(left: Array, right: Array) -> Array:
+    """Samples ``(*batch, n, d)`` of both."""
+    return jnp.concatenate([left, right], axis=-2)
+
+
+def _total(stacked: Array) -> Array:
+    return jnp.sum(stacked, axis=0)
+
+
+def _unstack(stacked: Array) -> Array:
+    """``(s, *batch, n, d)`` -> ``(*batch, s n, d)``."""
+    values = jnp.moveaxis(stacked, 0, -3)
+    return values.reshape(*values.shape[:-3], -1, values.shape[-1])
 
 
 def _as(dtype: Any, *arrays: Any) -> tuple[Array, ...]:

@@ -237,6 +237,7 @@ def warm_start(
     collect: Callable[[PyTree], Mapping[str, Sketch]],
     opt_state: PyTree,
     iterations: int,
+    centered: bool,
 ) -> PyTree:
     """`iterations` power steps of every basis on one batch, before training.
 
@@ -244,17 +245,19 @@ def warm_start(
       collect: ``opt_state -> sketches`` on the batch.
       opt_state: a fresh optimizer state.
       iterations: number of steps.
+      centered: as the optimizer was told; its state does not say.
     """
+    refresh = Refresh(1, 1, power_iteration, centered, 0.0)
     for _ in range(iterations):
-        absorb = functools.partial(_absorb, sketches=collect(opt_state))
+        sketches = collect(opt_state)
+        absorb = functools.partial(_absorb, sketches=sketches, refresh=refresh)
         opt_state = _spectral.map_states(absorb, opt_state)
     return opt_state
 
 
 def _absorb(
-    state: _spectral.SpectralState, sketches: Mapping[str, Sketch]
+    state: _spectral.SpectralState, sketches: Mapping[str, Sketch], refresh: Refresh
 ) -> _spectral.SpectralState:
-    refresh = Refresh(1, 1, power_iteration, False, 0.0)
     basis, spectrum = dict(state.basis), dict(state.spectrum)
     for path, layer in _spectral.split_layers(state).items():
         sketch = sketches.get(path + _spectral.STATES[type(state)])

@@ -7,7 +7,7 @@ updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -39,6 +39,8 @@ LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
 
 _DETACHED = "dsbp_detached"
 _MARK = "__dsbp__"
+#: Where JAX keeps the trace that a tracer is of, and the one around a trace.
+_TRACE, _PARENT = "_trace", "parent_trace"
 
 
 class TrainState(train_state.TrainState):
@@ -132,9 +134,10 @@ def value_and_grad(
     ) -> Any:
         riders, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
         recorder = _Recorder(every_rule, _inputs.members_of(shared))
+        around = _traces((params, args, kwargs, opt_state))
 
         def tapped_loss(params: PyTree, riders: dict[str, Rider]) -> Any:
-            recorder.start(params, riders, (args, kwargs))
+            recorder.start(params, riders, (args, kwargs), around)
             with nn.intercept_methods(recorder.intercept):
                 return loss_fn(params, *args, **kwargs)
 
@@ -208,10 +211,11 @@ def subspace_value_and_grad(
         leaves, treedef = _layout.flatten_with_paths(params)
         owners, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
         riders = _held.add_coordinates(owners, opt_state, leaves, displacement)
+        around = _traces((params, args, kwargs, opt_state))
 
         def run(recorder: _Recorder, leaves: Any, riders: dict[str, Rider]) -> Any:
             tree = treedef.unflatten(leaves.values())
-            recorder.start(tree, riders, (args, kwargs))
+            recorder.start(tree, riders, (args, kwargs), around)
             with nn.intercept_methods(recorder.intercept):
                 return loss_fn(tree, *args, **kwargs)
 
@@ -242,6 +246,9 @@ def warm_start(
     opt_state: PyTree,
     power_iterations: int = 5,
     has_aux: bool = False,
+    centered: bool = False,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
     **kwargs: Any,
 ) -> PyTree:
     """All power iterations but the last on the first batch, as the paper does.
@@ -256,18 +263,21 @@ def warm_start(
       opt_state: what ``tx.init(params)`` gave.
       power_iterations: q of the optimizer.
       has_aux: as for `value_and_grad`.
+      centered: as the optimizer was told.
+      rules: as for `value_and_grad`.
+      strict: as for `value_and_grad`.
       **kwargs: passed to the loss.
 
     Returns:
       `opt_state` with warm bases.
     """
-    step = value_and_grad(loss_fn, has_aux)
+    step = value_and_grad(loss_fn, has_aux, rules=rules, strict=strict)
 
     @jax.jit
     def collect(opt_state: PyTree) -> Any:
         return step(params, *args, opt_state=opt_state, **kwargs)[-1]
 
-    return _tap.warm_start(collect, opt_state, power_iterations - 1)
+    return _tap.warm_start(collect, opt_state, power_iterations - 1, centered)
 
 
 def find_shared_inputs(
@@ -311,9 +321,10 @@ def find_shared_inputs(
     del has_aux
     leaves, _ = _layout.flatten_with_paths(params)
     recorder = _Recorder({**_RULES, **_tap.check_rules(rules)}, leaves)
+    around = _traces((params, args, kwargs))
 
     def traced(params: PyTree, args: Any, kwargs: Any) -> None:
-        recorder.start(params, {}, (args, kwargs))
+        recorder.start(params, {}, (args, kwargs), around)
         with nn.intercept_methods(recorder.intercept):
             loss_fn(params, *args, **kwargs)
 
@@ -327,8 +338,14 @@ class _Recorder(Recorder):
     Kernels that are watched but have no rider are marked by an empty dict.
     """
 
-    def start(self, params: PyTree, riders: dict[str, Rider], foreign: PyTree) -> None:
-        self.riders = riders
+    def start(
+        self,
+        params: PyTree,
+        riders: dict[str, Rider],
+        foreign: PyTree,
+        around: Collection[int],
+    ) -> None:
+        self.riders, self.around = riders, around
         self.foreign = {id(leaf) for leaf in jax.tree.leaves(foreign)}
         self.leaves, _ = _layout.flatten_with_paths(params)
 
@@ -368,29 +385,35 @@ class _Recorder(Recorder):
         left alone: a penalty on it must not see the bases.
         """
         variables = scope._variables
-        params = variables.get("params")
-        prefix = None if not params else self._prefix(params)
+        params = variables.get("params") or {}
+        leaves, _ = _layout.flatten_with_paths(params)
+        prefix = self._prefix(leaves)
         if prefix is None:
             return
         merged = unfreeze(params)
         empty: dict[str, Any] = {path: {} for path in self.calls.watched}
         for key, rider in {**empty, **self.riders}.items():
-            if key.startswith(prefix):
-                *owners, _ = _rider.parameter_path(key)[len(prefix) :].split("/")
+            path = _rider.parameter_path(key)
+            inner = path.removeprefix(prefix)
+            if path.startswith(prefix) and self._fits(leaves.get(inner), path):
+                *owners, _ = inner.split("/")
                 node = merged
                 for owner in owners:
                     node = node.get(owner, {})
                 node.setdefault(_MARK, {}).setdefault(key, rider)
         variables["params"] = merged
 
-    def _prefix(self, params: PyTree) -> str | None:
+    def _fits(self, leaf: Any, path: str) -> bool:
+        """Whether a kernel, if it is an array at all, is shaped as that of `path`."""
+        return leaf is None or jnp.shape(leaf) == jnp.shape(self.leaves.get(path, leaf))
+
+    def _prefix(self, leaves: Mapping[str, Any]) -> str | None:
         """Where these parameters lie in the differentiated tree; None: elsewhere.
 
         They are recognised by identity, or, where the loss has cast or otherwise
-        rewritten them, by name and shape. Constants and other arguments of the loss (a
-        teacher of the same architecture) are not the parameters.
+        rewritten them, by name and shape. Constants, other arguments of the loss and
+        what it captured (a teacher of the same architecture) are not the parameters.
         """
-        leaves, _ = _layout.flatten_with_paths(params)
         best, chosen = (0, 0), None
         for prefix in _prefixes(self.leaves, leaves):
             pairs = [(leaf, self.leaves.get(prefix + q)) for q, leaf in leaves.items()]
@@ -405,7 +428,24 @@ class _Recorder(Recorder):
         return chosen
 
     def _may_be_rewritten(self, leaf: Any) -> bool:
-        return isinstance(leaf, jax.core.Tracer) and id(leaf) not in self.foreign
+        if not isinstance(leaf, jax.core.Tracer) or id(leaf) in self.foreign:
+            return False
+        return id(getattr(leaf, _TRACE, None)) not in self.around
+
+
+def _traces(operands: PyTree) -> set[int]:
+    """Identities of the traces around a call: what is of them is not differentiated.
+
+    A fresh constant is of the innermost one, in which `operands` need have no part. JAX
+    has no public name for the trace that a tracer is of; without it nothing is found.
+    """
+    found: set[int] = set()
+    for leaf in jax.tree.leaves((operands, jnp.zeros([]))):
+        trace = getattr(leaf, _TRACE, None)
+        while trace is not None:
+            found.add(id(trace))
+            trace = getattr(trace, _PARENT, None)
+    return found
 
 
 def _prefixes(known: Mapping[str, Any], inner: Mapping[str, Any]) -> list[str]:

@@ -273,6 +273,9 @@ def warm_start(
     power_iterations: int = 5,
     has_aux: bool = False,
     wrt: Any = nnx.Param,
+    centered: bool = False,
+    rules: Mapping[type, LayerRule] | None = None,
+    strict: bool = True,
     **kwargs: Any,
 ) -> PyTree:
     """All power iterations but the last on the first batch, as the paper does.
@@ -288,12 +291,15 @@ def warm_start(
       power_iterations: q of the optimizer.
       has_aux: as for `value_and_grad`.
       wrt: as for `value_and_grad`.
+      centered: as the optimizer was told.
+      rules: as for `value_and_grad`.
+      strict: as for `value_and_grad`.
       **kwargs: passed to the loss.
 
     Returns:
       The optimizer state with warm bases.
     """
-    step = value_and_grad(loss_fn, has_aux, wrt=wrt)
+    step = value_and_grad(loss_fn, has_aux, wrt=wrt, rules=rules, strict=strict)
     graphdef, values = nnx.split(model)
 
     @jax.jit
@@ -304,7 +310,7 @@ def warm_start(
     owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
     state = _pure(opt_state if owner is None else owner.opt_state)
     warm = _tap.warm_start(
-        lambda state: collect(state, values), state, power_iterations - 1
+        lambda state: collect(state, values), state, power_iterations - 1, centered
     )
     if owner is not None:
         nnx.update(owner.opt_state, nnx.state(warm))

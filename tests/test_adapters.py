@@ -1,5 +1,6 @@
 """Linen, NNX and explicit activations agree; values and gradients stay untouched."""
 
+import functools
 import threading
 from typing import Any
 
@@ -268,6 +269,39 @@ def test_micro_batches_sum_to_the_whole_batch() -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "bare"), [("dense", True), ("scan", False)])
+def test_samples_of_micro_batches_are_those_of_the_whole_batch(
+    name: str, bare: bool
+) -> None:
+    """Of stacked kernels too; activations do not add up number by number."""
+    network = NETWORKS[name]
+    params, x = init(network), batch(network, 2)
+    form = (lambda a: a) if bare else Activations
+
+    def seen(x: Any) -> Any:
+        return {p: form(a) for p, (a, _) in network.by_hand(params, x)[1].items()}
+
+    @jax.jit
+    def spectrum(statistics: Any) -> Any:
+        state = optimizer(power_iterations=2).init(params)
+        update = optimizer(power_iterations=2).update
+        return update(params, state, params, statistics=statistics)[1].spectrum
+
+    parts = [seen(part) for part in jnp.split(x, 2)]
+    whole = spectrum(seen(x))
+    assert_same(spectrum(dsbp_optax.add_statistics(*parts)), whole, rtol=2e-3)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
+    assert_same(spectrum(dsbp_optax.sum_statistics(stacked)), whole, rtol=2e-3)
+
+
+def test_statistics_of_two_kinds_do_not_add_up() -> None:
+    a = jnp.ones((4, 3))
+    one, two = {"w": Activations(a)}, {"w": dsbp_optax.Covariance(a.T @ a, 4)}
+    for left, right in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="Activations"):
+            dsbp_optax.add_statistics(left, right)
+
+
 def test_statistics_do_not_see_the_loss_scale() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)
@@ -506,6 +540,74 @@ def test_warm_start_makes_all_iterations_on_the_first_batch() -> None:
         np.testing.assert_allclose(left @ left.T, right @ right.T, atol=1e-4)
         start = cold[0].basis[path][:, 0]
         assert float(jnp.abs(start @ start.T - right @ right.T).max()) > 1e-2
+
+
+class Partly(nn.Module):
+    """A layer with a shipped rule, and one of the user's own."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(7, name="dense")(x)[:, :, None] + Bilinear(name="own")(x)[:, :1]
+
+
+class BilinearNnx(nnx.Module):
+    def __init__(self, weight: Any) -> None:
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.einsum("nd,dhe->nhe", x, self.weight[...])
+
+
+class PartlyNnx(nnx.Module):
+    def __init__(self, params: Any) -> None:
+        for name in ("dense", "spare"):
+            layer = nnx.Linear(12, 7, rngs=nnx.Rngs(0))
+            layer.kernel = nnx.Param(params[name]["kernel"])
+            setattr(self, name, layer)
+        self.own = BilinearNnx(params["own"]["weight"])
+
+    def __call__(self, x: Any) -> Any:
+        return self.dense(x)[:, :, None] + self.own(x)[:, :1]
+
+
+def off_center() -> Any:
+    """Samples of three clear directions, far from the origin."""
+    x = np.random.default_rng(0).normal(size=(40, 12)) * 0.1
+    x[:, :3] *= np.array([40.0, 20.0, 2.0])
+    return jnp.asarray(x + 5.0, jnp.float32)
+
+
+@pytest.mark.parametrize("adapter", ["linen", "nnx"])
+def test_warm_start_is_told_what_the_optimizer_and_the_step_are(adapter: str) -> None:
+    """A centred covariance, a rule of one's own, a layer that is never called."""
+    x, own = off_center(), dsbp_optax.Axes(inputs=(0,), outputs=(1, 2))
+    params = jax.jit(Partly().init)(jax.random.key(1), x)["params"]
+    params = {**params, "spare": params["dense"]}
+    cold = optimizer(axes={"own/weight": own}, centered=True).init(params)
+    rule = dsbp_optax.linen.LinearMap(lambda x, v: x @ v, 1, parameter="weight")
+    linen = adapter == "linen"
+    warm_start = (dsbp_optax.linen if linen else dsbp_optax.nnx).warm_start
+    loss_fn = loss_of(Partly()) if linen else (lambda model, x: jnp.mean(model(x) ** 2))
+    start = functools.partial(
+        warm_start,
+        loss_fn,
+        params if linen else PartlyNnx(params),
+        x,
+        opt_state=cold,
+        power_iterations=9,
+        rules={Bilinear if linen else BilinearNnx: lambda layer: rule},
+    )
+    with pytest.raises(ValueError, match=r"'spare/kernel'.*strict=False"):
+        start()
+    warm = start(centered=True, strict=False)
+    exact = np.linalg.eigvalsh(np.cov(x.T, bias=True))[:-3:-1]
+    for path in ("dense/kernel", "own/weight"):
+        found = warm.spectrum[path]
+        assert int(found.iterations.max()) == 8
+        np.testing.assert_allclose(found.eigenvalues.ravel(), exact, rtol=1e-3)
+    assert int(warm.spectrum["spare/kernel"].iterations.max()) == 0
+    raw = start(strict=False).spectrum["dense/kernel"].eigenvalues
+    assert float(raw.max()) > 10 * exact[0], "the mean is the larger part"
 
 
 def test_nnx_warm_start_and_state_changes() -> None:

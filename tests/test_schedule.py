@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from _models import KERNELS, only
 
 import dsbp_optax
 from dsbp_optax import (
+    Activations,
     AutoInterval,
     AutoRank,
     RankFraction,
@@ -133,6 +135,42 @@ def test_layers_take_turns(traced: bool) -> None:
         assert all(windows[i : i + 7].sum() == 2 for i in range(len(windows) - 6))
         assert windows[:2].all()
     assert changed[2:].sum(axis=1).max() == 2
+
+
+class Part(nn.Module):
+    """A layer and a stack of two."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        stacked = nn.vmap(
+            nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        x = jnp.tanh(nn.Dense(12, name="first")(x))
+        return stacked(6, name="stack")(jnp.stack([x, x]))
+
+
+def test_a_gradient_does_not_follow_a_statistic_within_its_window() -> None:
+    """Activations may be passed on the first step of a period alone."""
+    model, x = Part(), jax.random.normal(jax.random.key(0), (20, 12))
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
+    tx = dsbp_optax.scale_by_spectral_projection(
+        optax.trace(0.9), rank=2, update_every=8, project="always"
+    )
+    update, state = jax.jit(tx.update), tx.init(params)
+    grads = jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x) ** 2).mean()))
+    seen, counts = {"stack/kernel": Activations(jnp.stack([x, 2 * x]))}, []
+    state = first = update(grads(params), state, params, statistics=seen)[1]
+    for _ in range(8):
+        basis, spectrum = state.basis["stack/kernel"], state.spectrum["stack/kernel"]
+        counts.append(int(state.spectrum["first/kernel"].iterations.max()))
+        assert (basis == first.basis["stack/kernel"]).all()
+        assert (spectrum.activations == 1).all()
+        assert (spectrum.iterations == 5).all()
+        assert (spectrum.refreshed == 0).all()
+        state = update(grads(params), state, params)[1]
+    assert counts == [1, 2, 3, 4, 5, 5, 5, 5], "gradients alone go on"
+    assert (state.spectrum["stack/kernel"].activations == 0).all(), "the next window"
+    assert float(jnp.abs(state.basis["stack/kernel"] - basis).max()) > 1e-2
 
 
 def test_together_is_the_default_and_pays_for_all_at_once() -> None:

@@ -18,6 +18,7 @@ from dsbp_optax import (
     _checks,
     _eigenbasis,
     _plan,
+    _probe,
     _residual,
     _share,
     _transport,
@@ -90,7 +91,7 @@ def scale_by_spectral_projection(
         None leaves it. Applies to kernels in full space as well.
       fallback: transformation for parameters that are no kernels (biases, scales,
         embeddings, paths of rank None); None: the same as for kernels. It may use
-        parameters.
+        parameters; like `inner` it gives an ascent direction.
       sharpness: beta, weight of ``lambda_1 / tr(C) e_1 e_1^T W``; a number or a
         schedule. Acts where the basis comes from activations.
       centered: use the covariance about the mean, not the second moment.
@@ -148,8 +149,8 @@ def scale_by_spectral_projection(
     refresh = Refresh(update_every, power_iterations, solver, centered, decay, stagger)
     groups = _share.check_share(share)
     rule = Rule(
-        inner=_transport.as_inner(inner),
-        fallback=None if fallback is None else _transport.as_inner(fallback),
+        inner=_probe.as_transformation("inner", inner),
+        fallback=fallback and _probe.as_transformation("fallback", fallback),
         choices=_plan.check_choices(Choices(rank, side, axes, project, groups)),
         refresh=_eigenbasis.check_refresh(refresh),
         spectral_filter=spectral_filter,

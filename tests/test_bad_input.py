@@ -27,6 +27,7 @@ from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
+from dsbp_optax._plan import known_paths
 from dsbp_optax._tap import make_riders
 
 FIRST = KERNELS[0]
@@ -173,6 +174,31 @@ def test_inner(inner):
         ),
         *words,
     )
+
+
+@pytest.mark.parametrize("fallback", [optax.adam(1e-3), optax.adamw(1e-3)])
+@pytest.mark.parametrize("name", ["dsbp_muon", "projection"])
+def test_a_fallback_that_descends(name, fallback):
+    tx, words = FACTORIES[name](fallback=fallback), ("learning rate", "Remedy")
+    refused(lambda: tx.init(make_params()), "fallback: got", "expected", *words)
+    refused(lambda: jax.jit(tx.init)(make_params()), "fallback: got", *words)
+
+
+def test_a_fallback_of_another_kind():
+    make = FACTORIES["dsbp_muon"]
+    refused(lambda: make(fallback=3), "fallback: got 3", "GradientTransformation")
+
+
+def test_a_fallback_with_a_rate_of_its_own_masks_and_arguments():
+    """What README's table says in place of a learning rate, and what it may use."""
+    paths = [path for path in known_paths(make_params()) if path not in KERNELS]
+    rate = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
+    decay = optax.add_decayed_weights(0.1, dict.fromkeys(paths, True))
+    plateau = optax.contrib.reduce_on_plateau()
+    for more in (optax.identity(), decay, plateau):
+        fallback = optax.chain(rate, more)
+        state = only(FACTORIES["dsbp_muon"](fallback=fallback).init(make_params()))
+        assert set(state.fallback[0][0].mu) == set(paths)
 
 
 def test_unknown_moments_may_be_told():

@@ -132,7 +132,7 @@ def _update(
     if residual:
         kept = {path: rest for path, (_, rest) in combined.items()}
         residual = _spectral.select(finite, kept, residual)
-    changes = _combine.directed(rule, step, changes, updates)
+    changes = _combine.directed(rule, step, changes, updates, rows)
     return to_updates(step, changes, finite), SpectralProjectionState(
         **_stored_basis(rule, end_step(state, step, rule.refresh, finite)),
         inner=held.kernels,

@@ -113,8 +113,10 @@ def scale_by_spectral_projection(
         ``{("StateType", "field"): "first" | "second" | "invariant" | "reset"}`` or a
         function; "reset" starts all moments of a layer anew at each refresh.
       moment_dtype: dtype that moments in coordinates are stored in, None for that
-        of the inner optimizer; bfloat16 is rounded stochastically.
-      basis_dtype: dtype that bases are stored in, None for that of the computation.
+        of the inner optimizer; bfloat16 is rounded stochastically; float16, whose
+        range is too short, is refused.
+      basis_dtype: dtype that bases are stored in, None for that of the computation;
+        likewise.
       statistics_in_state: reserve a place for `put_statistics`, for wrappers that
         drop keywords.
 
@@ -159,8 +161,8 @@ def scale_by_spectral_projection(
         sharpness=_checks.check_number("sharpness", sharpness, 0.0),
         project_cold=project_cold,
         transport=_transport.make_table(transport),
-        moment_dtype=moment_dtype,
-        basis_dtype=basis_dtype,
+        moment_dtype=_checks.check_dtype("moment_dtype", moment_dtype),
+        basis_dtype=_checks.check_dtype("basis_dtype", basis_dtype),
         statistics_in_state=statistics_in_state,
     )
     return _update.transformation(rule)

@@ -102,6 +102,15 @@ def test_construction(name, keywords, words):
     refused(lambda: FACTORIES[name](**keywords), *words)
 
 
+@pytest.mark.parametrize("dtype", ["int8", jnp.float16, "half", jnp.float8_e5m2, "x"])
+@pytest.mark.parametrize("keyword", ["moment_dtype", "basis_dtype"])
+@pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon", "projection"])
+def test_dtypes_that_lose_small_numbers(name, keyword, dtype):
+    remedy = f"{keyword}=jnp.bfloat16"
+    words = f"{keyword}: got {dtype!r}", "floating", "Remedy", remedy
+    refused(lambda: FACTORIES[name](**{keyword: dtype}), *words)
+
+
 @pytest.mark.parametrize(("name", "keywords", "words"), OF_SOME)
 def test_construction_of_some(name, keywords, words):
     refused(lambda: FACTORIES[name](**keywords), *words)
@@ -110,6 +119,7 @@ def test_construction_of_some(name, keywords, words):
 def test_good_arguments_pass():
     FACTORIES["dsbp"](rank=np.int64(3), update_every=np.int32(2), decay=0.99)
     FACTORIES["projection"](sharpness=lambda step: 0.1, rank=lambda path, shape: None)
+    FACTORIES["dsbp_muon"](moment_dtype="float32", basis_dtype=np.dtype("float64"))
 
 
 AT_INIT = [

@@ -89,6 +89,8 @@ OF_SOME = [
     ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
     ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
     ("dsbp_sgd", {"whitening": -1.0}, ("whitening", "-1.0", "at least 0")),
+    ("dsbp_sgd", {"clip": 0.5}, ("clip: got 0.5", "at least 1")),
+    ("dsbp_adamw", {"clip": "2"}, ("clip: got '2'", "number")),
     ("dsbp_sgd", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"scale": "lion"}, ("scale", "'lion'", "'muon'", "'adam'")),

@@ -442,6 +442,15 @@ def test_complement_protects_the_basis() -> None:
     assert float(jnp.abs(v.T @ grads["layer"]["kernel"]).max()) > 0.1
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_left_beside_complement(name) -> None:
+    """As its docstring says: some rules go by the update in the basis, now zero."""
+    step, rule = seen(), _residual.as_residual(RULES[name])
+    step = step._replace(update=jnp.zeros_like(step.update))
+    got, _ = total(rule, rule.init(jnp.zeros((D, M))), step)
+    assert bool(got.any()) == (name in {"scaled", "momentum", "adam"})
+
+
 # --- orthogonalisation
 
 

@@ -49,7 +49,7 @@ def clip_by_norm_growth(
     Raises:
       ValueError, TypeError: for a factor below 1 or a decay outside [0, 1).
 
-    Cost: two reductions over the gradient, two numbers of state.
+    Cost: one reduction over the gradient, two numbers of state.
 
     Reference: the limiter of Fira, arXiv 2410.01623, bounds the growth from each step
     to the next instead.
@@ -86,18 +86,29 @@ def clip_by_norm_growth(
     return optax.GradientTransformation(init, update)
 
 
+@jax.jit
 def _global_norm(tree: PyTree) -> Array:
-    """``()`` float32, whatever the dtypes of the leaves.
-
-    In units of a power of two near the largest entry, so that squares do not overflow;
-    for other gradients that changes no bit.
-    """
-    leaves = [jnp.abs(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(x, initial=0) for x in leaves], jnp.float32(0)
+    """``()`` float32, whatever the dtypes of the leaves."""
+    total = _sum_of_squares(tree, 1)
+    norm: Array = jax.lax.cond(
+        jnp.isinf(total), _large_norm, lambda tree: jnp.sqrt(total), tree
     )
-    normal = jnp.isfinite(largest) & (largest >= jnp.finfo(jnp.float32).tiny)
-    _, exponent = jnp.frexp(jnp.where(normal, largest, 1))
-    unit = jnp.ldexp(jnp.float32(1), exponent - 1)
-    squares = [jnp.sum(jnp.square(x / unit)) for x in leaves]
-    return unit * jnp.sqrt(jnp.asarray(sum(squares), jnp.float32))
+    return norm
+
+
+def _large_norm(tree: PyTree) -> Array:
+    """The same in units of the largest entry, whose square may not be finite."""
+    sizes = [
+        jnp.max(jnp.abs(leaf).astype(jnp.float32), initial=0)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    unit: Array = functools.reduce(jnp.maximum, sizes, jnp.float32(1))
+    return unit * jnp.sqrt(_sum_of_squares(tree, unit))
+
+
+def _sum_of_squares(tree: PyTree, unit: Scalar) -> Array:
+    squares = [
+        jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32) / unit))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.asarray(sum(squares), jnp.float32)

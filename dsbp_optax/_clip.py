@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,9 @@ import optax
 
 from dsbp_optax import _checks
 from dsbp_optax._types import Array, PyTree, Scalar
+
+#: Unit in which every float32 can be squared, and billions of them added up.
+_FAR = 2.0**80
 
 
 class ClipByNormGrowthState(NamedTuple):
@@ -49,7 +51,7 @@ def clip_by_norm_growth(
     Raises:
       ValueError, TypeError: for a factor below 1 or a decay outside [0, 1).
 
-    Cost: one reduction over the gradient, two numbers of state.
+    Cost: two reductions over the gradient, two numbers of state.
 
     Reference: the limiter of Fira, arXiv 2410.01623, bounds the growth from each step
     to the next instead.
@@ -86,27 +88,17 @@ def clip_by_norm_growth(
     return optax.GradientTransformation(init, update)
 
 
-@jax.jit
 def _global_norm(tree: PyTree) -> Array:
-    """``()`` float32, whatever the dtypes of the leaves."""
-    total = _sum_of_squares(tree, 1)
-    norm: Array = jax.lax.cond(
-        jnp.isinf(total), _large_norm, lambda tree: jnp.sqrt(total), tree
-    )
-    return norm
+    """``()`` float32, whatever the dtypes of the leaves.
+
+    Where squares are not finite, in a unit that makes them so.
+    """
+    near, far = (_sum_of_squares(tree, unit) for unit in (1.0, _FAR))
+    return jnp.where(jnp.isfinite(near), jnp.sqrt(near), _FAR * jnp.sqrt(far))
 
 
-def _large_norm(tree: PyTree) -> Array:
-    """The same in units of the largest entry, whose square may not be finite."""
-    sizes = [
-        jnp.max(jnp.abs(leaf).astype(jnp.float32), initial=0)
-        for leaf in jax.tree.leaves(tree)
-    ]
-    unit: Array = functools.reduce(jnp.maximum, sizes, jnp.float32(1))
-    return unit * jnp.sqrt(_sum_of_squares(tree, unit))
-
-
-def _sum_of_squares(tree: PyTree, unit: Scalar) -> Array:
+def _sum_of_squares(tree: PyTree, unit: float) -> Array:
+    """In units of `unit`, a power of two."""
     squares = [
         jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32) / unit))
         for leaf in jax.tree.leaves(tree)

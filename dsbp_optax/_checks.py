@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dsbp_optax._types import Side
 
@@ -57,6 +58,24 @@ def check_number(
         raise TypeError(f"{name}: got {value!r}, expected a number {bound}.") from None
     if not (number >= least and (below is None or number < below)):
         raise ValueError(f"{name}: got {value!r}, expected a number {bound}.")
+    return value
+
+
+def check_dtype(name: str, value: Any) -> Any:
+    """`value`, if None or a floating dtype of float32's range, which squares need."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = jnp.dtype(bool)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    if not floating or jnp.finfo(dtype).minexp > jnp.finfo(jnp.bfloat16).minexp:
+        raise TypeError(
+            f"{name}: got {value!r}, expected None or a floating dtype with the range "
+            "of float32: what others hold is rounded to zero. Remedy: "
+            f"{name}=jnp.bfloat16, as small as float16."
+        )
     return value
 
 

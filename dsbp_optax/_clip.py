@@ -11,6 +11,9 @@ import optax
 from dsbp_optax import _checks
 from dsbp_optax._types import Array, PyTree, Scalar
 
+#: Unit in which every float32 can be squared, and billions of them added up.
+_FAR = 2.0**80
+
 
 class ClipByNormGrowthState(NamedTuple):
     """State of `clip_by_norm_growth`; the mean norm is ``total / weight``.
@@ -48,7 +51,7 @@ def clip_by_norm_growth(
     Raises:
       ValueError, TypeError: for a factor below 1 or a decay outside [0, 1).
 
-    Cost: one reduction over the gradient, two numbers of state.
+    Cost: two reductions over the gradient, two numbers of state.
 
     Reference: the limiter of Fira, arXiv 2410.01623, bounds the growth from each step
     to the next instead.
@@ -86,9 +89,18 @@ def clip_by_norm_growth(
 
 
 def _global_norm(tree: PyTree) -> Array:
-    """``()`` float32, whatever the dtypes of the leaves."""
+    """``()`` float32, whatever the dtypes of the leaves.
+
+    Where squares are not finite, in a unit that makes them so.
+    """
+    near, far = (_sum_of_squares(tree, unit) for unit in (1.0, _FAR))
+    return jnp.where(jnp.isfinite(near), jnp.sqrt(near), _FAR * jnp.sqrt(far))
+
+
+def _sum_of_squares(tree: PyTree, unit: float) -> Array:
+    """In units of `unit`, a power of two."""
     squares = [
-        jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32)))
+        jnp.sum(jnp.square(jnp.abs(leaf).astype(jnp.float32) / unit))
         for leaf in jax.tree.leaves(tree)
     ]
-    return jnp.sqrt(jnp.asarray(sum(squares), jnp.float32))
+    return jnp.asarray(sum(squares), jnp.float32)

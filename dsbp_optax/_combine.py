@@ -38,7 +38,8 @@ def combine(
       change: ``u``, the inner optimizer's update of the coordinates.
       coordinates: ``P``.
       held: path -> state of the residual rule; empty where it keeps none.
-      rows: the sharpness term's part along ``e_1``, where there is one.
+      rows: the sharpness term's part along ``e_1``, where there is one; left to
+        `directed` where that follows.
 
     Returns:
       The update as a matrix, and the state of the residual rule.
@@ -52,10 +53,10 @@ def combine(
         seen = Outside(change, coordinates, energy, matrix, basis, view.flipped)
         added, kept = rule.residual.update(seen, kept)
         inside, factor = _with_factor(rule, step, path, seen, added.factor)
-    if path in rows:
-        inside = _subspace.add_leading(inside, rows[path], view.flipped)
     if rule.direction is not None and path in step.given:
         inside = rule.direction(inside, *_plan.fans(path, view, rule.choices))
+    if path in rows and not _directed_whole(rule, step, path):
+        inside = _subspace.add_leading(inside, rows[path], view.flipped)
     whole = _subspace.lift(basis, inside, view.flipped)
     if factor is not None:
         whole = whole + factor * step.matrices[path]
@@ -79,13 +80,30 @@ def _with_factor(
     return jnp.where(warm, inside, 0), factor
 
 
+def _directed_whole(rule: Rule, step: Step, path: str) -> bool:
+    """Whether `directed` gives a projected kernel its direction, as a whole matrix."""
+    return rule.direction is not None and path not in step.given
+
+
 def directed(
-    rule: Rule, step: Step, changes: Mapping[str, Array], updates: PyTree
+    rule: Rule,
+    step: Step,
+    changes: Mapping[str, Array],
+    updates: PyTree,
+    rows: Mapping[str, Array],
 ) -> dict[str, Array]:
     """Every update shaped as its parameter, those of kernels given their direction.
 
     Kernels in full space get the same as projected ones. Those whose gradients came as
-    coordinates have it: the polar factor of ``V u`` is V times that of ``u``.
+    coordinates have it: the polar factor of ``V u`` is V times that of ``u``. The
+    sharpness term has a size of its own, and is added behind.
+
+    Args:
+      rule: the rule.
+      step: the step.
+      changes: path -> update, a matrix for projected kernels.
+      updates: the incoming tree.
+      rows: as in `combine`.
     """
     done = dict(changes)
     if rule.direction is None:
@@ -97,8 +115,11 @@ def directed(
         matrix = changes[path]
         if path not in step.views:
             matrix = _layout.to_matrices(matrix, view)
-        if path not in step.given:
+        if _directed_whole(rule, step, path):
             matrix = rule.direction(matrix, *_plan.fans(path, view, rule.choices))
+            if path in rows:
+                leading = step.bases[path][..., :1]
+                matrix = matrix + _subspace.lift(leading, rows[path], view.flipped)
         done[path] = _layout.from_matrices(matrix, view)
     return done
 

@@ -96,8 +96,8 @@ class MatrixView(NamedTuple):
 
     @property
     def flipped(self) -> bool:
-        """Whether the columns come before the rows in the kernel."""
-        return self.columns[0] < self.rows[0]
+        """Whether the columns come before the rows, if there are any, in the kernel."""
+        return self.columns[:1] < self.rows[:1]
 
     @property
     def order(self) -> Shape:
@@ -146,6 +146,8 @@ def view_of(shape: Shape, form: Shape, stacked: Shape) -> MatrixView:
     columns = [a for a in axes if form[a] == 1 and shape[a] > 1]
     if not columns:  # One column: the last axis that can be it.
         columns = [max(a for a in axes if shape[a] == 1)]
+    if not rows:  # One row, likewise.
+        rows = [max(a for a in axes if shape[a] == 1 and a not in columns)]
     batch = tuple(a for a in axes if a not in rows and a not in columns)
     return MatrixView(shape, batch, tuple(rows), tuple(columns))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsbp_optax import _plan
 from dsbp_optax._types import Array, PyTree
 
 #: (matrix (*batch, a, b), fan in, fan out) -> matrix of the same shape
@@ -33,17 +34,19 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
       steps: of the iteration.
 
     Returns:
-      Shaped as `matrix`; zero for a zero matrix.
+      Shaped as `matrix` and of its dtype, computed in float32 at least; zero for a
+      zero matrix.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
+    x = matrix.astype(_plan.compute_dtype(matrix.dtype))
+    x = jnp.swapaxes(x, -1, -2) if tall else x
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
     a, b, c = _QUINTIC
     for _ in range(steps):
         gram = jnp.einsum("...ij,...kj->...ik", x, x)
         x = a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)
-    return jnp.swapaxes(x, -1, -2) if tall else x
+    return (jnp.swapaxes(x, -1, -2) if tall else x).astype(matrix.dtype)
 
 
 def orthogonalize(steps: int = 5, scale: Scale = "muon") -> Direction:
@@ -112,8 +115,9 @@ def scale_by_orthogonalization(steps: int = 5) -> optax.GradientTransformation:
     def one(update: Array) -> Array:
         if jnp.ndim(update) >= 2:
             return newton_schulz(update, steps)
-        rms = jnp.sqrt(jnp.mean(update * update))
-        return update / jnp.where(rms > 0, rms, 1)
+        wide = update.astype(_plan.compute_dtype(update.dtype))
+        rms = jnp.sqrt(jnp.mean(wide * wide))
+        return (wide / jnp.where(rms > 0, rms, 1)).astype(update.dtype)
 
     def update_fn(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params

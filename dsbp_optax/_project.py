@@ -18,6 +18,7 @@ from dsbp_optax import (
     _checks,
     _eigenbasis,
     _plan,
+    _probe,
     _residual,
     _share,
     _transport,
@@ -90,7 +91,7 @@ def scale_by_spectral_projection(
         None leaves it. Applies to kernels in full space as well.
       fallback: transformation for parameters that are no kernels (biases, scales,
         embeddings, paths of rank None); None: the same as for kernels. It may use
-        parameters.
+        parameters; like `inner` it gives an ascent direction.
       sharpness: beta, weight of ``lambda_1 / tr(C) e_1 e_1^T W``; a number or a
         schedule. Acts where the basis comes from activations.
       centered: use the covariance about the mean, not the second moment.
@@ -112,8 +113,10 @@ def scale_by_spectral_projection(
         ``{("StateType", "field"): "first" | "second" | "invariant" | "reset"}`` or a
         function; "reset" starts all moments of a layer anew at each refresh.
       moment_dtype: dtype that moments in coordinates are stored in, None for that
-        of the inner optimizer; bfloat16 is rounded stochastically.
-      basis_dtype: dtype that bases are stored in, None for that of the computation.
+        of the inner optimizer; bfloat16 is rounded stochastically; float16, whose
+        range is too short, is refused.
+      basis_dtype: dtype that bases are stored in, None for that of the computation;
+        likewise.
       statistics_in_state: reserve a place for `put_statistics`, for wrappers that
         drop keywords.
 
@@ -148,8 +151,8 @@ def scale_by_spectral_projection(
     refresh = Refresh(update_every, power_iterations, solver, centered, decay, stagger)
     groups = _share.check_share(share)
     rule = Rule(
-        inner=_transport.as_inner(inner),
-        fallback=None if fallback is None else _transport.as_inner(fallback),
+        inner=_probe.as_transformation("inner", inner),
+        fallback=fallback and _probe.as_transformation("fallback", fallback),
         choices=_plan.check_choices(Choices(rank, side, axes, project, groups)),
         refresh=_eigenbasis.check_refresh(refresh),
         spectral_filter=spectral_filter,
@@ -158,8 +161,8 @@ def scale_by_spectral_projection(
         sharpness=_checks.check_number("sharpness", sharpness, 0.0),
         project_cold=project_cold,
         transport=_transport.make_table(transport),
-        moment_dtype=moment_dtype,
-        basis_dtype=basis_dtype,
+        moment_dtype=_checks.check_dtype("moment_dtype", moment_dtype),
+        basis_dtype=_checks.check_dtype("basis_dtype", basis_dtype),
         statistics_in_state=statistics_in_state,
     )
     return _update.transformation(rule)

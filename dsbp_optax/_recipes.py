@@ -469,7 +469,9 @@ def _recipe(
         optax.identity() if without else optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    limit = None if clip is None else clip_by_norm_growth(clip)
+    limit = None
+    if clip is not None:
+        limit = clip_by_norm_growth(_checks.check_number("clip", clip, 1.0))
 
     def init(params: PyTree) -> tuple[Any, ...]:
         held = () if limit is None else (limit.init(params),)

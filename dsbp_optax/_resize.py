@@ -330,10 +330,10 @@ def _flipped(
     form, stacked = state.basis[owner].shape[:-1], state.spectrum[owner].trace.shape
     if shape is not None:
         return _layout.view_of(shape, form, stacked).flipped
-    first = next(
-        a for a, (f, s) in enumerate(zip(form, stacked, strict=False)) if f > s
-    )
-    sides = {axis < first for axis, length in enumerate(form) if length == 1}
+    rows = [a for a, (f, s) in enumerate(zip(form, stacked, strict=False)) if f > s]
+    if not rows:  # One row has one coordinate, whatever rank is asked for.
+        return False
+    sides = {axis < rows[0] for axis, length in enumerate(form) if length == 1}
     if len(sides) == 1:
         return sides.pop()
     inner, rank = getattr(state, "inner", ()), state.basis[owner].shape[-1]

@@ -7,11 +7,9 @@ and field. It is open: pass ``transport={("MyState", "momentum"): FIRST}``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
-import optax
 
 from dsbp_optax import _subspace
 from dsbp_optax._types import Array, PyTree, Scalar
@@ -262,46 +260,3 @@ def _unknown(where: tuple[str, str]) -> str:
         "'invariant' (not in coordinates), 'reset' (start again at zero), or a "
         "function (moment, rotation, moments of the same state) -> moment."
     )
-
-
-def as_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """`inner` with support for extra arguments; None is the identity."""
-    if inner is None:
-        inner = optax.identity()
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"inner: got {inner!r} of type {type(inner).__name__}, expected an "
-            "optax.GradientTransformation such as optax.scale_by_adam()."
-        )
-    return optax.with_extra_args_support(inner)
-
-
-def check_inner(inner: optax.GradientTransformation) -> None:
-    """Refuse an inner optimizer that descends or that needs parameters.
-
-    Probes it on one tiny gradient; skipped for hyperparameters that are traced.
-    """
-    probe = {"kernel": jnp.asarray([[1.0, -2.0], [0.5, 3.0]])}
-    try:
-        with jax.ensure_compile_time_eval():
-            state = inner.init(probe)
-            update, _ = inner.update(probe, state, None)
-            product = jnp.vdot(update["kernel"], probe["kernel"])
-    except (ValueError, AttributeError, TypeError) as error:
-        if "params" not in str(error) and "NoneType" not in str(error):
-            raise
-        raise ValueError(
-            "inner: needs the parameters, which have no coordinates in the subspace "
-            f"({str(error).splitlines()[0]}). Remedy: keep weight decay and trust "
-            "ratios outside, e.g. optax.chain(scale_by_spectral_projection(inner="
-            "optax.scale_by_adam()), optax.add_decayed_weights(1e-4), "
-            "optax.scale_by_learning_rate(1e-3))."
-        ) from error
-    if not isinstance(product, jax.core.Tracer) and product < 0:
-        raise ValueError(
-            "inner: its update points downhill already (it contains a learning "
-            "rate), so the projected part would descend and the rest ascend. Remedy: "
-            "pass a scale_by_* transformation and put the learning rate after: "
-            "optax.chain(scale_by_spectral_projection(inner=optax.scale_by_adam()), "
-            "optax.scale_by_learning_rate(lr))."
-        )

@@ -15,6 +15,7 @@ from dsbp_optax import (
     _inner,
     _layout,
     _plan,
+    _probe,
     _residual,
     _sharding,
     _spectral,
@@ -49,7 +50,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
     if not leaves:
         nothing = {name: jnp.zeros([]) for name in ("inner", "residual", "fallback")}
         return SpectralProjectionState(**_spectral.empty_fields(), **nothing)
-    _transport.check_inner(rule.inner)
+    _probe.check_inner(rule.inner)
     decisions, fields = _spectral.init_fields(
         params,
         rule.choices,
@@ -71,6 +72,8 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         for path, view in views.items()
     }
     kernels, others = _inner.divide(rule, leaves, params, views)
+    if rule.fallback is not None:
+        _probe.check_fallback(rule.fallback, others)
     inner = rule.inner.init({**kernels, **coordinates})
     paths = frozenset(coordinates)
     _transport.check_table(inner, paths, rule.transport)
@@ -129,7 +132,7 @@ def _update(
     if residual:
         kept = {path: rest for path, (_, rest) in combined.items()}
         residual = _spectral.select(finite, kept, residual)
-    changes = _combine.directed(rule, step, changes, updates)
+    changes = _combine.directed(rule, step, changes, updates, rows)
     return to_updates(step, changes, finite), SpectralProjectionState(
         **_stored_basis(rule, end_step(state, step, rule.refresh, finite)),
         inner=held.kernels,

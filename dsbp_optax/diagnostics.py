@@ -219,8 +219,9 @@ def warnings(opt_state: PyTree) -> list[str]:
         step, skipped = int(state.step), int(state.skipped)
         if skipped:
             found.append(
-                f"{skipped} of {step} steps were skipped, their gradients were not "
-                "finite. Remedy: a smaller learning rate, clipping, or loss scaling."
+                f"{skipped} of {step} steps were skipped, their gradients or the "
+                "squares of these were not finite. Remedy: a smaller learning rate, "
+                "clipping, or loss scaling."
             )
         for path, spectrum in state.spectrum.items():
             found += _defects(path, spectrum, step)

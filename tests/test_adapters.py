@@ -4,6 +4,7 @@ import functools
 import threading
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax.core import freeze
 from networks import NETWORKS, Network, ScanNet, batch, init
 
 import dsbp_optax
-from dsbp_optax import Activations, Sketch
+from dsbp_optax import Activations, Axes, Sketch, _layout
 
 
 def optimizer(side: str = "input", **kwargs: Any) -> Any:
@@ -608,6 +609,54 @@ def test_warm_start_is_told_what_the_optimizer_and_the_step_are(adapter: str) ->
     assert int(warm.spectrum["spare/kernel"].iterations.max()) == 0
     raw = start(strict=False).spectrum["dense/kernel"].eigenvalues
     assert float(raw.max()) > 10 * exact[0], "the mean is the larger part"
+
+
+def test_a_head_of_one_output_is_trained_by_the_papers_rule() -> None:
+    """Its side has length 1: the projection is the identity, the term beta W."""
+    head = nn.Dense(1)
+    x = batch(NETWORKS["dense"], 2)
+    params = head.init(jax.random.key(0), x)["params"]
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean((head.apply({"params": params}, x) - 1) ** 2)
+
+    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp(0.1, 2, sharpness=0.5), 0.0, every=2)
+    state = dsbp_optax.linen.warm_start(loss, params, x, opt_state=tx.init(params))
+    for given in (None, params):
+        sized = dsbp_optax.resize_state(state, given, rank=3)
+        chex.assert_trees_all_equal(sized, state)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        _, grads, seen = dsbp_optax.linen.value_and_grad(loss)(
+            params, x, opt_state=state
+        )
+        again = {"statistics": seen, "grad_fn": lambda p, _: jax.grad(loss)(p, x)}
+        return grads, tx.update(grads, state, params, **again)[0]
+
+    grads, updates = step(params, sized)
+    expected = -0.1 * (grads["kernel"] + 0.5 * params["kernel"])
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((5, 1), Axes((0,), (1,))),
+        ((1, 5), Axes((0,), (1,))),
+        ((3, 3, 4, 1), Axes((0, 1, 2), (3,))),
+        ((2, 5, 1), Axes((1,), (2,), (0,))),
+        ((1, 1), Axes((0,), (1,))),
+    ],
+)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_side_of_length_one_is_read_off_a_state(shape, axes, side) -> None:
+    view = _layout.matrix_view(shape, axes, side)
+    form = _layout.kernel_form_shape(view, True, 1)[:-1]
+    stacked = _layout.kernel_form_shape(view, False, 1)[:-1]
+    found = _layout.view_of(shape, form, stacked)
+    assert (found.size, found.other) == (view.size, view.other)
+    assert found.coordinate_shape(1) == view.coordinate_shape(1)
 
 
 def test_nnx_warm_start_and_state_changes() -> None:

@@ -27,6 +27,7 @@ from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
+from dsbp_optax._plan import known_paths
 from dsbp_optax._tap import make_riders
 
 FIRST = KERNELS[0]
@@ -88,6 +89,8 @@ OF_SOME = [
     ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
     ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
     ("dsbp_sgd", {"whitening": -1.0}, ("whitening", "-1.0", "at least 0")),
+    ("dsbp_sgd", {"clip": 0.5}, ("clip: got 0.5", "at least 1")),
+    ("dsbp_adamw", {"clip": "2"}, ("clip: got '2'", "number")),
     ("dsbp_sgd", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"scale": "lion"}, ("scale", "'lion'", "'muon'", "'adam'")),
@@ -101,6 +104,15 @@ def test_construction(name, keywords, words):
     refused(lambda: FACTORIES[name](**keywords), *words)
 
 
+@pytest.mark.parametrize("dtype", ["int8", jnp.float16, "half", jnp.float8_e5m2, "x"])
+@pytest.mark.parametrize("keyword", ["moment_dtype", "basis_dtype"])
+@pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon", "projection"])
+def test_dtypes_that_lose_small_numbers(name, keyword, dtype):
+    remedy = f"{keyword}=jnp.bfloat16"
+    words = f"{keyword}: got {dtype!r}", "floating", "Remedy", remedy
+    refused(lambda: FACTORIES[name](**{keyword: dtype}), *words)
+
+
 @pytest.mark.parametrize(("name", "keywords", "words"), OF_SOME)
 def test_construction_of_some(name, keywords, words):
     refused(lambda: FACTORIES[name](**keywords), *words)
@@ -109,6 +121,7 @@ def test_construction_of_some(name, keywords, words):
 def test_good_arguments_pass():
     FACTORIES["dsbp"](rank=np.int64(3), update_every=np.int32(2), decay=0.99)
     FACTORIES["projection"](sharpness=lambda step: 0.1, rank=lambda path, shape: None)
+    FACTORIES["dsbp_muon"](moment_dtype="float32", basis_dtype=np.dtype("float64"))
 
 
 AT_INIT = [
@@ -173,6 +186,31 @@ def test_inner(inner):
         ),
         *words,
     )
+
+
+@pytest.mark.parametrize("fallback", [optax.adam(1e-3), optax.adamw(1e-3)])
+@pytest.mark.parametrize("name", ["dsbp_muon", "projection"])
+def test_a_fallback_that_descends(name, fallback):
+    tx, words = FACTORIES[name](fallback=fallback), ("learning rate", "Remedy")
+    refused(lambda: tx.init(make_params()), "fallback: got", "expected", *words)
+    refused(lambda: jax.jit(tx.init)(make_params()), "fallback: got", *words)
+
+
+def test_a_fallback_of_another_kind():
+    make = FACTORIES["dsbp_muon"]
+    refused(lambda: make(fallback=3), "fallback: got 3", "GradientTransformation")
+
+
+def test_a_fallback_with_a_rate_of_its_own_masks_and_arguments():
+    """What README's table says in place of a learning rate, and what it may use."""
+    paths = [path for path in known_paths(make_params()) if path not in KERNELS]
+    rate = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
+    decay = optax.add_decayed_weights(0.1, dict.fromkeys(paths, True))
+    plateau = optax.contrib.reduce_on_plateau()
+    for more in (optax.identity(), decay, plateau):
+        fallback = optax.chain(rate, more)
+        state = only(FACTORIES["dsbp_muon"](fallback=fallback).init(make_params()))
+        assert set(state.fallback[0][0].mu) == set(paths)
 
 
 def test_unknown_moments_may_be_told():

@@ -85,6 +85,20 @@ def test_dtypes_are_kept_and_squares_do_not_overflow(dtype) -> None:
     np.testing.assert_allclose(np.asarray(clipped, np.float32), 2.0, rtol=1e-2)
 
 
+@pytest.mark.parametrize("largest", [1e38, 1e20, 1e-6, 1e-25, 1e-42, 0.0])
+def test_gradients_whose_squares_are_not_finite_are_clipped(largest) -> None:
+    gradient = jnp.full((4, 4), 0.25).at[1, 2].set(largest)
+    tx = dsbp_optax.clip_by_norm_growth()
+    _, state = tx.update(jnp.full((4, 4), 0.25), tx.init(gradient))
+    clipped, state = tx.update(gradient, state)
+    expected = min(np.linalg.norm(np.asarray(gradient, np.float64)), 2.0)
+    np.testing.assert_allclose(np.linalg.norm(clipped), expected, rtol=1e-5)
+    np.testing.assert_allclose(state.total / state.weight, 1, atol=0.6)
+    alone = jnp.full((4, 4), min(largest, 1e30))
+    passed, _ = tx.update(alone, tx.init(alone))
+    np.testing.assert_allclose(passed, alone, atol=1e-38)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [({"factor": 0.5}, "factor: got 0.5"), ({"decay": 1.0}, "decay: got 1.0")],

@@ -336,6 +336,31 @@ def test_orthogonalised_updates_of_coordinates_and_a_fallback() -> None:
     assert float(jnp.abs(got["wide"]).max()) > 0
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_sharpness_term_keeps_its_size_beside_a_direction(side) -> None:
+    """It is the same added term whatever the direction, linear in the parameters."""
+    params = {"kernel": params_of(dense=(D, M))["dense"]["kernel"]}
+    grads, zeros = gradients(params, 1), jax.tree.map(jnp.zeros_like, params)
+    direction = dsbp_optax.orthogonalize()
+    tx = projection(optax.identity(), side=side, sharpness=0.5, direction=direction)
+    seen = {"kernel": activations(0, D if side == "input" else M)}
+    update = jax.jit(tx.update)
+    _, state = update(grads, tx.init(params), params, statistics=seen)
+    spectrum, basis = state.spectrum["kernel"], state.basis["kernel"]
+    share = float(spectrum.eigenvalues.max() / spectrum.trace.max())
+    leading = np.asarray(basis[..., 0]).ravel()
+    square = 0.5 * share * np.outer(leading, leading)
+    weight = np.asarray(params["kernel"])
+    term = square @ weight if side == "input" else weight @ square
+    assert np.abs(term).max() > 1e-2
+    for given in (grads, project_gradients(grads, state)):
+        with_term, _ = update(given, state, params)
+        without, _ = update(given, state, zeros)
+        added = with_term["kernel"] - without["kernel"]
+        np.testing.assert_allclose(added, term, atol=1e-5)
+        assert float(jnp.abs(without["kernel"]).max()) > 0.1
+
+
 def test_bases_stored_in_half_precision_are_widened_before_they_project() -> None:
     """Products in bfloat16 would be off in the third digit."""
     tx = projection(basis_dtype=jnp.bfloat16)

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,23 @@ def test_an_overflow_of_the_scaled_loss_costs_one_step(name) -> None:
         float(jnp.abs(moved["layers_0"]["kernel"] - params["layers_0"]["kernel"]).max())
         > 0
     )
+
+
+@every_recipe
+def test_a_gradient_too_large_to_square_does_no_lasting_harm(name) -> None:
+    """One column in two steps: clipped or skipped, and all goes on."""
+    tx, params = RECIPES[name](), PARAMS["layers_0"]
+    update, state = jax.jit(tx.update), tx.init(params)
+    wild = [
+        jax.tree.map(lambda x, n=large: x.at[..., 0].set(n), params)
+        for large in (1e18, 1e20, 1e30)
+    ]
+    for grads in (params, *wild, params, params):
+        updates, state = update(grads, state, params)
+        chex.assert_tree_all_finite((updates, state))
+    assert float(jnp.abs(updates["kernel"]).max()) > 0
+    skipped = int(diagnostics.metrics(state)["dsbp/skipped"])
+    assert skipped == (len(wild) if name == "dsbp_muon" else 0)
 
 
 @every_recipe

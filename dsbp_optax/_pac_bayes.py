@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _batches, _checks, _layout, _perturb
+from dsbp_optax import _basis, _batches, _checks, _layout, _perturb
 from dsbp_optax._types import Array, PyTree, Scalar
 
 #: The grid of prior variances: ``_LARGEST exp(-j / _FINENESS)``, j = 1, 2, ...
@@ -220,7 +220,13 @@ def _inside(opt_state: PyTree, moved: PyTree) -> Mapping[str, Array]:
     leaves, _ = _layout.flatten_with_paths(moved)
     states = _perturb.projections(opt_state, "kl_divergence")
     spaces = _perturb.subspaces(states, leaves)
-    return {path: space.project(leaves[path]) for path, space in spaces.items()}
+    # Rounded bases, and those with directions out of use, made orthonormal: the prior's
+    # parts inside and outside of them are to be independent.
+    exact = {
+        path: space._replace(basis=_basis.orthonormalize(space.basis))
+        for path, space in spaces.items()
+    }
+    return {path: space.project(leaves[path]) for path, space in exact.items()}
 
 
 def _group(squared: Array, size: int, noise: Scalar) -> tuple[Array, Array]:

@@ -182,6 +182,13 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
         )
     known = [p + STATES[type(s)] for s in states for p in s.statistics]
     _eigenbasis.check_mapping(statistics, KnownPaths(known, []), [])
+    for path, given in statistics.items():
+        if not isinstance(given, Sketch):
+            raise TypeError(
+                f"put_statistics: got {type(given).__name__} for '{path}', expected a "
+                "Sketch, as the adapters return it: it has a place for no other. "
+                "Remedy: pass whole matrices as statistics= to update."
+            )
 
     def put(state: SpectralState) -> SpectralState:
         suffix = STATES[type(state)]
@@ -190,8 +197,7 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
             for path, empty in state.statistics.items()
         }
         filled = {  # The dtypes of a state stay, whatever took the sketch.
-            path: cast_like(x, state.statistics[path]) if isinstance(x, Sketch) else x
-            for path, x in given.items()
+            path: cast_like(x, state.statistics[path]) for path, x in given.items()
         }
         return state._replace(statistics=filled)
 

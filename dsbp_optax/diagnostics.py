@@ -149,8 +149,10 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
                 figures[f"dsbp/{name}/{path}{suffix}"] = jnp.max(value)
             size = jnp.asarray(_kernel_bytes(state, path))
             figures[f"dsbp/state_bytes/{path}{suffix}"] = size
-        figures[f"dsbp/step{suffix}"] = jnp.asarray(state.step)
-        figures[f"dsbp/skipped{suffix}"] = jnp.asarray(state.skipped)
+        # Of several projections, in a partition, the one that counted most.
+        for name, count in (("step", state.step), ("skipped", state.skipped)):
+            known = figures.get(f"dsbp/{name}{suffix}", 0)
+            figures[f"dsbp/{name}{suffix}"] = jnp.maximum(known, count)
     return figures
 
 

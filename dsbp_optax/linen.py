@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.core import meta, unfreeze
 from flax.training import train_state
 
@@ -72,7 +73,8 @@ class TrainState(train_state.TrainState):
         """
         fields = {k: v for k, v in kwargs.items() if k in self.__dataclass_fields__}
         extra = {k: v for k, v in kwargs.items() if k not in fields}
-        updates, opt_state = self.tx.update(
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(
             grads, self.opt_state, self.params, statistics=statistics, **extra
         )
         params = jax.tree.map(

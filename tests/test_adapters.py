@@ -368,6 +368,15 @@ def test_aux_rngs_batch_norm_and_mixed_precision(dtype: Any) -> None:
     assert statistics["first/kernel"].product.dtype == jnp.float32
 
 
+def test_train_state_with_a_transformation_that_takes_no_statistics() -> None:
+    params = {"kernel": jnp.ones((4, 3))}
+    state = dsbp_optax.linen.TrainState.create(
+        apply_fn=None, params=params, tx=optax.scale(-0.5)
+    )
+    state = state.apply_gradients(grads=params, statistics={})
+    np.testing.assert_array_equal(state.params["kernel"], 0.5)
+
+
 def test_train_state_passes_statistics() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)

@@ -27,7 +27,7 @@ from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
-from dsbp_optax._plan import known_paths
+from dsbp_optax._known import known_paths
 from dsbp_optax._tap import make_riders
 
 FIRST = KERNELS[0]
@@ -203,7 +203,7 @@ def test_a_fallback_of_another_kind():
 
 def test_a_fallback_with_a_rate_of_its_own_masks_and_arguments():
     """What README's table says in place of a learning rate, and what it may use."""
-    paths = [path for path in known_paths(make_params()) if path not in KERNELS]
+    paths = [path for path in known_paths(make_params()).all if path not in KERNELS]
     rate = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
     decay = optax.add_decayed_weights(0.1, dict.fromkeys(paths, True))
     plateau = optax.contrib.reduce_on_plateau()
@@ -411,6 +411,13 @@ def test_put_statistics_of_an_unknown_path():
         "frist/kernel",
         f"'{FIRST}'",
     )
+
+
+@pytest.mark.parametrize("given", [jnp.ones((4, 2)), Activations(jnp.ones((4, 2)))])
+def test_put_statistics_of_whole_matrices(given):
+    state = _state(statistics_in_state=True)
+    with pytest.raises(TypeError, match=f"'{FIRST}', expected a Sketch.*Remedy"):
+        put_statistics(state, {FIRST: given})
 
 
 def test_two_projections_on_one_kernel():

@@ -249,6 +249,9 @@ def test_two_projections_on_disjoint_groups():
     for inner in find_states(state):
         for spectrum in inner.spectrum.values():
             assert spectrum.activations.all()
+    grads = {**params, "first": jax.tree.map(lambda x: x * jnp.nan, params["first"])}
+    _, state = tx.update(grads, state, params)
+    assert dsbp_optax.diagnostics.metrics(state)["dsbp/skipped"] == 1
 
 
 def test_a_group_without_parameters_is_harmless():

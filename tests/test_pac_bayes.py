@@ -140,6 +140,7 @@ def test_motion_inside_the_eigenbases_costs_less_with_a_scale_of_its_own() -> No
     assert float(two.kl + two.grid) < 0.5 * float(one.kl + one.grid)
     assert float(two.distance_inside) == pytest.approx(float(two.distance), rel=1e-4)
     np.testing.assert_allclose(two.inside, two.kl, rtol=0.05)
+    assert float(two.distance_inside) <= float(two.distance) * (1 + 1e-6)
     away = kl(outside, opt_state=state)
     assert float(away.distance_inside) < 0.05 * float(away.distance)
 

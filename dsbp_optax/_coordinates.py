@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dsbp_optax import _checks, _layout, _plan, _sharding, _spectral
+from dsbp_optax import _checks, _layout, _sharding, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 
 def project_gradients(grads: PyTree, opt_state: PyTree) -> PyTree:
@@ -98,7 +98,7 @@ def _project(
     rows = [a for a in every if form[a] != stacked[a]]
     used = [a for a in every if form[a] > 1]
     kept = [a for a in every if a not in rows]
-    dtype = _plan.compute_dtype(jnp.result_type(gradient))
+    dtype = compute_dtype(jnp.result_type(gradient))
 
     def product(gradient: Array, basis: Array) -> Array:
         values = jnp.einsum(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dsbp_optax import _layout, _plan, _precision, _spectral, _transport
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._rule import Rule
-from dsbp_optax._types import Array, PyTree, state_bytes
+from dsbp_optax._types import Array, PyTree, compute_dtype, state_bytes
 
 #: Bytes of inner state above which a skipped step is a branch.
 _LARGE_STATE = 2**22
@@ -107,7 +107,7 @@ def widened(updates: PyTree) -> Callable[[Array, str], Array]:
 
     def one(moment: Array, name: str) -> Array:
         leaf = leaves.get(name.rpartition("#")[0], moment)  # missing: an error later
-        return moment.astype(_plan.compute_dtype(jnp.result_type(leaf)))
+        return moment.astype(compute_dtype(jnp.result_type(leaf)))
 
     return one
 

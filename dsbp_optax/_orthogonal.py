@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _plan
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 #: (matrix (*batch, a, b), fan in, fan out) -> matrix of the same shape
 Direction: TypeAlias = Callable[[Array, int, int], Array]
@@ -38,7 +37,7 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
       zero matrix.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.astype(_plan.compute_dtype(matrix.dtype))
+    x = matrix.astype(compute_dtype(matrix.dtype))
     x = jnp.swapaxes(x, -1, -2) if tall else x
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
@@ -115,7 +114,7 @@ def scale_by_orthogonalization(steps: int = 5) -> optax.GradientTransformation:
     def one(update: Array) -> Array:
         if jnp.ndim(update) >= 2:
             return newton_schulz(update, steps)
-        wide = update.astype(_plan.compute_dtype(update.dtype))
+        wide = update.astype(compute_dtype(update.dtype))
         rms = jnp.sqrt(jnp.mean(wide * wide))
         return (wide / jnp.where(rms > 0, rms, 1)).astype(update.dtype)
 

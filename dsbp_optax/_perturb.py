@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _adapt, _checks, _layout, _plan, _spectral, _subspace
+from dsbp_optax import _adapt, _checks, _layout, _spectral, _subspace
 from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 
 class Subspace(NamedTuple):
@@ -156,7 +156,7 @@ def add(
         if isinstance(change, Coordinates):
             leaves[path] = jax.tree.map(lambda x, y: x + sign * y, leaf, change)
             continue
-        wide = leaf.astype(_plan.compute_dtype(leaf.dtype)) + sign * change
+        wide = leaf.astype(compute_dtype(leaf.dtype)) + sign * change
         leaves[path] = wide.astype(leaf.dtype)
     return treedef.unflatten(leaves.values())
 

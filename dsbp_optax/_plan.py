@@ -17,7 +17,7 @@ import optax
 from dsbp_optax import _checks, _known, _layout, _schedule, _share
 from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
 from dsbp_optax._schedule import RankFraction
-from dsbp_optax._types import Array, PyTree, Side, state_bytes
+from dsbp_optax._types import Array, PyTree, Side, compute_dtype, state_bytes
 
 #: Names of arrays that are tables, scales or offsets, not linear maps.
 _NOT_KERNELS = re.compile("embed|bias|scale|norm|^(pos|cls|token)")
@@ -337,11 +337,6 @@ def inner_bytes(inner: optax.GradientTransformation, shape: Shape, dtype: Any) -
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim
     )
     return sum(sizes)
-
-
-def compute_dtype(dtype: Any) -> Any:
-    """The dtype of all linear algebra on parameters of `dtype`."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _view(

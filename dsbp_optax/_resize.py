@@ -32,7 +32,7 @@ from dsbp_optax._sam import SubspaceSamState
 from dsbp_optax._schedule import Rank, RankFraction
 from dsbp_optax._spectral import SpectralProjectionState, SpectralState
 from dsbp_optax._transport import Kind
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 
 class Request(NamedTuple):
@@ -364,7 +364,7 @@ def _directions(path: str, basis: Array, trace: Array, change: Change) -> Array:
     """
     missing = max(change.new - change.old, 0)
     view = _layout.view_of(basis.shape[:-1], basis.shape[:-1], trace.shape[:-1])
-    dtype = _plan.compute_dtype(basis.dtype)
+    dtype = compute_dtype(basis.dtype)
     known = _layout.from_kernel_form(basis.astype(dtype), view)
     if not missing:
         return basis[..., :0]
@@ -400,7 +400,7 @@ def _sized(moment: Array, change: Change, kind: Kind) -> Array:
     sized = _padded(moment, change.new, axis)
     if change.new <= change.old or kind != "second" or not change.used:
         return sized
-    wide = moment.astype(_plan.compute_dtype(moment.dtype))
+    wide = moment.astype(compute_dtype(moment.dtype))
     mean = jnp.mean(wide, axis=axis, keepdims=True).astype(moment.dtype)
     index = jax.lax.broadcasted_iota(jnp.int32, sized.shape, sized.ndim + axis)
     return jnp.where(index < change.old, sized, mean)

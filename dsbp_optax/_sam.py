@@ -15,13 +15,12 @@ from dsbp_optax import (
     _coordinates,
     _layout,
     _perturb,
-    _plan,
     _sharding,
     _spectral,
 )
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._perturb import Subspace
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 #: (parameters, 0) -> gradients, as `optax.contrib.sam` takes it; see `subspace_sam` for
 #: gradients in coordinates.
@@ -233,7 +232,7 @@ def _divided(
         if path in spaces:
             parts[path] = spaces[path].project(leaf)
         elif unprojected and jnp.issubdtype(leaf.dtype, jnp.floating):
-            parts[path] = leaf.astype(_plan.compute_dtype(leaf.dtype))
+            parts[path] = leaf.astype(compute_dtype(leaf.dtype))
     return parts
 
 

@@ -15,7 +15,7 @@ from dsbp_optax._known import KnownPaths
 from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._schedule import AutoRank
 from dsbp_optax._statistics import Sketch
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 T = TypeVar("T")
 
@@ -280,7 +280,7 @@ def all_finite(tree: PyTree) -> Array:
     moments that a gradient goes into are squared themselves.
     """
     sizes = [
-        jnp.abs(x).astype(_plan.compute_dtype(jnp.abs(x).dtype))
+        jnp.abs(x).astype(compute_dtype(jnp.abs(x).dtype))
         for x in jax.tree.leaves(tree)
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
@@ -337,7 +337,7 @@ def init_layers(
             path,
             choice.view,
             choice.rank,
-            _plan.compute_dtype(jnp.result_type(leaves[path])),
+            compute_dtype(jnp.result_type(leaves[path])),
             refresh,
             rules.get(path),
         )
@@ -413,7 +413,7 @@ def matrices(
         path: _layout.to_matrices(_layout.astype(gradients[path], dtype), view)
         for path, view in views.items()
         if not isinstance(gradients[path], Coordinates)
-        for dtype in [_plan.compute_dtype(jnp.result_type(gradients[path]))]
+        for dtype in [compute_dtype(jnp.result_type(gradients[path]))]
     }
 
 

@@ -24,12 +24,18 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Side: TypeAlias = Literal["input", "output"]
 #: A number, or something traced that stands for one (``inject_hyperparams``).
 Scalar: TypeAlias = float | int | Array
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype of all linear algebra on parameters of `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dsbp_optax import (
     _eigenbasis,
     _inner,
     _layout,
-    _plan,
     _probe,
     _residual,
     _sharding,
@@ -32,7 +31,7 @@ from dsbp_optax._refresh import (
 )
 from dsbp_optax._rule import Rule
 from dsbp_optax._spectral import SpectralProjectionState
-from dsbp_optax._types import Array, PyTree
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 
 def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
@@ -64,9 +63,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         for path, choice in decisions.items()
         if choice.view is not None and choice.projected
     }
-    dtypes = {
-        path: _plan.compute_dtype(jnp.result_type(leaves[path])) for path in views
-    }
+    dtypes = {path: compute_dtype(jnp.result_type(leaves[path])) for path in views}
     coordinates = {
         path: jnp.zeros(view.coordinate_shape(decisions[path].rank), dtypes[path])
         for path, view in views.items()

@@ -27,6 +27,7 @@ LEVELS = {
     "_layout": 1,
     "_orthogonal": 1,
     "_precision": 1,
+    "_probe": 1,
     "_quantization": 1,
     "_share": 1,
     "_schedule": 1,

@@ -261,7 +261,7 @@ def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
         away = jax.tree.map(jnp.zeros_like, params)
         away["layer"]["kernel"] = lifted
         evaluated = dsbp_optax.evaluation_params(state, params)
-        assert distance(evaluated, here) < 5e-4
+        assert distance(evaluated, here) < 2e-3
         np.testing.assert_allclose(
             distance(params, evaluated), schedule(step), rtol=1e-3
         )

@@ -144,7 +144,7 @@ def test_a_cold_layer_uses_them_as_they_are() -> None:
     tx = projection(optax.identity())
     state = tx.init(params)
     small = project_gradients(params, state)
-    updates, _ = tx.update(small, state)
+    updates, _ = jax.jit(tx.update)(small, state)
     basis = state.basis[PATH][:, 0]
     expected = basis @ (basis.T @ params["dense"]["kernel"])
     np.testing.assert_allclose(updates["dense"]["kernel"], expected, atol=1e-5)
@@ -178,10 +178,10 @@ def test_shared_bases_and_wrappers() -> None:
     parts = [gradients(params, i) for i in range(2)]
     small = mean_of([project_gradients(g, state) for g in parts])
     statistics = {PATH: activations(0)}
-    _, state = tx.update(small, state, params, statistics=statistics)
+    _, state = jax.jit(tx.update)(small, state, params, statistics=statistics)
     small = mean_of([project_gradients(g, state) for g in parts])
-    got, mine = tx.update(small, state, params)
-    expected, after = tx.update(mean_of(parts), state, params)
+    got, mine = jax.jit(tx.update)(small, state, params)
+    expected, after = jax.jit(tx.update)(mean_of(parts), state, params)
     assert_close(got, expected)
     assert_close(mine, after)
 
@@ -368,7 +368,9 @@ def test_bases_stored_in_half_precision_are_widened_before_they_project() -> Non
     state = tx.init(params)
     for seed in range(3):
         grads = gradients(params, seed)
-        _, state = tx.update(grads, state, params, statistics={PATH: activations(seed)})
+        _, state = jax.jit(tx.update)(
+            grads, state, params, statistics={PATH: activations(seed)}
+        )
     basis = state.basis[PATH]
     assert basis.dtype == jnp.bfloat16
     kernel = np.asarray(grads["dense"]["kernel"], np.float64)
@@ -394,7 +396,7 @@ def test_the_direction_of_coordinates_is_that_of_the_lifted_matrix(side, shape) 
     params = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
     state = tx.init(params)
     held = project_gradients(params, state)
-    got, _ = tx.update(held, state, params)
+    got, _ = jax.jit(tx.update)(held, state, params)
     plain = dsbp_optax.scale_by_spectral_projection(rank=4, side=side, project="always")
     lifted, _ = plain.update(held, plain.init(params), params)
     expected = direction(lifted["kernel"], *shape[-2:])

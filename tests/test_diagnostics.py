@@ -36,7 +36,7 @@ def train(batches: list[Any], **settings: Any) -> Any:
     state = tx.init(params)
     for x in batches:
         grads = jax.tree.map(lambda p, x=x: p * x.mean(), params)
-        _, state = tx.update(
+        _, state = jax.jit(tx.update)(
             grads, state, params, statistics={"kernel": Activations(x)}
         )
     return state
@@ -69,7 +69,7 @@ def test_angles_of_stacked_kernels() -> None:
         kernel = jax.random.normal(jax.random.key(seed), (3, D, M))
         params = {"kernel": kernel}
         state = tx.init(params)
-        states.append(tx.update(params, state, params)[1])
+        states.append(jax.jit(tx.update)(params, state, params)[1])
     angles = diagnostics.principal_angles(*states)["kernel"]
     assert angles.shape == (3, 2)
     assert float(angles.min()) > 0.1
@@ -116,7 +116,7 @@ def test_a_forgotten_statistic_is_told() -> None:
     tx = dsbp_optax.dsbp_sgd(0.1, rank=2, update_every=1)
     state = tx.init(params)
     for _ in range(6):
-        _, state = tx.update(params, state, params)
+        _, state = jax.jit(tx.update)(params, state, params)
     (words,) = diagnostics.warnings(state)
     assert words.startswith("kernel: a basis of gradients")
     assert "pass statistics= to update" in words
@@ -127,9 +127,11 @@ def test_steps_without_statistics_and_skipped_steps_are_told() -> None:
     params = {"kernel": jnp.ones((D, M))}
     state = tx.init(params)
     for _ in range(12):
-        _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        _, state = jax.jit(tx.update)(
+            jax.tree.map(jnp.zeros_like, params), state, params
+        )
     assert any("no basis after 12 steps" in w for w in diagnostics.warnings(state))
     tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
     broken = jax.tree.map(lambda x: x * jnp.inf, params)
-    _, state = tx.update(broken, tx.init(params), params)
+    _, state = jax.jit(tx.update)(broken, tx.init(params), params)
     assert any("1 of 1 steps were skipped" in w for w in diagnostics.warnings(state))

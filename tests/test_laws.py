@@ -218,7 +218,9 @@ def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
             state = tx.init(params)
             for _ in range(steps):
                 statistics = {"kernel": form(state.basis["kernel"])}
-                _, state = tx.update(params, state, params, statistics=statistics)
+                _, state = jax.jit(tx.update)(
+                    params, state, params, statistics=statistics
+                )
             return state.basis["kernel"][:, 0]
 
         total = jnp.sum(a, 0)
@@ -252,12 +254,12 @@ def test_full_rank_is_the_identity(rank: int) -> None:
     a = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
     for project in ("auto", "always"):
         tx = dsbp_optax.scale_by_spectral_projection(rank=rank, project=project)
-        updates, _ = tx.update(
+        updates, _ = jax.jit(tx.update)(
             grads, tx.init(params), params, statistics={"kernel": Activations(a)}
         )
         np.testing.assert_allclose(updates["kernel"], grads["kernel"], atol=2e-5)
     tx = dsbp_optax.dsbp(1.0, rank=D - 1, side="input")
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert float(jnp.abs(updates["kernel"] + grads["kernel"]).max()) > 1e-2
 
 
@@ -307,13 +309,15 @@ def test_transport_happens_inside_the_refresh() -> None:
     statistics = {"kernel": Activations(a)}
     state = tx.init(params)
     for _ in range(3):
-        _, state = tx.update(params, state, params, statistics=statistics)
+        _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
     before = state.basis["kernel"][:, 0] @ state.inner.trace["kernel"]
     turned = Activations(
         a @ jnp.asarray(np.diag(1 + 0.3 * rng.normal(size=D)), a.dtype)
     )
     zero = jax.tree.map(jnp.zeros_like, params)
-    _, after_state = tx.update(zero, state, params, statistics={"kernel": turned})
+    _, after_state = jax.jit(tx.update)(
+        zero, state, params, statistics={"kernel": turned}
+    )
     basis = after_state.basis["kernel"][:, 0]
     after = basis @ after_state.inner.trace["kernel"]
     assert gap_between(basis, state.basis["kernel"][:, 0]) > 1e-3
@@ -332,7 +336,7 @@ def test_decay_is_right_on_the_first_step_and_averages_after() -> None:
     seen = []
     for c in (one, two):
         statistics = {"kernel": Covariance(jnp.asarray(c, jnp.float32))}
-        _, state = tx.update(params, state, params, statistics=statistics)
+        _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
         seen.append(np.ravel(state.spectrum["kernel"].eigenvalues))
     np.testing.assert_allclose(seen[0], [1, 0.25, 0.0625], rtol=1e-3)
     past = 0.75 * 0.25 / (0.75 * 0.25 + 0.25)  # bias-corrected share of the past
@@ -393,7 +397,7 @@ def test_refresh_takes_place_when_it_should() -> None:
         for _ in range(8):
             collects.append(bool(state[0].collect))
             statistics = {"kernel": form(state[0].basis["kernel"])}
-            _, state = tx.update(params, state, params, statistics=statistics)
+            _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
             done.append(int(state[0].spectrum["kernel"].iterations[0, 0, 0]))
         assert done == expected
         assert collects == [True, True, False, False, False, True, True, False]

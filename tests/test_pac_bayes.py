@@ -126,7 +126,7 @@ def test_motion_inside_the_eigenbases_costs_less_with_a_scale_of_its_own() -> No
     start = {"kernel": jnp.zeros((32, 24))}
     grads = {"kernel": jnp.ones((32, 24))}
     statistics = {"kernel": Activations(x)}
-    _, state = tx.update(grads, tx.init(start), start, statistics=statistics)
+    _, state = jax.jit(tx.update)(grads, tx.init(start), start, statistics=statistics)
     basis = state[0].basis["kernel"][:, 0]
     inside = {"kernel": basis @ jnp.ones((2, 24))}
     outside = {"kernel": jnp.zeros((32, 24)).at[31].set(2**0.5)}

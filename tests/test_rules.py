@@ -244,7 +244,9 @@ def test_error_feedback_loses_nothing_when_the_basis_turns() -> None:
         state, applied, given = tx.init(params), 0.0, 0.0
         for step in range(7):
             grads = gradients(step)
-            updates, state = tx.update(grads, state, statistics=statistics(step))
+            updates, state = jax.jit(tx.update)(
+                grads, state, statistics=statistics(step)
+            )
             applied = applied + updates["layer"]["kernel"]
             given = given + grads["layer"]["kernel"]
         kept = state.residual.get("layer/kernel", 0.0)
@@ -411,7 +413,7 @@ def test_the_filter_acts_on_the_coordinates_of_either_side(side) -> None:
     seen_side = {
         "layer/kernel": Activations(draw(64, D if side == "input" else M) * 3.0)
     }
-    updates, state = tx.update(grads, tx.init(params), statistics=seen_side)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), statistics=seen_side)
     v = np.asarray(state.basis["layer/kernel"], np.float64).reshape(-1, K)
     spectrum = state.spectrum["layer/kernel"]
     values = np.asarray(spectrum.eigenvalues, np.float64).ravel()
@@ -436,7 +438,9 @@ def test_complement_protects_the_basis() -> None:
         project_cold=True,
     )
     grads = gradients(0)
-    updates, state = tx.update(grads, tx.init(make_params()), statistics=statistics(0))
+    updates, state = jax.jit(tx.update)(
+        grads, tx.init(make_params()), statistics=statistics(0)
+    )
     v = state.basis["layer/kernel"][:, 0]
     assert float(jnp.abs(v.T @ updates["layer"]["kernel"]).max()) < 1e-5
     assert float(jnp.abs(v.T @ grads["layer"]["kernel"]).max()) > 0.1
@@ -478,7 +482,7 @@ def test_half_precision_is_orthogonalised_at_every_scale(dtype, scale) -> None:
     tree = {"kernel": (scale * draw(32, 48)).astype(dtype), "bias": draw(200)}
     tree["bias"] = (scale * tree["bias"]).astype(dtype)
     tx = dsbp_optax.scale_by_orthogonalization()
-    updates, _ = tx.update(tree, tx.init(tree))
+    updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
     chex.assert_trees_all_equal_dtypes(updates, tree)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), updates)
     values = np.linalg.svd(wide["kernel"], compute_uv=False)
@@ -487,7 +491,7 @@ def test_half_precision_is_orthogonalised_at_every_scale(dtype, scale) -> None:
     tx = dsbp_optax.scale_by_spectral_projection(
         rank=32, direction=dsbp_optax.orthogonalize()
     )  # A rank that is the whole side leaves kernels in full space, in their dtype.
-    updates, _ = tx.update(tree, tx.init(tree))
+    updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
     full = np.linalg.svd(np.asarray(updates["kernel"], np.float64), compute_uv=False)
     np.testing.assert_allclose(full / np.sqrt(1.5), values, rtol=0.02)
 
@@ -561,7 +565,7 @@ def test_fallback_may_use_parameters() -> None:
     tx = dsbp_optax.dsbp_muon(0.1, fallback=fallback)
     params = make_params()
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     np.testing.assert_allclose(updates["embed"], -0.01 * params["embed"], rtol=1e-5)
     assert not updates["layer"]["kernel"].any()
 
@@ -689,7 +693,9 @@ def test_reset_starts_the_moments_of_a_layer_anew() -> None:
         )
         state = tx.init(make_params())
         for step in range(3):
-            _, state = tx.update(gradients(step), state, statistics=statistics(step))
+            _, state = jax.jit(tx.update)(
+                gradients(step), state, statistics=statistics(step)
+            )
         p = state.basis["layer/kernel"][:, 0].T @ gradients(2)["layer"]["kernel"]
         return float(jnp.abs(state.inner.trace["layer/kernel"] - p).max())
 

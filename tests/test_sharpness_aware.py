@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
@@ -235,6 +236,11 @@ def schedule(step: Any) -> Any:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
     """Against a loop that keeps the parameters and steps away for each gradient."""
+    with x64():  # Adam magnifies what rounding leaves of small gradients.
+        follow_the_momentum(name)
+
+
+def follow_the_momentum(name: str) -> None:
     exact = {"moment_dtype": None, "basis_dtype": None}
     base = RECIPES[name](
         0.05, rank=3, update_every=3, power_iterations=2, weight_decay=0.1, **exact
@@ -247,10 +253,12 @@ def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
         x = inputs(step)
         statistics = {PATH: Activations(x)}
         grads = jax.grad(loss_fn)(params, x)
-        updates, state = wrapped.update(grads, state, params, statistics=statistics)
+        updates, state = jax.jit(wrapped.update)(
+            grads, state, params, statistics=statistics
+        )
         params = optax.apply_updates(params, updates)
         grads = jax.grad(loss_fn)(optax.tree.add(here, away), x)
-        updates, held = base.update(grads, held, here, statistics=statistics)
+        updates, held = jax.jit(base.update)(grads, held, here, statistics=statistics)
         here = optax.apply_updates(here, updates)
         momentum = jax.tree.leaves(held[0].inner)
         (u,) = [m for m in momentum if m.shape == (3, M)][:1]
@@ -261,7 +269,7 @@ def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
         away = jax.tree.map(jnp.zeros_like, params)
         away["layer"]["kernel"] = lifted
         evaluated = dsbp_optax.evaluation_params(state, params)
-        assert distance(evaluated, here) < 2e-3
+        assert distance(evaluated, here) < 1e-6
         np.testing.assert_allclose(
             distance(params, evaluated), schedule(step), rtol=1e-3
         )
@@ -276,7 +284,7 @@ def test_evaluation_needs_nothing_but_state_and_parameters() -> None:
     state = tx.init(params)
     for step in range(5):
         grads = jax.grad(loss_fn)(params, inputs(step))
-        updates, state = tx.update(grads, state, params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
         params = optax.apply_updates(params, updates)
     expected = dsbp_optax.evaluation_params(state, params)
     assert distance(expected, params) > 0.9 * RHO
@@ -291,9 +299,11 @@ def test_evaluation_needs_nothing_but_state_and_parameters() -> None:
 def test_a_step_that_is_skipped_moves_nothing() -> None:
     tx = dsbp_optax.subspace_msam(dsbp_optax.dsbp_sgd(0.05, rank=3), RHO)
     params = make_params()
-    _, state = tx.update(jax.grad(loss_fn)(params, inputs(0)), tx.init(params), params)
+    _, state = jax.jit(tx.update)(
+        jax.grad(loss_fn)(params, inputs(0)), tx.init(params), params
+    )
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
-    updates, after = tx.update(broken, state, params)
+    updates, after = jax.jit(tx.update)(broken, state, params)
     assert float(optax.tree.norm(updates)) < 1e-6
     chex.assert_trees_all_equal(after.optimizer[0].inner, state.optimizer[0].inner)
 
@@ -412,9 +422,9 @@ def test_nnx_batch_statistics_move_once_a_step() -> None:
 def test_without_projected_kernels_the_wrappers_change_nothing() -> None:
     params = {"bias": jnp.ones(3)}
     base = dsbp_optax.dsbp_sgd(0.1)
-    expected, _ = base.update(params, base.init(params), params)
+    expected, _ = jax.jit(base.update)(params, base.init(params), params)
     tx = dsbp_optax.subspace_msam(base, RHO)
-    got, _ = tx.update(params, tx.init(params), params)
+    got, _ = jax.jit(tx.update)(params, tx.init(params), params)
     chex.assert_trees_all_equal(got, expected)
 
 
@@ -442,7 +452,7 @@ def test_refusals() -> None:
     tx = dsbp_optax.subspace_msam(base)
     with pytest.raises(ValueError, match="got Coordinates"):
         tx.update(small, tx.init(params))
-    updates, _ = tx.update(small, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(small, tx.init(params), params)
     chex.assert_tree_all_finite(updates)
 
 

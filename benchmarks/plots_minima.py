@@ -2,17 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 
 from benchmarks import minima
 from benchmarks.experiment import Record
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.plots import COLD, OURS_COLOR, PEER_COLOR, WARM
 from benchmarks.workloads import WORKLOADS
+
+
+class _Point(NamedTuple):
+    """A name, a place in data, and a color."""
+
+    name: str
+    place: tuple[float, float]
+    color: str
 
 
 def plot_minima(panels: Mapping[str, Sequence[Record]], path: Path) -> None:
@@ -24,13 +33,15 @@ def plot_minima(panels: Mapping[str, Sequence[Record]], path: Path) -> None:
       path: the PNG.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (5.4 * 2, 4.2 * len(panels))
+    shape = (6.0 * 2, 4.2 * len(panels))
     figure = Figure(figsize=shape, dpi=120, layout="constrained")
     rows = figure.subplots(len(panels), 2, squeeze=False)
     for (name, found), (left, right) in zip(panels.items(), rows, strict=True):
         groups = {key: _sound(runs) for key, runs in minima.grouped(found).items()}
-        _sharpness(left, name, groups)
+        named = _sharpness(left, name, groups)
         _divergence(right, groups)
+        figure.draw_without_rendering()  # Places are known from here on.
+        _name(left, named)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -49,8 +60,11 @@ def _sound(runs: Sequence[Record]) -> list[Record]:
     return [run for run in runs if not run["diverged"]]
 
 
-def _sharpness(axes: Any, name: str, groups: Mapping[Any, Sequence[Record]]) -> None:
-    metric = WORKLOADS[name].metric
+def _sharpness(
+    axes: Any, name: str, groups: Mapping[Any, Sequence[Record]]
+) -> list[_Point]:
+    """Points with bars, still without their names."""
+    metric, points = WORKLOADS[name].metric, []
     for (label, _), runs in groups.items():
         seen = [run for run in runs if "hessian_eigenvalues" in run]
         if not seen:
@@ -67,13 +81,7 @@ def _sharpness(axes: Any, name: str, groups: Mapping[Any, Sequence[Record]]) -> 
             color=color,
             capsize=3,
         )
-        axes.annotate(
-            *(label, (tops.mean(), values.mean())),
-            xytext=(6, 6),
-            textcoords="offset points",
-            color=color,
-            weight="bold" if ours else "normal",
-        )
+        points.append(_Point(label, (tops.mean(), values.mean()), color))
     axes.set(xscale="log", title=name, ylabel=metric.label)
     axes.set_xlabel("largest eigenvalue of the Hessian of the training loss")
     axes.margins(x=0.25, y=0.12)
@@ -81,27 +89,64 @@ def _sharpness(axes: Any, name: str, groups: Mapping[Any, Sequence[Record]]) -> 
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: "")
+    return points
+
+
+#: Where a name may stand beside its point, the best place first.
+_CORNERS = tuple(
+    {
+        "xytext": (x, y),
+        "ha": "left" if x > 0 else "right",
+        "va": "bottom" if y > 0 else "top",
+    }
+    for x in (6, -6)
+    for y in (6, -6)
+)
+
+
+def _name(axes: Any, points: Sequence[_Point]) -> None:
+    """Names beside points, where they cover no other name and no point."""
+    places = (axes.transData.transform(point.place) for point in points)
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
+    for number, point in enumerate(points):
+        others = taken[:number] + taken[number + 1 :]
+        for corner in _CORNERS:
+            text = axes.annotate(
+                *(point.name, point.place),
+                textcoords="offset points",
+                color=point.color,
+                weight="bold" if point.color == OURS_COLOR else "normal",
+                **corner,
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in others):
+                break
+            text.remove()
+        else:
+            text = axes.annotate(point.name, point.place, color=point.color)
+            box = text.get_window_extent()
+        taken.append(box)
 
 
 def _divergence(axes: Any, groups: Mapping[Any, Sequence[Record]]) -> None:
     places = {True: 0, False: 0}
-    for (label, _), runs in groups.items():
-        curve = minima.mean_curve(runs, "kl")
-        if curve is None:
-            continue
+    curves = {key: minima.mean_curve(runs, "kl") for key, runs in groups.items()}
+    known = {key: curve for key, curve in curves.items() if curve is not None}
+    for key, curve in sorted(known.items(), key=lambda item: -item[1][-1]):
+        label, runs = key[0], groups[key]
         ours = CONTENDERS[runs[0]["optimizer"]].ours
         colors = WARM if ours else COLD
         axes.plot(
             [point["step"] for point in runs[0]["curve"]],
             curve / 1e3,
             color=colors[places[ours] % len(colors)],
-            linestyle="-" if ours else "--",
+            linestyle=("-" if places[ours] < len(colors) else "-.") if ours else "--",
             label=label,
         )
         places[ours] += 1
     axes.set(xlabel="step", ylabel="KL from the start, thousands of nats")
     axes.set_ylim(0, None)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _tidy(axes)
 
 

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import ablation, cells, compare, fewshot, markdown, minima
+from benchmarks import cells, compare, fewshot, markdown, minima, results_fewshot
 from benchmarks.compare import Entry
 from benchmarks.comparison import DATA_SETS, Known
 from benchmarks.experiment import Record
 from benchmarks.finetuning import PEER
 from benchmarks.finetuning_tasks import TASKS
 from benchmarks.found import Found
+from benchmarks.results_ablation import FOLDER
 
 CONFIRMED, REFUTED = "confirmed", "**not confirmed**"
 UNTESTABLE, UNMEASURED = "not testable here", "not measured"
@@ -201,13 +202,9 @@ def maml(evidence: Evidence) -> Iterator[Line]:
     """Better than MAML, on episodes."""
     for shots in fewshot.SHOTS:
         claim = f"better than MAML ({shots} shot(s)), as spectral inner steps"
-        files = [
-            one.record
-            for one in evidence.found
-            if one.record.keys() >= {"learner", "shots"}
-            and one.record["shots"] == shots
-        ]
-        known = {entry.name: entry for entry in fewshot.entries(files)}
+        files = [one.record for one in results_fewshot.learners(evidence.found)]
+        here = [record for record in files if record["shots"] == shots]
+        known = {entry.name: entry for entry in fewshot.entries(here)}
         entry, peer = known.get("maml_spectral"), known.get("maml")
         yield _judged(claim, entry, peer)
 
@@ -227,8 +224,8 @@ def _judged(
 
 def failures(evidence: Evidence) -> Iterator[Line]:
     """Stale bases and too few directions cost accuracy."""
-    folder = ablation.RESULTS.name
-    grids = [one.record for one in evidence.found if one.path.parts[0] == folder]
+    found = (one for one in evidence.found if one.path.parts[0] == FOLDER)
+    grids = [one.record for one in found]
     for record in grids:
         literal = [
             cell

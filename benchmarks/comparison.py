@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks import cells, compare, markdown, minima
+from benchmarks import cells, markdown, minima
 from benchmarks.compare import Entry
 from benchmarks.experiment import Record
 from benchmarks.optimizers import CONTENDERS
@@ -37,10 +37,8 @@ def known(
     """
     found = {}
     for name in DATA_SETS.values():
-        some: dict[str, Entry] = {entry.name: entry for entry in campaign.get(name, ())}
-        for runs in minima.grouped(looked_at.get(name, ())).values():
-            (entry,) = compare.entries(WORKLOADS[name], runs)
-            some.setdefault(entry.name, entry)
+        some = minima.entries(WORKLOADS[name], looked_at.get(name, ()))
+        some |= {entry.name: entry for entry in campaign.get(name, ())}
         found[name] = {key: some[key] for key in CONTENDERS if key in some}
     return found
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import flatness, guarantee, records, robustness, tune
+from benchmarks.compare import Entry
 from benchmarks.data import Data
 from benchmarks.experiment import Order, Record, carry_out_run
 from benchmarks.optimizers import Contender
@@ -174,6 +175,15 @@ def grouped(found: Sequence[Record]) -> dict[tuple[str, float], list[Record]]:
     for record in found:
         groups.setdefault((label(record), record["learning_rate"]), []).append(record)
     return groups
+
+
+def entries(workload: Workload, found: Sequence[Record]) -> dict[str, Entry]:
+    """The first group of each contender: one rate and one radius."""
+    firsts: dict[str, Entry] = {}
+    for runs in grouped(found).values():
+        name = runs[0]["optimizer"]
+        firsts.setdefault(name, Entry(name, workload.metric, runs))
+    return firsts
 
 
 def mean_curve(runs: Sequence[Record], key: str) -> np.ndarray | None:

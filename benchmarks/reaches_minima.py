@@ -22,19 +22,10 @@ def lines(found: Mapping[str, Sequence[Record]]) -> Iterator[Line]:
       found: workload -> final records of `benchmarks.minima`.
     """
     for name in _WORKLOADS:
-        entries = _entries(name, found.get(name, ()))
+        entries = minima.entries(WORKLOADS[name], found.get(name, ()))
         for mode in _MODES:
             yield _flat(name, mode, entries)
             yield _accurate(name, mode, entries)
-
-
-def _entries(name: str, found: Sequence[Record]) -> dict[str, Entry]:
-    """The first group of each contender: one rate and one radius."""
-    entries: dict[str, Entry] = {}
-    for runs in minima.grouped(found).values():
-        contender = runs[0]["optimizer"]
-        entries.setdefault(contender, Entry(contender, WORKLOADS[name].metric, runs))
-    return entries
 
 
 def _flat(name: str, mode: str, entries: Mapping[str, Entry]) -> Line:

@@ -13,10 +13,15 @@ from benchmarks.markdown import Provenance
 from benchmarks.metrics import ACCURACY
 
 
-def fewshot_sections(found: Sequence[Found], origin: Provenance) -> Iterator[Section]:
-    """Of the files that hold runs of a learner."""
+def learners(found: Sequence[Found]) -> list[Found]:
+    """The files that hold runs of a learner."""
     files = [one for one in found if one.record.keys() >= {"learner", "shots"}]
-    files = [one for one in files if all("phase" in run for run in one.runs)]
+    return [one for one in files if all("phase" in run for run in one.runs)]
+
+
+def fewshot_sections(found: Sequence[Found], origin: Provenance) -> Iterator[Section]:
+    """One for each number of shots."""
+    files = learners(found)
     for shots in sorted({one.record["shots"] for one in files}):
         yield _section(
             shots, [one for one in files if one.record["shots"] == shots], origin

@@ -186,7 +186,7 @@ def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
         if not isinstance(given, Sketch):
             raise TypeError(
                 f"put_statistics: got {type(given).__name__} for '{path}', expected a "
-                "Sketch, as the adapters return it: it has a place for no other. "
+                "Sketch, as the adapters return it; no other has a place there. "
                 "Remedy: pass whole matrices as statistics= to update."
             )
 

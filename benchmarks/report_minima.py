@@ -51,10 +51,10 @@ def accuracy_table(title: str, workload: Workload, groups: Groups) -> Table:
     cells.columns(table, f"against {PLAIN} (95 %)", f"against {PEER} (95 %)")
     for (name, rate), entry in entries.items():
         seen = [run["validation_value"] for run in entry.records if not run["diverged"]]
-        source = entry.records[0]["learning_rate_source"]
+        source, *_ = entry.records[0]["learning_rate_source"].split(",")
         table.add_row(
             name,
-            f"{rate:g}" + f" ({source})" * (source == "given"),
+            f"{rate:g}" + f" ({source})" * (source in ("given", "default")),
             cells.spread(entry),
             f"{len(entry.records)}" + f", {entry.diverged} bad" * (entry.diverged > 0),
             workload.metric.show(float(np.mean(seen))) if seen else "-",

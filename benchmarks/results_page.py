@@ -44,8 +44,8 @@ tried without success, is in [FINDINGS.md](FINDINGS.md).
 
 - Rates are tuned alike for all on validation samples, from a seed of its own, but where
   a table says "given" or "default"; results are of test samples, mean ± standard
-  deviation over seeds. Differences are paired by seed, with a 95 % t interval. Ratios of
-  times have 95 % bootstrap intervals.
+  deviation over seeds. Differences are paired by seed, with a 95 % t interval. Ratios
+  of times have 95 % bootstrap intervals.
 - *kernels* is the state of the kernels, *ratio* is to that of the best peer; *temp* is
   what the compiled step needs beside its arguments. Runs that were lost count as *bad*.
 - A star behind a commit: its work tree had changes."""

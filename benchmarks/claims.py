@@ -12,7 +12,7 @@ from benchmarks import cells, compare, fewshot, markdown, minima, results_fewsho
 from benchmarks.compare import Entry
 from benchmarks.comparison import DATA_SETS, Known
 from benchmarks.experiment import Record
-from benchmarks.finetuning import PEER
+from benchmarks.finetuning import ALIKE, PEER, WIDE
 from benchmarks.finetuning_tasks import TASKS
 from benchmarks.found import Found
 from benchmarks.results_ablation import FOLDER
@@ -193,8 +193,9 @@ def lora(evidence: Evidence) -> Iterator[Line]:
     for workload in TASKS:
         named = {one.name: one for one in evidence.finetuned.get(workload, ())}
         peer = named.get(PEER)
-        for name in ("dsbp_adamw", "dsbp_muon"):
-            claim = f"better than LoRA: {workload}, {name} in coordinates"
+        for name in (*ALIKE, WIDE):
+            alike = "as much state" if name == WIDE else "as many trained numbers"
+            claim = f"better than LoRA: {workload}, {name} in coordinates, {alike}"
             yield _judged(claim, named.get(name), peer)
 
 

@@ -4,7 +4,8 @@ Both adapt the same kernels of the same pretrained network and hold everything e
 but for a new head, which both train whole. LoRA trains ``A`` (``d x r``) and ``B``
 (``r x m``) beside each kernel, `dsbp_optax` the coordinates ``S`` (``k x m``) of an
 update ``V S`` in the basis ``V`` of the kernel's inputs, merged after every step. Ranks
-are such that the trained numbers are as near as whole ranks allow. Fine-tuning of
+are such that the trained numbers are as near as whole ranks allow; one more contender
+has the largest rank at which the state is no larger than LoRA's. Fine-tuning of
 everything is the reference.
 """
 
@@ -34,6 +35,9 @@ RESULTS = Path(__file__).parent / "results" / "finetune"
 
 #: What ours are held against, and the reference that trains everything.
 PEER, WHOLE = "lora", "adamw"
+
+#: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
+ALIKE, WIDE = ("dsbp_adamw", "dsbp_muon"), "dsbp_muon_wide"
 
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
@@ -132,6 +136,7 @@ class Task:
       head: pattern of what is trained whole beside them; None for nothing.
       lora_rank: r.
       rank: k, so that both train as many numbers.
+      wide_rank: k, the largest so that `dsbp_muon` has no more state than LoRA.
       grids: contender -> learning rates tried first.
       load: ``(data folder, weights=file) -> data``, pretrained weights among it.
       pretrained: whether that file is made by `benchmarks.pretraining`.
@@ -142,6 +147,7 @@ class Task:
     head: str | None
     lora_rank: int
     rank: int
+    wide_rank: int
     grids: Mapping[str, Sequence[float]]
     load: Callable[..., Data]
     pretrained: bool = False
@@ -165,8 +171,8 @@ def entrants(task: Task) -> dict[str, tuple[Adaptation, Contender]]:
     """Contender -> what it trains, and how."""
     return {
         PEER: _lora(task),
-        "dsbp_adamw": _coordinates(task, "dsbp_adamw", dsbp_optax.dsbp_adamw),
-        "dsbp_muon": _coordinates(task, "dsbp_muon", dsbp_optax.dsbp_muon),
+        **{name: _coordinates(task, name, name, task.rank) for name in ALIKE},
+        WIDE: _coordinates(task, WIDE, "dsbp_muon", task.wide_rank),
         WHOLE: (
             task.workload,
             _contender(task, WHOLE, "everything, optax.adamw", optax.adamw),
@@ -187,17 +193,18 @@ def _lora(task: Task) -> tuple[Adaptation, Contender]:
 
 
 def _coordinates(
-    task: Task, name: str, factory: Factory
+    task: Task, name: str, rule: str, rank: int
 ) -> tuple[Adaptation, Contender]:
+    factory = getattr(dsbp_optax, rule)
     kernel = f"^{task.modules}/kernel$"
     trained = task.trained(kernel)
     workload = dataclasses.replace(task.workload, trained=trained)
     contender = _contender(
         task,
         name,
-        f"coordinates in {task.rank} directions, {name}",
+        f"coordinates in {rank} directions, {rule}",
         holding(projecting(factory, kernel), trained),
-        settings={"rank": task.rank, "residual": None},
+        settings={"rank": rank, "residual": None},
         ours=True,
         period=100,
         window=5,

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from benchmarks import cells, compare, generic
 from benchmarks.compare import Entry
-from benchmarks.finetuning import PEER, WHOLE, Task, entrants
+from benchmarks.finetuning import PEER, WHOLE, WIDE, Task, entrants
 from benchmarks.finetuning_tasks import TASKS
 from benchmarks.found import Found, Section, titled
 from benchmarks.markdown import Provenance
@@ -107,7 +107,10 @@ def _section(
     alone = [one for one in here if len(one.path.parts) == 3]
     first = entries[0].records[0]
     title = f"{first['steps']} steps, batch {first['batch_size']}, {first['schedule']}"
-    ranks = f"LoRA of rank {task.lora_rank}, coordinates in {task.rank} directions"
+    ranks = (
+        f"LoRA of rank {task.lora_rank}, coordinates in {task.rank} directions, "
+        f"{WIDE} in {task.wide_rank}"
+    )
     parts = [
         f"## Fine-tuning: {task.name}",
         f"{task.workload.summary}; {title}; {ranks}; temporary memory "

@@ -83,8 +83,8 @@ def test_less_is_better_where_the_figure_is_a_loss():
     worse = entry("dsbp_muon", [2.1, 2.11, 2.1], LOSS)
     given = evidence(finetuned={"sotu_gpt": [peer, better, worse]})
     assert verdict(claims.lora, given, "sotu_gpt, dsbp_adamw") == CONFIRMED
-    assert verdict(claims.lora, given, "sotu_gpt, dsbp_muon") == REFUTED
-    assert verdict(claims.lora, given, "minilm_mail, dsbp_muon") == UNMEASURED
+    assert verdict(claims.lora, given, "sotu_gpt, dsbp_muon in") == REFUTED
+    assert verdict(claims.lora, given, "minilm_mail, dsbp_muon in") == UNMEASURED
 
 
 def flat(scale):

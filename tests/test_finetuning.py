@@ -26,7 +26,7 @@ from benchmarks import (
 )
 from benchmarks.cli import app
 from benchmarks.data import DataError, load_digits, load_shakespeare
-from benchmarks.finetuning import PEER, WHOLE, Task, adapted, chosen, entrants
+from benchmarks.finetuning import PEER, WHOLE, WIDE, Task, adapted, chosen, entrants
 from benchmarks.finetuning_tasks import TASKS
 from benchmarks.results_page import document
 from benchmarks.workloads import WORKLOADS
@@ -34,7 +34,7 @@ from benchmarks.workloads import WORKLOADS
 # qwix asks for a name that Flax has retired.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
 
-NAMES = (PEER, "dsbp_adamw", "dsbp_muon", WHOLE)
+NAMES = (PEER, "dsbp_adamw", "dsbp_muon", WIDE, WHOLE)
 MODEL = models.Mlp((32, 32))
 
 
@@ -53,6 +53,7 @@ TINY = Task(
     head="^Dense_2/",
     lora_rank=2,
     rank=5,
+    wide_rank=8,
     grids=dict.fromkeys(NAMES, (1e-3, 1e-2)),
     load=load,
 )
@@ -87,6 +88,19 @@ def test_both_ways_train_as_many_numbers_of_the_same_kernels(task):
     ours = {p for p, found in plan.items() if any(d.projected for d in found)}
     assert ours == theirs
     assert {d.rank for p in ours for d in plan[p]} == {task.rank}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_the_wide_contender_has_as_much_state_as_lora(task):
+    def state(workload, contender):
+        tx = contender.build(0.0)
+        return dsbp_optax.diagnostics.state_bytes(
+            jax.eval_shape(tx.init, shapes(workload))
+        )
+
+    known = entrants(task)
+    wide, peer = (state(*known[name]) for name in (WIDE, PEER))
+    assert 0.95 * peer < wide <= peer
 
 
 def test_lora_trains_both_factors_and_coordinates_the_output_side_alone():

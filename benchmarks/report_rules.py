@@ -45,10 +45,18 @@ def ablation_table(title: str, grid: Sequence[Mapping[str, Any]]) -> Table:
             *(cell[key] for key in ("outside", "filter", "side", "sharpness")),
             *(f"{cell[key]:g}" for key in ("rank", "period", "rate")),
             f"{np.mean(ended):.2f}{spread}" if ended else "-",
-            f"{np.mean(losses):.4f}" if losses else "-",
+            _loss(np.mean(losses)) if losses else "-",
             f"{cell['accuracy'].count(None)}",
         )
     return table
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if value < _EXPLODED else f"{value:.0e}"
+
+
+#: A mean loss above this has a run in it that went astray.
+_EXPLODED = 1e3
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:

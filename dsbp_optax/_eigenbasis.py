@@ -341,6 +341,19 @@ def check_statistic(path: str, given: Any, view: MatrixView, rank: int) -> Any:
     return statistic
 
 
+def check_means(statistics: Mapping[str, Any], refresh: Refresh) -> None:
+    """What is to be centered must know the mean of its samples."""
+    for path, statistic in statistics.items():
+        bare = isinstance(statistic, Covariance) and statistic.total is None
+        if bare and refresh.centered:
+            raise ValueError(
+                f"statistics['{path}']: got a Covariance without total, expected one "
+                "with it, since the optimizer was told centered=True. Remedy: "
+                "Covariance(matrix, count, total), total the sum of the samples; or "
+                "centered=False, if the matrix is already about the mean."
+            )
+
+
 def _shapes(statistic: Any, view: MatrixView, rank: int) -> dict[str, list[Any]]:
     """The shapes that each field of a statistic may have; None stands for any n."""
     form, batch, d = _layout.kernel_form_shape, view.batch_shape, view.size

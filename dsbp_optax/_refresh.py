@@ -255,6 +255,7 @@ def refresh_layers(
     if not ready:
         return layers, moments
     _adapt.check_schedules(rules, layers)
+    _eigenbasis.check_means(statistics, rules.refresh)
     groups = _adapt.plan_groups(rules, ready, statistics, step)
     turns, nows = [g.turn for g in groups], [g.now for g in groups]
     layers, moments = jax.lax.cond(

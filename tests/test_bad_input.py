@@ -310,6 +310,18 @@ def test_statistics(kind):
     refused(lambda: _update(statistics=given), "statistics", *given, *words)
 
 
+def test_a_matrix_of_unknown_mean_cannot_be_centered():
+    params = make_params()
+    tx = CASES["dsbp_sgd"].optimizer(centered=True)
+
+    def update(*rest):
+        given = {FIRST: Covariance(_COV, 1.0, *rest)}
+        return tx.update(params, tx.init(params), params, statistics=given)
+
+    refused(update, "statistics", FIRST, "without total", "centered=True", "Remedy")
+    assert update(jnp.zeros(16))
+
+
 WHOLE = {
     "list": ([jnp.ones((24, 16))], ("list", "mapping")),
     "array": (jnp.ones((24, 16)), ("mapping",)),

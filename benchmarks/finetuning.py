@@ -6,7 +6,7 @@ but for a new head, which both train whole. LoRA trains ``A`` (``d x r``) and ``
 update ``V S`` in the basis ``V`` of the kernel's inputs, merged after every step. Ranks
 are such that the trained numbers are as near as whole ranks allow; one more contender
 has the largest rank at which the state is no larger than LoRA's. Fine-tuning of
-everything is the reference.
+everything is the reference, by `optax.adamw` and by `dsbp_muon`.
 """
 
 import dataclasses
@@ -38,6 +38,9 @@ PEER, WHOLE = "lora", "adamw"
 
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
 ALIKE, WIDE = ("dsbp_adamw", "dsbp_muon"), "dsbp_muon_wide"
+
+#: Of ours: everything, from whole gradients, with its residual.
+OURS_WHOLE = "dsbp_muon_whole"
 
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
@@ -173,6 +176,16 @@ def entrants(task: Task) -> dict[str, tuple[Adaptation, Contender]]:
         PEER: _lora(task),
         **{name: _coordinates(task, name, name, task.rank) for name in ALIKE},
         WIDE: _coordinates(task, WIDE, "dsbp_muon", task.wide_rank),
+        OURS_WHOLE: (
+            task.workload,
+            _contender(
+                task,
+                OURS_WHOLE,
+                "everything, dsbp_muon",
+                dsbp_optax.dsbp_muon,
+                **_REFRESHED,
+            ),
+        ),
         WHOLE: (
             task.workload,
             _contender(task, WHOLE, "everything, optax.adamw", optax.adamw),
@@ -205,13 +218,14 @@ def _coordinates(
         f"coordinates in {rank} directions, {rule}",
         holding(projecting(factory, kernel), trained),
         settings={"rank": rank, "residual": None},
-        ours=True,
-        period=100,
-        window=5,
         warm_start=True,
         coordinates=True,
+        **_REFRESHED,
     )
     return workload, contender
+
+
+_REFRESHED: Any = {"ours": True, "period": 100, "window": 5}
 
 
 def _contender(

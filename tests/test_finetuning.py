@@ -26,7 +26,17 @@ from benchmarks import (
 )
 from benchmarks.cli import app
 from benchmarks.data import DataError, load_digits, load_shakespeare
-from benchmarks.finetuning import PEER, WHOLE, WIDE, Task, adapted, chosen, entrants
+from benchmarks.finetuning import (
+    ALIKE,
+    OURS_WHOLE,
+    PEER,
+    WHOLE,
+    WIDE,
+    Task,
+    adapted,
+    chosen,
+    entrants,
+)
 from benchmarks.finetuning_tasks import TASKS
 from benchmarks.results_page import document
 from benchmarks.workloads import WORKLOADS
@@ -34,7 +44,7 @@ from benchmarks.workloads import WORKLOADS
 # qwix asks for a name that Flax has retired.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
 
-NAMES = (PEER, "dsbp_adamw", "dsbp_muon", WIDE, WHOLE)
+NAMES = (PEER, *ALIKE, WIDE, OURS_WHOLE, WHOLE)
 MODEL = models.Mlp((32, 32))
 
 
@@ -76,7 +86,7 @@ def test_both_ways_train_as_many_numbers_of_the_same_kernels(task):
     assert numbers["dsbp_adamw"] == pytest.approx(numbers[PEER], rel=0.05)
     whole = sum(leaf.size for leaf in jax.tree.leaves(shapes(task.workload)))
     assert numbers[PEER] < 0.2 * numbers[WHOLE] or task is TINY
-    assert numbers[WHOLE] == whole
+    assert numbers[WHOLE] == numbers[OURS_WHOLE] == whole
     with_adapters = paths(shapes(known[PEER][0]))
     theirs = {
         path.removesuffix("_lora_a")
@@ -124,7 +134,7 @@ def test_what_is_held_stays_bit_for_bit_and_the_rest_moves(name):
     after, before = paths(run.params), paths(before)
     moved = {p for p in after if not np.array_equal(after[p], before[p])}
     assert moved == {p for p, mine in marks.items() if mine}
-    assert len(moved) == {PEER: 6, WHOLE: 6}.get(name, 4)
+    assert len(moved) == {PEER: 6, WHOLE: 6, OURS_WHOLE: 6}.get(name, 4)
     assert run.curve[-1]["train_loss"] < run.curve[0]["train_loss"]
     moments = paths(run.opt_state)
     held = {p for p, mine in marks.items() if not mine and not p.endswith("kernel")}

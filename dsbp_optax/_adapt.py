@@ -5,7 +5,7 @@ and each layer's interval and rank after a window.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -91,6 +91,7 @@ def _kept(fields: Mapping[str, bool]) -> str:
 def plan_groups(
     rules: Rules,
     layers: Mapping[str, Layer],
+    waiting: Collection[str],
     statistics: Mapping[str, Any],
     step: Array,
 ) -> list[Group]:
@@ -99,10 +100,17 @@ def plan_groups(
     A layer with an adaptive interval is a group of its own. Others are with those
     of the same place in the order, and of the same kind: all iterations on the first
     step of a window (whole matrices), or one on each.
+
+    Args:
+      rules: of the refresh.
+      layers: all of them; a place does not depend on who comes along.
+      waiting: those that cannot be refreshed in this step.
+      statistics: path -> statistic.
+      step: int32.
     """
-    refresh, places = rules.refresh, _places(rules, layers, statistics)
+    refresh, places = rules.refresh, _places(rules, layers)
     members: dict[tuple[int, bool, str], set[str]] = {}
-    for path in layers:
+    for path in layers.keys() - waiting:
         spread = not _eigenbasis.is_instant(statistics.get(path))
         alone = path if isinstance(refresh.every, AutoInterval) else ""
         members.setdefault((places[path], spread, alone), set()).add(path)
@@ -121,15 +129,12 @@ def plan_groups(
     return groups
 
 
-def _places(
-    rules: Rules, layers: Mapping[str, Layer], statistics: Mapping[str, Any]
-) -> dict[str, int]:
-    """Path -> place in the order, by cost: ``d k``, and ``d k m`` without statistic."""
+def _places(rules: Rules, layers: Mapping[str, Layer]) -> dict[str, int]:
+    """Path -> place in the order, by the cost of a sketch, ``d k``."""
     costs = {}
     for path, layer in layers.items():
         view = rules.views[path]
-        basis = math.prod(view.batch_shape) * view.size * layer.basis.shape[-1]
-        costs[path] = basis * (1 if path in statistics else 1 + view.other)
+        costs[path] = math.prod(view.batch_shape) * view.size * layer.basis.shape[-1]
     groups = min(rules.refresh.stagger or 1, len(costs))
     return _schedule.balanced_groups(costs, groups)
 

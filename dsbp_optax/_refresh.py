@@ -251,12 +251,11 @@ def refresh_layers(
       The layers and their moments.
     """
     waiting = _waiting(rules.owners, gradients, statistics)
-    ready = {path: layer for path, layer in layers.items() if path not in waiting}
-    if not ready:
+    if not layers.keys() - waiting:
         return layers, moments
     _adapt.check_schedules(rules, layers)
     _eigenbasis.check_means(statistics, rules.refresh)
-    groups = _adapt.plan_groups(rules, ready, statistics, step)
+    groups = _adapt.plan_groups(rules, layers, waiting, statistics, step)
     turns, nows = [g.turn for g in groups], [g.now for g in groups]
     layers, moments = jax.lax.cond(
         functools.reduce(jnp.logical_or, turns),

@@ -523,6 +523,17 @@ def test_a_state_of_other_settings_is_refused() -> None:
             jax.eval_shape(projection(**new).update, params, state)
 
 
+@pytest.mark.parametrize("given", ["ab", "a", "b", ""])
+def test_a_turn_does_not_depend_on_whose_statistics_came(given: str) -> None:
+    """Else a layer that is told to collect may find its turn gone."""
+    tx = projection(update_every=8, power_iterations=1, stagger=2)
+    stream = Stream(tx, kernels("a", "b"))
+    for _ in range(15):
+        stream.step(**{path: planted() for path in given})
+    refreshed = {p: scalar(only(stream.state).spectrum[p].refreshed) for p in "ab"}
+    assert refreshed == {"a": 8, "b": 12}
+
+
 # ----------------------------------------------------------- in a training script
 
 

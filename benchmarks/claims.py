@@ -167,7 +167,7 @@ def accuracy(evidence: Evidence) -> Iterator[Line]:
         claim = f"more accurate than SAM on {title}"
         known = evidence.pictures[workload]
         if title == "Tiny ImageNet" and not known:
-            reason = "no package registry carries the data; the loader is there"
+            reason = "the data has to be got by hand and was not; the loader is there"
             yield Line(claim, reason, UNTESTABLE)
             continue
         entry, peer = known.get(_PAPER), known.get(_SAM)

@@ -32,8 +32,8 @@ def _section(shots: int, here: Sequence[Found], origin: Provenance) -> Section:
     runs = [run for one in here for run in one.runs]
     title = (
         f"Omniglot-small (242 of 1 623 characters), {WAYS}-way, {shots} "
-        f"labelled drawing(s) and {QUERIES} queries of each; {TASKS} tasks an outer "
-        f"step, {runs[0]['full_steps']} steps"
+        f"labelled drawing(s) and {QUERIES} queries of each in judging; {TASKS} tasks "
+        f"an outer step, {runs[0]['full_steps']} steps"
     )
     parts = [f"## Few-shot episodes, {shots} shot(s)", f"{title}."]
     entries = fewshot.entries([one.record for one in here])

@@ -26,7 +26,7 @@ import dsbp_optax
 from benchmarks import kernels
 from benchmarks.campaign import Lane
 from benchmarks.data import Data
-from benchmarks.optimizers import Contender
+from benchmarks.optimizers import OURS, Contender
 from benchmarks.train import Program, build
 from benchmarks.workloads import Params, Workload
 
@@ -176,20 +176,8 @@ def entrants(task: Task) -> dict[str, tuple[Adaptation, Contender]]:
         PEER: _lora(task),
         **{name: _coordinates(task, name, name, task.rank) for name in ALIKE},
         WIDE: _coordinates(task, WIDE, "dsbp_muon", task.wide_rank),
-        OURS_WHOLE: (
-            task.workload,
-            _contender(
-                task,
-                OURS_WHOLE,
-                "everything, dsbp_muon",
-                dsbp_optax.dsbp_muon,
-                **_REFRESHED,
-            ),
-        ),
-        WHOLE: (
-            task.workload,
-            _contender(task, WHOLE, "everything, optax.adamw", optax.adamw),
-        ),
+        OURS_WHOLE: _everything(task, OURS_WHOLE, dsbp_optax.dsbp_muon, **OURS),
+        WHOLE: _everything(task, WHOLE, optax.adamw),
     }
 
 
@@ -220,12 +208,16 @@ def _coordinates(
         settings={"rank": rank, "residual": None},
         warm_start=True,
         coordinates=True,
-        **_REFRESHED,
+        **OURS,
     )
     return workload, contender
 
 
-_REFRESHED: Any = {"ours": True, "period": 100, "window": 5}
+def _everything(
+    task: Task, name: str, factory: Factory, **rest: Any
+) -> tuple[Adaptation, Contender]:
+    summary = f"everything, {factory.__name__}"
+    return task.workload, _contender(task, name, summary, factory, **rest)
 
 
 def _contender(

@@ -148,7 +148,8 @@ def _muon(
     )
 
 
-_OURS: Any = {"ours": True, "period": _PERIOD, "window": _ITERATIONS}
+#: What all of ours have in common.
+OURS: Any = {"ours": True, "period": _PERIOD, "window": _ITERATIONS}
 
 CONTENDERS = {
     contender.name: contender
@@ -161,7 +162,7 @@ CONTENDERS = {
             0.01,
             warm_start=True,
             plain="sgd",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "dsbp_sgd",
@@ -171,7 +172,7 @@ CONTENDERS = {
             0.1,
             {"momentum": 0.9},
             plain="sgd",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "dsbp_adamw",
@@ -180,7 +181,7 @@ CONTENDERS = {
             _FINE,
             3e-3,
             plain="adamw",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "dsbp_muon",
@@ -189,7 +190,7 @@ CONTENDERS = {
             _MUON,
             1e-2,
             plain="muon",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "dsbp_sgd_sam",
@@ -199,7 +200,7 @@ CONTENDERS = {
             0.1,
             {"momentum": 0.9, "rho": 0.05},
             plain="sam",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "dsbp_sgd_msam",
@@ -209,7 +210,7 @@ CONTENDERS = {
             0.3,
             {"momentum": 0.9, "rho": 0.1},
             plain="sgd",
-            **_OURS,
+            **OURS,
         ),
         Contender(
             "sgd",

@@ -14,10 +14,10 @@ from packaging.version import Version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ.setdefault(_QUICK, "1")
-_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 if Version(metadata.version("jaxlib")) < Version("0.11.1"):  # ends at unknown flags
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def optimized():
     jax.config.update(name, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(_QUICK, "0")
-        if os.environ["XLA_FLAGS"] == " ".join(_FLAGS):
+        if os.environ["XLA_FLAGS"] == _FLAGS:
             patch.delenv("XLA_FLAGS")
         yield
     jax.config.update(name, before)

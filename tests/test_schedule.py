@@ -625,7 +625,7 @@ def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
     @jax.jit
     def step(params: Any, state: Any, x: Any) -> Any:
         _, grads, statistics = observe(params, x, opt_state=state)
-        updates, state = jax.jit(tx.update)(grads, state, params, statistics=statistics)
+        updates, state = tx.update(grads, state, params, statistics=statistics)
         counts = {path: jnp.max(s.count) for path, s in statistics.items()}
         return optax.apply_updates(params, updates), state, counts
 

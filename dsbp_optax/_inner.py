@@ -10,10 +10,7 @@ import jax.numpy as jnp
 from dsbp_optax import _layout, _plan, _precision, _spectral, _transport
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._rule import Rule
-from dsbp_optax._types import Array, PyTree, compute_dtype, state_bytes
-
-#: Bytes of inner state above which a skipped step is a branch.
-_LARGE_STATE = 2**22
+from dsbp_optax._types import Array, PyTree, compute_dtype
 
 
 class Pair(NamedTuple):
@@ -46,7 +43,6 @@ def divide(
 
 def inner_update(
     rule: Rule,
-    finite: Array,
     gradients: Pair,
     held: Pair,
     stored: Pair,
@@ -54,15 +50,10 @@ def inner_update(
     store: Callable[[PyTree], PyTree],
     extra: Mapping[str, Any],
 ) -> tuple[dict[str, Array], Pair]:
-    """The step of both optimizers, or none where gradients are not finite.
-
-    A large state goes through `lax.cond`, since a `where` would copy it; a small one
-    through `where`, since a branch would hold up the rest of the step. Outside of a
-    trace Python decides, so that nothing is compiled anew.
+    """The step of both optimizers.
 
     Args:
       rule: the rule.
-      finite: whether to take the step.
       gradients: path -> gradient, coordinates for projected kernels.
       held: states in the coordinates of this step.
       stored: the states as they came, for their dtypes.
@@ -77,28 +68,12 @@ def inner_update(
     if params is not None and gradients.others:
         leaves, _ = _layout.flatten_with_paths(params)
         params = {path: leaves[path] for path in gradients.others}
-
-    def take(gradients: Pair, held: Pair) -> tuple[dict[str, Array], Pair]:
-        steps, inner = rule.inner.update(gradients.kernels, held.kernels, None, **extra)
-        others, rest = gradients.others, held.others
-        if rule.fallback is not None and others:
-            others, rest = rule.fallback.update(others, rest, params, **extra)
-        changes = _spectral.cast_like({**steps, **others}, merged)
-        return changes, _spectral.cast_like(Pair(store(inner), rest), stored)
-
-    def skip(gradients: Pair, held: Pair) -> tuple[dict[str, Array], Pair]:
-        del gradients
-        nothing = jax.tree.map(jnp.zeros_like, merged)
-        return nothing, _spectral.cast_like(held, stored)
-
-    if not isinstance(finite, jax.core.Tracer):
-        return (take if finite else skip)(gradients, held)
-    if state_bytes(stored) > _LARGE_STATE:
-        done: tuple[dict[str, Array], Pair]
-        done = jax.lax.cond(finite, take, skip, gradients, held)
-        return done
-    steps, new = take(gradients, held)
-    return steps, _spectral.select(finite, new, _spectral.cast_like(held, stored))
+    steps, inner = rule.inner.update(gradients.kernels, held.kernels, None, **extra)
+    others, rest = gradients.others, held.others
+    if rule.fallback is not None and others:
+        others, rest = rule.fallback.update(others, rest, params, **extra)
+    changes = _spectral.cast_like({**steps, **others}, merged)
+    return changes, _spectral.cast_like(Pair(store(inner), rest), stored)
 
 
 def widened(updates: PyTree) -> Callable[[Array, str], Array]:

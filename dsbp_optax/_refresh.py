@@ -23,6 +23,8 @@ RefreshStep: TypeAlias = Callable[..., tuple[Layers, list[Moments]]]
 
 #: Gradients that come as coordinates turn with the basis like a first moment.
 _GIVEN = Field("first", "given", -1)
+#: What a refresh is told that holds no arrays.
+_STATIC = ("views", "ranks", "kinds", "owners")
 
 
 class Step(NamedTuple):
@@ -58,6 +60,7 @@ def begin_step(
     statistics: Mapping[str, Any] | None,
     kinds: Sequence[Field] = (),
     moments: Sequence[Moments] = (),
+    taken: bool = True,
 ) -> Step:
     """Check what came in, refresh the bases whose turn it is.
 
@@ -69,6 +72,7 @@ def begin_step(
       statistics: path -> statistic, or None.
       kinds: how each field of `moments` follows a basis.
       moments: of the inner optimizer.
+      taken: whether bases may be refreshed; a step that is skipped lets time pass.
     """
     _spectral.check_version(state)
     leaves, treedef = _layout.flatten_with_paths(updates)
@@ -91,6 +95,7 @@ def begin_step(
         ranks=_spectral.rank_rules(choices, views),
         kinds=[*kinds, _GIVEN],
         owners=owners,
+        taken=taken,
     )
     layers = {path: layers[owners[path]] for path in views}
     bases = {
@@ -118,13 +123,13 @@ def _given_coordinates(
 
 
 def end_step(
-    state: SpectralState, step: Step, refresh: Refresh, finite: Array
+    state: SpectralState, step: Step, refresh: Refresh, taken: bool = True
 ) -> dict[str, Any]:
     """The fields that the states of both transformations share, after the step."""
     count = optax.safe_increment(state.step)
     return {
         "step": count,
-        "skipped": state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+        "skipped": state.skipped + (0 if taken else 1),
         "collect": _adapt.any_collects(refresh, step.layers, count),
         **_spectral.join_layers(_only(state.basis, step.layers)),
         "shared": state.shared,
@@ -133,14 +138,57 @@ def end_step(
     }
 
 
-def to_updates(step: Step, changes: Mapping[str, Array], finite: Array) -> PyTree:
-    """`changes` by path as the incoming tree, dtypes kept, zero if not finite."""
+def to_updates(step: Step, changes: Mapping[str, Array]) -> PyTree:
+    """`changes` by path as the incoming tree, dtypes kept."""
     return step.treedef.unflatten(
-        jnp.where(finite, changes[path], 0).astype(
-            jnp.result_type(*jax.tree.leaves(gradient))
-        )
+        changes[path].astype(jnp.result_type(*jax.tree.leaves(gradient)))
         for path, gradient in step.gradients.items()
     )
+
+
+def no_updates(step: Step) -> PyTree:
+    """Zeros in the place of `to_updates`; whole kernels for those in coordinates."""
+    nothing = {
+        path: jnp.zeros(step.views[path].shape)
+        if isinstance(gradient, Coordinates)
+        else jnp.zeros_like(gradient)
+        for path, gradient in step.gradients.items()
+    }
+    return to_updates(step, nothing)
+
+
+def gate(
+    take: Callable[[T], tuple[PyTree, T]],
+    skip: Callable[[T], tuple[PyTree, T]],
+    updates: PyTree,
+    state: T,
+) -> tuple[PyTree, T]:
+    """The step if every number of `updates` is finite, else one that changes nothing.
+
+    The one place where numbers that are not finite are dealt with. A branch round the
+    whole step: where each array is selected by itself, XLA copies the test of all
+    gradients into each of hundreds of fusions. Outside of a trace Python decides.
+
+    Args:
+      take: state -> updates, new state.
+      skip: state -> new state; its updates are zero.
+      updates: incoming gradients.
+      state: before the step.
+    """
+    finite = _spectral.all_finite(updates)
+
+    def taken(state: T) -> tuple[PyTree, T]:
+        changes, new = take(state)
+        return changes, _spectral.cast_like(new, state)
+
+    def skipped(state: T) -> tuple[PyTree, T]:
+        changes, new = skip(state)
+        return changes, _spectral.cast_like(new, state)
+
+    if not isinstance(finite, jax.core.Tracer):
+        return (taken if finite else skipped)(state)
+    done: tuple[PyTree, T] = jax.lax.cond(finite, taken, skipped, state)
+    return done
 
 
 def sharpness_rows(
@@ -193,13 +241,14 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
 
     Returns:
       ``(layers, moments, statistics, gradients, step, views=, ranks=, kinds=,
-      owners=) -> (layers, moments)``, see `refresh_layers`.
+      owners=, taken=) -> (layers, moments)``, see `refresh_layers`.
     """
 
-    @functools.partial(jax.jit, static_argnames=("views", "ranks", "kinds", "owners"))
-    def step(*args: Any, views: Any, ranks: Any, kinds: Any, owners: Any) -> Any:
+    @functools.partial(jax.jit, static_argnames=(*_STATIC, "taken"))
+    def step(*args: Any, taken: bool, **static: Any) -> Any:
+        views, ranks, kinds, owners = (static[name] for name in _STATIC)
         rules = Rules(refresh, dict(views), dict(ranks), dict(owners))
-        return refresh_layers(rules, list(kinds), *args)
+        return refresh_layers(rules, list(kinds), taken, *args)
 
     def call(
         *args: Any,
@@ -207,6 +256,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
         ranks: Mapping[str, AutoRank],
         kinds: Sequence[Field],
         owners: Mapping[str, str],
+        taken: bool,
     ) -> tuple[Layers, list[Moments]]:
         done: tuple[Layers, list[Moments]] = step(
             *args,
@@ -214,6 +264,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
             ranks=tuple(ranks.items()),
             kinds=tuple(kinds),
             owners=tuple(owners.items()),
+            taken=taken,
         )
         return done
 
@@ -223,6 +274,7 @@ def make_refresh(refresh: Refresh) -> RefreshStep:
 def refresh_layers(
     rules: Rules,
     kinds: list[Field],
+    taken: bool,
     layers: Layers,
     moments: list[Moments],
     statistics: Mapping[str, Any],
@@ -233,14 +285,14 @@ def refresh_layers(
 
     Layers with sketches (or with nothing, which use their gradient) take one power
     iteration on each step of a window; layers with a whole matrix take all of them on
-    the first, and none by the gradient on the rest of it. Gradients that are not finite
-    change nothing; the branch tests them itself, so that other steps need not wait for
-    the test. Several groups lie in one branch more, which most steps do not enter. A
-    basis whose gradients came as coordinates waits for a statistic.
+    the first, and none by the gradient on the rest of it. Several groups lie in one
+    branch more, which most steps do not enter. A basis whose gradients came as
+    coordinates waits for a statistic.
 
     Args:
       rules: of the refresh.
       kinds: how each field of `moments` follows a basis.
+      taken: whether this step may refresh; one that is skipped lets time pass.
       layers: path -> layer, kernel form.
       moments: of the inner optimizer; they move with the bases.
       statistics: path -> statistic.
@@ -256,6 +308,8 @@ def refresh_layers(
     _adapt.check_schedules(rules, layers)
     _eigenbasis.check_means(statistics, rules.refresh)
     groups = _adapt.plan_groups(rules, layers, waiting, statistics, step)
+    if not taken:
+        return _adapt.note_collects(rules, layers, groups, step), moments
     turns, nows = [g.turn for g in groups], [g.now for g in groups]
     layers, moments = jax.lax.cond(
         functools.reduce(jnp.logical_or, turns),
@@ -283,7 +337,6 @@ def _refresh_groups(
     nows: list[Now],
 ) -> tuple[Layers, list[Moments]]:
     """The branch of a step that refreshes: each group in a branch of its own."""
-    finite = _spectral.all_finite(gradients)
     for paths, turn, now in zip(members, turns, nows, strict=True):
         kernels = {path for path, owner in rules.owners.items() if owner in paths}
         branch = functools.partial(_refresh_group, rules, kinds)
@@ -292,7 +345,6 @@ def _refresh_groups(
             [_only(kernels, held) for held in moments],
             _only(paths, statistics),
             _only(kernels, gradients),
-            finite,
             now,
         )
         if len(members) == 1:  # it is its turn, or we were not here
@@ -311,7 +363,6 @@ def _refresh_group(
     moments: list[Moments],
     seen: Mapping[str, Any],
     gradients: Mapping[str, Any],
-    finite: Array,
     now: Now,
 ) -> tuple[Layers, list[Moments]]:
     """One refresh of each layer; the coordinates of its kernels turn with it."""
@@ -332,9 +383,8 @@ def _refresh_group(
         new[path], turned = _adapt.adapt(rules, path, layer, done, turned, now)
         rotation = Rotation(turned, view.flipped, now.step)
         rotations |= dict.fromkeys(kernels, rotation)
-    return _spectral.select(
-        finite, (new, rotate(kinds, moments, rotations)), (group, moments)
-    )
+    turned_moments = rotate(kinds, moments, rotations)
+    return _spectral.cast_like((new, turned_moments), (group, moments))
 
 
 def _waiting(

@@ -32,7 +32,9 @@ from dsbp_optax._refresh import (
     RefreshStep,
     begin_step,
     end_step,
+    gate,
     make_refresh,
+    no_updates,
     sharpness_rows,
     to_updates,
 )
@@ -142,13 +144,23 @@ def _update(
     if not jax.tree.leaves(updates):
         return updates, state
     _coordinates.refuse(_coordinates.find(updates), "add_spectral_sharpness")
-    step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
-    changes = dict(step.gradients)
-    rows = sharpness_rows(rule.sharpness, step, params, state.step)
-    for path, view in step.views.items():
-        leading = step.bases[path][..., :1]
-        term = _subspace.lift(leading, rows[path], view.flipped)
-        changes[path] = changes[path] + _layout.from_matrices(term, view)
-    finite = _spectral.all_finite(step.gradients)
-    fields = end_step(state, step, rule.refresh, finite)
-    return to_updates(step, changes, finite), SpectralSharpnessState(**fields)
+
+    def take(state: Any) -> tuple[PyTree, Any]:
+        step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
+        changes = dict(step.gradients)
+        rows = sharpness_rows(rule.sharpness, step, params, state.step)
+        for path, view in step.views.items():
+            leading = step.bases[path][..., :1]
+            term = _subspace.lift(leading, rows[path], view.flipped)
+            changes[path] = changes[path] + _layout.from_matrices(term, view)
+        fields = end_step(state, step, rule.refresh)
+        return to_updates(step, changes), SpectralSharpnessState(**fields)
+
+    def skip(state: Any) -> tuple[PyTree, Any]:
+        step = begin_step(
+            *(rule.choices, rule.refresh_step, state, updates, statistics), taken=False
+        )
+        fields = end_step(state, step, rule.refresh, taken=False)
+        return no_updates(step), SpectralSharpnessState(**fields)
+
+    return gate(take, skip, updates, state)

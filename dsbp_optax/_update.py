@@ -25,7 +25,9 @@ from dsbp_optax._refresh import (
     Step,
     begin_step,
     end_step,
+    gate,
     make_refresh,
+    no_updates,
     sharpness_rows,
     to_updates,
 )
@@ -99,17 +101,38 @@ def _update(
     _spectral.check_extra_args(extra)
     if not jax.tree.leaves(updates):
         return updates, state
-    step, inner = _begin(rule, refresh_step, updates, state, statistics)
+
+    def take(state: Any) -> tuple[PyTree, Any]:
+        step, inner = _begin(rule, refresh_step, updates, state, statistics)
+        return _take(rule, step, inner, updates, state, params, extra)
+
+    def skip(state: Any) -> tuple[PyTree, Any]:
+        step = begin_step(
+            *(rule.choices, refresh_step, state, updates, statistics), taken=False
+        )
+        fields = _stored_basis(rule, end_step(state, step, rule.refresh, taken=False))
+        return no_updates(step), state._replace(**fields)
+
+    return gate(take, skip, updates, state)
+
+
+def _take(
+    rule: Rule,
+    step: Step,
+    inner: PyTree,
+    updates: PyTree,
+    state: SpectralProjectionState,
+    params: PyTree | None,
+    extra: Mapping[str, Any],
+) -> tuple[PyTree, SpectralProjectionState]:
+    """The step once the bases stand, with gradients that are finite."""
     if rule.residual is not _residual.DROPPED:
         _coordinates.refuse(step.given, "a residual rule")
     coordinates = _combine.coordinates(step)
     gradients = _inner.divide(rule, step.gradients, updates, step.views)
     gradients.kernels.update(_combine.filtered(rule, step, coordinates))
-    # A number that is not finite spreads into the coordinates: no pass of its own.
-    finite = _spectral.all_finite({**step.gradients, **coordinates})
     changes, held = _inner.inner_update(
         rule,
-        finite,
         gradients,
         _inner.Pair(inner, state.fallback),
         _inner.Pair(state.inner, state.fallback),
@@ -127,11 +150,10 @@ def _update(
     changes |= {path: matrix for path, (matrix, _) in combined.items()}
     residual = state.residual
     if residual:
-        kept = {path: rest for path, (_, rest) in combined.items()}
-        residual = _spectral.select(finite, kept, residual)
+        residual = {path: rest for path, (_, rest) in combined.items()}
     changes = _combine.directed(rule, step, changes, updates, rows)
-    return to_updates(step, changes, finite), SpectralProjectionState(
-        **_stored_basis(rule, end_step(state, step, rule.refresh, finite)),
+    return to_updates(step, changes), SpectralProjectionState(
+        **_stored_basis(rule, end_step(state, step, rule.refresh)),
         inner=held.kernels,
         residual=residual,
         fallback=held.others,

@@ -21,11 +21,24 @@ from dsbp_optax._coordinates import project_gradients
 from dsbp_optax._eigenbasis import Schedule, Spectrum
 from dsbp_optax._filter import complement, whiten
 from dsbp_optax._layout import Axes, Coordinates
+from dsbp_optax._metric import scale_by_activation_metric
 from dsbp_optax._moments import residual_adam, residual_momentum
+from dsbp_optax._momentum import (
+    QuantizedAdamState,
+    QuantizedMomentumState,
+    scale_by_quantized_adam,
+    scale_by_quantized_momentum,
+)
 from dsbp_optax._msam import SubspaceMsamState, evaluation_params, subspace_msam
 from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
 from dsbp_optax._project import scale_by_spectral_projection
-from dsbp_optax._recipes import dsbp, dsbp_adamw, dsbp_muon, dsbp_sgd
+from dsbp_optax._recipes import (
+    dsbp,
+    dsbp_adamw,
+    dsbp_muon,
+    dsbp_sgd,
+    subspace_muon,
+)
 from dsbp_optax._residual import (
     Residual,
     error_feedback,
@@ -40,6 +53,7 @@ from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
 from dsbp_optax._sharding import state_shardings
 from dsbp_optax._sharpness import add_spectral_sharpness
 from dsbp_optax._spectral import (
+    ActivationMetricState,
     SpectralProjectionState,
     SpectralSharpnessState,
     put_statistics,
@@ -57,6 +71,7 @@ from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
 __version__ = "0.2.0"
 
 __all__ = [
+    "ActivationMetricState",
     "Activations",
     "AutoInterval",
     "AutoRank",
@@ -66,6 +81,8 @@ __all__ = [
     "Covariance",
     "Eigenpairs",
     "Operator",
+    "QuantizedAdamState",
+    "QuantizedMomentumState",
     "RankFraction",
     "Residual",
     "Schedule",
@@ -100,13 +117,17 @@ __all__ = [
     "residual_adam",
     "residual_momentum",
     "resize_state",
+    "scale_by_activation_metric",
     "scale_by_orthogonalization",
+    "scale_by_quantized_adam",
+    "scale_by_quantized_momentum",
     "scale_by_spectral_projection",
     "scale_residual",
     "scale_residual_by_column",
     "sign_residual",
     "state_shardings",
     "subspace_msam",
+    "subspace_muon",
     "subspace_sam",
     "sum_statistics",
     "whiten",

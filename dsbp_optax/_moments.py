@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _quantization
+from dsbp_optax import _checks, _momentum
 from dsbp_optax._residual import Contribution, Outside, Residual
 from dsbp_optax._types import Array, PyTree, Scalar
-
-
-class Storage(NamedTuple):
-    """How a matrix is kept from step to step.
-
-    Attributes:
-      init: zeros shaped as the matrix -> what is kept.
-      encode: matrix -> what is kept.
-      decode: what is kept -> matrix.
-    """
-
-    init: Callable[[Array], PyTree]
-    encode: Callable[[Array], PyTree]
-    decode: Callable[[PyTree], Array]
 
 
 class FactoredAdam(NamedTuple):
@@ -41,24 +26,6 @@ class FactoredAdam(NamedTuple):
     rows: Array
     columns: Array
     taken: Array
-
-
-def storage(bits: int) -> Storage:
-    """Of so many bits a number; 32 keeps the floats.
-
-    Raises:
-      ValueError: for other numbers of bits.
-    """
-    known = (*_quantization.STEPS, 32)
-    if bits not in known:
-        raise ValueError(f"residual: bits: got {bits}, expected one of {known}.")
-    if bits == 32:
-        return Storage(*(lambda matrix: matrix,) * 3)
-    return Storage(
-        lambda matrix: _quantization.empty(matrix, bits),
-        lambda matrix: _quantization.quantize(matrix, bits),
-        lambda held: _quantization.dequantize(held, bits),
-    )
 
 
 def residual_momentum(
@@ -90,7 +57,7 @@ def residual_momentum(
       >>> tx = dsbp_optax.scale_by_spectral_projection(
       ...     optax.trace(0.9), residual=dsbp_optax.residual_momentum(0.9))
     """
-    store = storage(bits)
+    store = _momentum.storage(bits)
     _checks.check_number("decay", decay, 0.0, 1.0)
 
     def update(seen: Outside, held: Any) -> tuple[Contribution, Any]:
@@ -143,7 +110,7 @@ def residual_adam(
       >>> tx = dsbp_optax.scale_by_spectral_projection(
       ...     optax.scale_by_adam(), residual=dsbp_optax.residual_adam())
     """
-    store = storage(bits)
+    store = _momentum.storage(bits)
     _checks.check_number("b1", b1, 0.0, 1.0)
     _checks.check_number("b2", b2, 0.0, 1.0)
     _checks.check_number("eps", eps, 0.0)

@@ -155,12 +155,16 @@ def kernels(
         if path in views:
             found[path] = views[path]
             continue
-        shape = jnp.shape(leaf)
-        if _no_kernel(path, leaf, choices):
-            continue
-        if _layout.resolve(choices.rank, path, shape, None) is not None:
-            found[path], _ = _view(path, shape, leaves, choices)
+        if is_kernel(path, leaf, choices):
+            found[path], _ = _view(path, jnp.shape(leaf), leaves, choices)
     return found
+
+
+def is_kernel(path: str, leaf: Any, choices: Choices) -> bool:
+    """Whether `kernels` would give it a view."""
+    if _no_kernel(path, leaf, choices):
+        return False
+    return _layout.resolve(choices.rank, path, jnp.shape(leaf), None) is not None
 
 
 def fans(path: str, view: MatrixView, choices: Choices) -> tuple[int, int]:

@@ -157,40 +157,6 @@ def no_updates(step: Step) -> PyTree:
     return to_updates(step, nothing)
 
 
-def gate(
-    take: Callable[[T], tuple[PyTree, T]],
-    skip: Callable[[T], tuple[PyTree, T]],
-    updates: PyTree,
-    state: T,
-) -> tuple[PyTree, T]:
-    """The step if every number of `updates` is finite, else one that changes nothing.
-
-    The one place where numbers that are not finite are dealt with. A branch round the
-    whole step: where each array is selected by itself, XLA copies the test of all
-    gradients into each of hundreds of fusions. Outside of a trace Python decides.
-
-    Args:
-      take: state -> updates, new state.
-      skip: state -> new state; its updates are zero.
-      updates: incoming gradients.
-      state: before the step.
-    """
-    finite = _spectral.all_finite(updates)
-
-    def taken(state: T) -> tuple[PyTree, T]:
-        changes, new = take(state)
-        return changes, _spectral.cast_like(new, state)
-
-    def skipped(state: T) -> tuple[PyTree, T]:
-        changes, new = skip(state)
-        return changes, _spectral.cast_like(new, state)
-
-    if not isinstance(finite, jax.core.Tracer):
-        return (taken if finite else skipped)(state)
-    done: tuple[PyTree, T] = jax.lax.cond(finite, taken, skipped, state)
-    return done
-
-
 def sharpness_rows(
     sharpness: optax.ScalarOrSchedule, step: Step, params: PyTree | None, count: Array
 ) -> dict[str, Array]:

@@ -26,13 +26,13 @@ from dsbp_optax import (
     _subspace,
 )
 from dsbp_optax._eigenbasis import Refresh
+from dsbp_optax._gate import gate
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._plan import Choices
 from dsbp_optax._refresh import (
     RefreshStep,
     begin_step,
     end_step,
-    gate,
     make_refresh,
     no_updates,
     sharpness_rows,

@@ -86,12 +86,30 @@ class SpectralSharpnessState(NamedTuple):
     version: Any
 
 
-#: State type -> what its statistics' paths end in. The projection's end in nothing.
+class ActivationMetricState(NamedTuple):
+    """State of `scale_by_activation_metric`; fields as in `SpectralProjectionState`."""
+
+    step: Array
+    skipped: Array
+    collect: Array
+    basis: Any
+    spectrum: Any
+    schedule: Any
+    statistics: Any
+    shared: Any
+    version: Any
+
+
+#: State type -> what its statistics' paths end in. Those of a kernel's first basis,
+#: the projection's or the metric's, end in nothing.
 STATES: Mapping[type, str] = {
     SpectralProjectionState: "",
+    ActivationMetricState: "",
     SpectralSharpnessState: "#sharpness",
 }
-SpectralState: TypeAlias = SpectralProjectionState | SpectralSharpnessState
+SpectralState: TypeAlias = (
+    SpectralProjectionState | ActivationMetricState | SpectralSharpnessState
+)
 
 
 def find_states(opt_state: PyTree) -> list[SpectralState]:
@@ -147,8 +165,7 @@ def map_states(
 
 def _is_state(node: Any) -> bool:
     """Whether `node` is a spectral state, and not that of an empty tree."""
-    kinds = SpectralProjectionState | SpectralSharpnessState
-    return isinstance(node, kinds) and isinstance(node.basis, Mapping)
+    return isinstance(node, SpectralState) and isinstance(node.basis, Mapping)
 
 
 def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:

@@ -20,12 +20,12 @@ from dsbp_optax import (
     _spectral,
     _transport,
 )
+from dsbp_optax._gate import gate
 from dsbp_optax._refresh import (
     RefreshStep,
     Step,
     begin_step,
     end_step,
-    gate,
     make_refresh,
     no_updates,
     sharpness_rows,

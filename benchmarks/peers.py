@@ -4,17 +4,15 @@ Each is one `Contender` in `CONTENDERS`. All have the same auxiliary Adam, with 
 of its own, for what is no kernel, and decoupled weight decay on kernels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import dsbp_optax
 from benchmarks.kernels import is_kernel, map_kernels, path_of
-from dsbp_optax import _quantization
 
 #: Decays of every Adam: the auxiliary one, AdamW and those in few bits.
 _B1, _B2 = 0.9, 0.95

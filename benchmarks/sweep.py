@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -21,15 +22,14 @@ import dsbp_optax
 from benchmarks import kernels
 from benchmarks.peers import Contender
 from benchmarks.workloads import cosine
+from dsbp_optax import _spectral
 
 #: Evaluations along a run, the last one at its end.
 EVALUATIONS = 12
 #: Samples that an evaluation takes at once.
 _AT_ONCE = 128
-#: Integers of a state that count steps; the same for all runs of a group.
-_COUNTERS = ("step", "count")
-#: Others that are functions of these; the same for all runs as well.
-_SHARED = (*_COUNTERS, "collect")
+#: Integers of a state that depend on the number of steps alone.
+_COUNTERS = ("step", "count", "collect")
 
 Params = Any
 
@@ -134,7 +134,8 @@ class Program:
     Attributes:
       task: what is trained.
       runs: how many at once.
-      start: seeds, training part -> parameters, optimizer states.
+      init: seeds, training part -> parameters.
+      start: parameters -> optimizer states.
       advance: parameters, states, runs, part, first step, steps -> one chunk later,
         and the losses ``(runs, chunk)``.
       judge: parameters, part -> loss and share of errors, ``(runs, 2)``.
@@ -143,6 +144,7 @@ class Program:
 
     task: Task
     runs: int
+    init: Callable[..., Any]
     start: Callable[..., Any]
     advance: Callable[..., Any]
     judge: Callable[..., Any]
@@ -150,103 +152,131 @@ class Program:
 
 
 def step_of(task: Task, contender: Contender) -> Callable[..., Any]:
-    """One step of one run; `step` and `steps` are common to all of a group."""
-    clip = optax.identity() if task.clip is None else optax.clip_by_global_norm(task.clip)
+    """One step of one run; `step` and `steps` are common to all of a group.
+
+    Gradients that are not finite are zero for the optimizer; the loss tells of them.
+    """
+    clip = optax.identity()
+    if task.clip is not None:
+        clip = optax.clip_by_global_norm(task.clip)
+    value_and_grad = GRADIENTS[contender.statistics](task.loss)
 
     def one(
         params: Params, opt_state: Any, run: Run, part: Part, step: Any, steps: Any
     ) -> Any:
-        opt_state = with_counters(opt_state, step)
         batch = task.draw(jax.random.fold_in(_keys(run.seed)[1], step), part)
         rates = (cosine(step, rate, steps) for rate in (run.rate, run.aux_rate))
         tx = optax.with_extra_args_support(contender.build(*rates, run.decay))
-        value_and_grad = GRADIENTS[contender.statistics](task.loss)
         loss, grads, extra = value_and_grad(params, batch, opt_state)
+        norm = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, 0), grads)
         grads, _ = clip.update(grads, clip.init(grads))
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
-        opt_state = with_counters(opt_state, step + 1)
+        with _no_gate():
+            updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        loss = jnp.where(jnp.isfinite(norm), loss, jnp.nan)
         return optax.apply_updates(params, updates), opt_state, loss
 
     return one
 
 
-def chunk_of(task: Task, contender: Contender) -> Callable[..., Any]:
-    """As many steps of one run as a chunk has."""
-    step = step_of(task, contender)
+def _no_gate() -> Any:
+    """The package's test for finite gradients, answered: `step_of` has made it.
 
-    def one(
-        params: Params, opt_state: Any, run: Run, part: Part, first: Any, steps: Any
+    A branch on the gradients of each run would, vectorised, compute both sides, and
+    with them all branches inside.
+    """
+    return mock.patch.object(_spectral, "all_finite", lambda tree: np.True_)
+
+
+def group_of(task: Task, contender: Contender, params: Params) -> tuple[Any, Any]:
+    """``start`` and ``advance`` of a group, not yet compiled; `params` of one run.
+
+    Counters stay out of the vectorised axis: branches that depend on them are taken or
+    not, as in a single run, where a vectorised condition would compute both.
+    """
+    start, step = contender.build(1.0, 1.0, 0.0).init, step_of(task, contender)
+    axes = jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: None if _is_counter(keys, leaf) else 0,
+        jax.eval_shape(start, params),
+    )
+
+    def common(opt_state: Any) -> Any:
+        return jax.tree.map(
+            lambda axis, leaf: leaf if axis == 0 else leaf.max(0),
+            axes,
+            opt_state,
+            is_leaf=lambda axis: axis is None,
+        )
+
+    def chunk(
+        step: Callable[..., Any], params: Any, opt_state: Any, runs: Run, *rest: Any
     ) -> Any:
+        part, first, steps = rest
+
         def body(carry: Any, number: jax.Array) -> Any:
-            *carry, loss = step(*carry, run, part, number, steps)
+            *carry, loss = step(*carry, runs, part, number, steps)
             return tuple(carry), loss
 
         numbers = first + jnp.arange(task.chunk)
         carry, losses = jax.lax.scan(body, (params, opt_state), numbers)
         return *carry, losses
 
-    return one
+    def one_by_one(params: Any, opt_state: Any, runs: Run, *rest: Any) -> Any:
+        each = params, opt_state, runs
+        return jax.lax.map(lambda x: chunk(step, *x, *rest), each)
 
+    def together(params: Any, opt_state: Any, *rest: Any) -> Any:
+        every = jax.vmap(step, (0, axes, 0, None, None, None))
 
-def start_of(task: Task, contender: Contender) -> Callable[..., Any]:
-    """Fresh parameters and optimizer state of one run."""
+        def joint(*args: Any) -> Any:
+            params, opt_state, losses = every(*args)
+            return params, common(opt_state), losses
 
-    def one(seed: Any, part: Part) -> Any:
-        params = task.init(_keys(seed)[0], part)
-        return params, contender.build(1.0, 1.0, 0.0).init(params)
+        params, opt_state, losses = chunk(joint, params, opt_state, *rest)
+        return params, opt_state, losses.T
 
-    return one
-
-
-def group_of(task: Task, contender: Contender, part: Part) -> tuple[Any, Any]:
-    """``start`` and ``advance`` of a group, not yet compiled.
-
-    Counters stay out of the vectorised axis: branches that depend on them are taken or
-    not, as in a single run, where a vectorised condition would compute both.
-    """
-    start, advance = start_of(task, contender), chunk_of(task, contender)
     if task.mapped:
-
-        def one_by_one(params: Any, opt_state: Any, runs: Run, *rest: Any) -> Any:
-            each = params, opt_state, runs
-            return jax.lax.map(lambda x: advance(*x, *rest), each)
-
-        return jax.vmap(start, (0, None)), one_by_one
-    _, opt_state = jax.eval_shape(start, 0, part)
-    axes = jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: None if _is_counter(keys, leaf, _SHARED) else 0, opt_state
-    )
-    return (
-        jax.vmap(start, (0, None), (0, axes)),
-        jax.vmap(advance, (0, axes, 0, None, None, None), (0, axes, 0)),
-    )
+        return jax.vmap(start), one_by_one
+    return jax.vmap(start, 0, axes), together
 
 
 def build(task: Task, contender: Contender, runs: int, data: Sequence[Part]) -> Program:
     """Compile a contender for a number of runs; `data` tells shapes alone."""
     begun = time.perf_counter()
-    start, advance = group_of(task, contender, data[0])
-    seeds = jnp.zeros(runs, jnp.int32)
-    numbers = jnp.zeros(runs, jnp.float32)
-    start = jax.jit(start).lower(seeds, data[0]).compile()
-    shapes = jax.eval_shape(start_of(task, contender), 0, data[0])
-    one = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    carry = start(seeds, data[0])
+    init, judge = _jitted(task)
+    seeds, numbers = np.zeros(runs, np.int32), np.zeros(runs, np.float32)
+    params = init(seeds, data[0])
+    single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    start, advance = group_of(task, contender, single)
+    start = jax.jit(start).lower(params).compile()
+    opt_state, ends = start(params), (np.int32(0), np.float32(1))
     group = Run(numbers, numbers, numbers, seeds)
     advance = jax.jit(advance, donate_argnums=(0, 1))
-    ends = np.int32(0), np.float32(1)
-    advance = advance.lower(*carry, group, data[0], *ends).compile()
+    advance = advance.lower(params, opt_state, group, data[0], *ends).compile()
+    state = jax.eval_shape(contender.build(1.0, 1.0, 0.0).init, single)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
     figures = {
         "compile_seconds": round(time.perf_counter() - begun, 1),
-        "state_bytes": dsbp_optax.diagnostics.state_bytes(one[1]),
-        "kernel_state_bytes": kernels.kernel_bytes(one[1], one[0]),
+        "state_bytes": dsbp_optax.diagnostics.state_bytes(state),
+        "kernel_state_bytes": kernels.kernel_bytes(state, single),
     }
-    return Program(task, runs, start, advance, _judge(task), figures)
+    return Program(task, runs, init, start, advance, judge, figures)
 
 
 @functools.cache
-def _judge(task: Task) -> Callable[..., Any]:
-    return jax.jit(jax.vmap(task.judge, (0, None)))
+def _jitted(task: Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Initial parameters and the evaluation, the same for all contenders."""
+
+    def init(seed: Any, part: Part) -> Params:
+        return task.init(_keys(seed)[0], part)
+
+    judge = jax.vmap(task.judge, (0, None))
+    if task.mapped:
+
+        def judge(params: Params, part: Part) -> jax.Array:
+            return jax.lax.map(lambda params: task.judge(params, part), params)
+
+    return jax.jit(jax.vmap(init, (0, None))), jax.jit(judge)
 
 
 def train(
@@ -261,41 +291,49 @@ def train(
       data: training, validation and test part.
       test: whether the test part may be looked at.
     """
-    task, begun = program.task, time.perf_counter()
+    task, seconds = program.task, 0.0
     if steps % task.chunk or not 0 < len(runs) <= program.runs:
-        raise ValueError(f"got {steps} steps and {len(runs)} runs, expected multiples "
-                         f"of {task.chunk} and at most {program.runs}")
+        raise ValueError(
+            f"got {steps} steps and {len(runs)} runs, expected a multiple of "
+            f"{task.chunk} and at most {program.runs}."
+        )
     padded = [*runs, *[runs[-1]] * (program.runs - len(runs))]
     *settings, seeds = (np.asarray(field) for field in zip(*padded, strict=True))
     group = Run(*(x.astype(np.float32) for x in settings), seeds.astype(np.int32))
-    carry = program.start(group.seed, data[0])
+    params = program.init(group.seed, data[0])
+    carry = jax.block_until_ready((params, program.start(params)))
     curve, losses, stops = [], [], evaluation_steps(steps, task.chunk)
     for first in range(0, steps, task.chunk):
-        ends = np.int32(first), np.float32(steps)
+        begun, ends = time.perf_counter(), (np.int32(first), np.float32(steps))
         *carry, loss = program.advance(*carry, group, data[0], *ends)
-        losses.append(loss)
+        losses.append(np.asarray(loss))
+        seconds += time.perf_counter() - begun
         if first + task.chunk in stops:
             found = np.asarray(program.judge(carry[0], data[1]))
             curve.append((first + task.chunk, found[:, 0]))
-    tested = np.asarray(program.judge(carry[0], data[2])) if test else None
-    losses = np.concatenate([np.asarray(loss) for loss in losses], axis=1)
-    seconds = (time.perf_counter() - begun) / program.runs
+    tested = np.asarray(program.judge(carry[0], data[2])) if test else found * np.nan
+    losses = np.concatenate(losses, axis=1)
+    lost = ~np.isfinite(losses).all(1)
+    found, tested = (np.where(lost[:, None], np.nan, x) for x in (found, tested))
     rows = []
     for i, run in enumerate(runs):
-        rows.append({
-            **run._asdict(),
-            "steps": steps,
-            "first_loss": float(losses[i, 0]),
-            "train_loss": float(losses[i, -task.chunk :].mean()),
-            "curve": [{"step": n, "loss": float(x[i])} for n, x in curve],
-            "validation_loss": float(found[i, 0]),
-            "validation_error": float(found[i, 1]),
-            "test_loss": None if tested is None else float(tested[i, 0]),
-            "test_error": None if tested is None else float(tested[i, 1]),
-            "seconds": round(seconds, 3),
-            "runs_at_once": program.runs,
-            **program.figures,
-        })
+        rows.append(
+            {
+                **run._asdict(),
+                "steps": steps,
+                "first_loss": float(losses[i, 0]),
+                "train_loss": float(losses[i, -task.chunk :].mean()),
+                "curve": [{"step": n, "loss": float(x[i])} for n, x in curve],
+                "validation_loss": float(found[i, 0]),
+                "validation_error": float(found[i, 1]),
+                "test_loss": float(tested[i, 0]),
+                "test_error": float(tested[i, 1]),
+                "diverged": bool(lost[i]),
+                "seconds": round(seconds / program.runs, 3),
+                "runs_at_once": program.runs,
+                **program.figures,
+            }
+        )
     return rows
 
 
@@ -305,21 +343,8 @@ def evaluation_steps(steps: int, chunk: int) -> list[int]:
     return sorted({chunk * max(1, round(number)) for number in numbers})
 
 
-def with_counters(opt_state: Any, step: Any) -> Any:
-    """The state with its counters of steps set to `step`.
-
-    They equal it anyway while no step is skipped; this one is common to all runs.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: (
-            jnp.asarray(step, leaf.dtype) if _is_counter(keys, leaf, _COUNTERS) else leaf
-        ),
-        opt_state,
-    )
-
-
-def _is_counter(keys: Any, leaf: Any, names: Sequence[str]) -> bool:
-    named = kernels.path_of(keys).rpartition("/")[2] in names
+def _is_counter(keys: Any, leaf: Any) -> bool:
+    named = kernels.path_of(keys).rpartition("/")[2] in _COUNTERS
     return named and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
 
 

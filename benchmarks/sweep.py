@@ -243,7 +243,7 @@ def group_of(task: Task, contender: Contender, params: Params) -> tuple[Any, Any
 def build(task: Task, contender: Contender, runs: int, data: Sequence[Part]) -> Program:
     """Compile a contender for a number of runs; `data` tells shapes alone."""
     begun = time.perf_counter()
-    init, judge = _jitted(task)
+    init, judge = jitted(task)
     seeds, numbers = np.zeros(runs, np.int32), np.zeros(runs, np.float32)
     params = init(seeds, data[0])
     single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
@@ -264,7 +264,7 @@ def build(task: Task, contender: Contender, runs: int, data: Sequence[Part]) -> 
 
 
 @functools.cache
-def _jitted(task: Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def jitted(task: Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Initial parameters and the evaluation, the same for all contenders."""
 
     def init(seed: Any, part: Part) -> Params:

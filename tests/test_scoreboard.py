@@ -111,6 +111,16 @@ def test_branches_on_counters_stay_branches(name, params):
     assert bool(conds(group.jaxpr)) == (name in refreshing)
 
 
+def test_the_guard_of_branches_can_fail(params, monkeypatch):
+    contender = CONTENDERS["soap"]
+    monkeypatch.setattr(sweep, "_COUNTERS", ())
+    start, advance = sweep.group_of(BOARD.task, contender, params)
+    many = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    runs = Run(*jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32))
+    arguments = many, jax.eval_shape(start, many), runs, DATA[0], np.int32(0), 1.0
+    assert conds(jax.make_jaxpr(advance)(*arguments).jaxpr) == 0
+
+
 def test_gradients_that_are_not_finite_leave_a_trace(params):
     contender = CONTENDERS["adamw"]
     step = jax.jit(sweep.step_of(BOARD.task, contender))

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from benchmarks import records
 from benchmarks.campaign import learning_rate_for
 from benchmarks.experiment import Record
-from benchmarks.metrics import Metric
+from benchmarks.metrics import Metric, mean_interval
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.workloads import Workload
 
@@ -151,17 +150,6 @@ def difference(entry: Entry, other: Entry) -> tuple[float, float, float] | None:
     """
     seeds = sorted(entry.finals.keys() & other.finals.keys())
     return mean_interval([entry.finals[s] - other.finals[s] for s in seeds])
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """The mean and its 95 % t interval; None with fewer than two values."""
-    if len(values) < 2:
-        return None
-    found = np.asarray(values)
-    error = found.std(ddof=1) / np.sqrt(len(found))
-    reach = stats.t.ppf(0.975, len(found) - 1) * error
-    mean = float(found.mean())
-    return mean, float(mean - reach), float(mean + reach)
 
 
 def target(metric: Metric, peer: Entry) -> float:

@@ -1,11 +1,12 @@
 """How a trained model is judged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 import optax
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,14 @@ LOSS = Metric(
     digits=4,
     tolerance=0.02,
 )
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """The mean and its 95 % t interval; None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    found = np.asarray(values)
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    reach = stats.t.ppf(0.975, len(found) - 1) * error
+    mean = float(found.mean())
+    return mean, float(mean - reach), float(mean + reach)

@@ -1,5 +1,6 @@
 """JSON records: everything that a published number needs beside itself."""
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -72,6 +73,28 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(_foreign(path, "no JSON object"))
     return record
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add records to a file of one a line, in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows]
+    with path.open("a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() and not path.read_bytes().endswith(b"\n"):
+            lines.insert(0, "\n")  # What a kill cut off stays on a line of its own.
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records that `append` saved; lines that a kill cut off are passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _foreign(path: Path, got: str) -> str:

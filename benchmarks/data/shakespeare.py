@@ -27,8 +27,13 @@ def load_shakespeare(context: int) -> Callable[[Path | None], Data]:
     return functools.partial(_load, context)
 
 
+def locate_text(data_dir: Path | None) -> Path:
+    """The file of the text."""
+    return locate(data_dir, _FILE, _SOURCE)
+
+
 def _load(context: int, data_dir: Path | None) -> Data:
-    path = locate(data_dir, _FILE, _SOURCE)
+    path = locate_text(data_dir)
     tokens = _tokens(path)
     ends = int(_TRAIN * len(tokens)), int(_VALIDATION * len(tokens))
     return cut_windows(path, np.split(tokens, ends), context)

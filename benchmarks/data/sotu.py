@@ -43,8 +43,13 @@ def load_sotu(context: int) -> Callable[[Path | None], Data]:
     return functools.partial(_load, context)
 
 
+def locate_texts(data_dir: Path | None) -> Path:
+    """The folder of the addresses, one a file."""
+    return locate(data_dir, _FOLDER, _SOURCE)
+
+
 def _load(context: int, data_dir: Path | None) -> Data:
-    folder = locate(data_dir, _FOLDER, _SOURCE)
+    folder = locate_texts(data_dir)
     addresses = [encode(_text(path)) for path in sorted(folder.glob("*.txt"))]
     count = len(addresses) // _SHARE
     if not count:

@@ -28,6 +28,7 @@ class Board:
       corpus: "shakespeare", "sotu" or "fashion_mnist".
       judge: "loss" or "error": what chooses settings and makes the table.
       runs: most runs at once, where memory is short.
+      brief: whether the two rates alone are tuned, without weight decay.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Board:
     corpus: str = "shakespeare"
     judge: str = "loss"
     runs: int = 16
+    brief: bool = False
 
 
 def _gpt(
@@ -44,17 +46,19 @@ def _gpt(
     steps: int = 600,
     corpus: str = "shakespeare",
     runs: int = 16,
+    brief: bool = True,
     **model: int,
 ) -> Board:
     gpt = models.Gpt(**model)
-    return Board(name, Task(gpt, batch, gpt.context, 1.0), steps, corpus, runs=runs)
+    task = Task(gpt, batch, gpt.context, 1.0)
+    return Board(name, task, steps, corpus, runs=runs, brief=brief)
 
 
 #: The most telling first.
 BOARDS: Mapping[str, Board] = {
     board.name: board
     for board in (
-        _gpt("gpt_d128_b24", 24),
+        _gpt("gpt_d128_b24", 24, brief=False),
         _gpt("sotu_d128_b24", 24, corpus="sotu"),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),

@@ -5,8 +5,9 @@ of its own, for what is no kernel, and decoupled weight decay on kernels.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ import optax
 
 import dsbp_optax
 from benchmarks.kernels import is_kernel, map_kernels, path_of
-from dsbp_optax import _quantization
+from dsbp_optax import _metric
+from dsbp_optax._eigenbasis import Refresh
+from dsbp_optax._plan import Choices
 
 #: Decays of every Adam: the auxiliary one, AdamW and those in few bits.
 _B1, _B2 = 0.9, 0.95
@@ -23,10 +26,11 @@ _MOMENTUM = 0.95
 
 #: Rates tried first, each twice the one before; and weight decays.
 _MUON, _FINE = (0.01, 0.02, 0.04, 0.08), (0.0015, 0.003, 0.006, 0.012)
+_WIDE_FINE = (0.003, 0.006, 0.012, 0.024)
 _AUX = (0.003, 0.006, 0.012, 0.024)
 _MUON_DECAYS, _FINE_DECAYS = (0.0, 0.03, 0.1, 0.3), (0.0, 0.1, 0.3, 1.0)
 
-Build = Callable[[Any, Any, Any], optax.GradientTransformation]
+Build = Callable[[Any, Any, Any, Any], optax.GradientTransformation]
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,15 @@ class Contender:
     Attributes:
       name: as typed on the command line.
       summary: one line for people.
-      build: rate of kernels, rate of the rest, weight decay -> optimizer.
+      build: rate of kernels, rate of the rest, weight decay, variant -> optimizer.
       statistics: what its update takes beside gradients: "none"; "package", the
         statistics of `dsbp_optax.linen`; "inputs", ``second_moments=``, the mean of
         ``a a^T`` over each dense layer's inputs.
       rates: of kernels, tried first.
       aux_rates: of the rest, tried first.
       decays: weight decays, 0 first.
+      program: name of the contender whose compiled program serves this one too.
+      variant: what tells it from that one.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Contender:
     rates: tuple[float, ...] = _MUON
     aux_rates: tuple[float, ...] = _AUX
     decays: tuple[float, ...] = _MUON_DECAYS
+    program: str | None = None
+    variant: int = 0
 
 
 def assemble(
@@ -81,7 +89,9 @@ def assemble(
 
 def kernel_rule(make: Callable[[], optax.GradientTransformation]) -> Build:
     """The contender whose kernels follow a rule of their own."""
-    return lambda rate, aux_rate, decay: assemble(make(), rate, aux_rate, decay)
+    return lambda rate, aux_rate, decay, variant: assemble(
+        make(), rate, aux_rate, decay
+    )
 
 
 def _muon() -> optax.GradientTransformation:
@@ -182,46 +192,106 @@ def muon_direction(matrix: jax.Array) -> jax.Array:
     return dsbp_optax.orthogonalize()(matrix, *matrix.shape)
 
 
-def coarse_muon(bits: int) -> Rule:
-    """Muon whose momentum is kept in a few bits a number, rounded to nearest."""
+def _coarse_muon(bits: int) -> optax.GradientTransformation:
+    """Muon whose momentum is kept in a few bits, with no basis."""
 
-    def update(seen: Seen, held: Any) -> tuple[jax.Array, Any]:
-        momentum = _MOMENTUM * _quantization.dequantize(held, bits) + seen.gradient
-        used = _MOMENTUM * momentum + seen.gradient
-        return muon_direction(used), _quantization.quantize(momentum, bits)
-
-    return Rule(lambda matrix: _quantization.empty(matrix, bits), update)
-
-
-class CoarseAdam(NamedTuple):
-    """First moment in a few bits; mean squares of rows and of columns."""
-
-    momentum: Any
-    rows: jax.Array
-    columns: jax.Array
-
-
-def coarse_adam(bits: int, eps: float = 1e-8) -> Rule:
-    """Adam, its first moment in a few bits, its second factored as in Adafactor."""
-
-    def init(matrix: jax.Array) -> CoarseAdam:
-        return CoarseAdam(
-            _quantization.empty(matrix, bits), matrix[:, :1], matrix[:1, :]
+    def direct(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(
+            lambda x: muon_direction(x.reshape(-1, x.shape[-1])).reshape(x.shape),
+            updates,
         )
 
-    def update(seen: Seen, held: CoarseAdam) -> tuple[jax.Array, CoarseAdam]:
-        square, count = seen.gradient**2, seen.step + 1
-        past = _quantization.dequantize(held.momentum, bits)
-        momentum = _average(_B1, past, seen.gradient)
-        rows = _average(_B2, held.rows, square.mean(1, keepdims=True))
-        columns = _average(_B2, held.columns, square.mean(0, keepdims=True))
-        second = rows * columns / (rows.mean() + 1e-30) / (1 - _B2**count)
-        direction = momentum / (1 - _B1**count) / (jnp.sqrt(second) + eps)
-        return direction, CoarseAdam(
-            _quantization.quantize(momentum, bits), rows, columns
-        )
+    momentum = dsbp_optax.scale_by_quantized_momentum(_MOMENTUM, bits)
+    return optax.chain(momentum, optax.stateless(direct))
 
-    return Rule(init, update)
+
+#: Variants of a contender in the metric of activations: itself and its controls.
+NO_BASIS, OWN_ENERGIES, TRUE_ENERGIES = 1, 2, 3
+
+
+def _muon_in_metric(bits: int = 5, rank: Any = _metric.SHARE) -> Build:
+    """`dsbp_optax.dsbp_muon`; a variant takes one part of the metric away."""
+
+    def build(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
+        momentum = dsbp_optax.scale_by_quantized_momentum(_MOMENTUM, bits)
+        metric = control(rank, variant, None, dsbp_optax.orthogonalize(), 0.5, "both")
+        return assemble(optax.chain(momentum, metric), rate, aux_rate, decay)
+
+    return build
+
+
+def _adam_in_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
+    """`dsbp_optax.dsbp_adamw`, likewise."""
+    adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
+    metric = control(_metric.LARGE_SHARE, variant, adam, None, 0.5, "both")
+    return assemble(metric, rate, aux_rate, decay)
+
+
+def _adam_before_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
+    """The metric behind Adam alone, its whole exponent there."""
+    adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
+    metric = control(_metric.LARGE_SHARE, variant, None, None, 1.0, "after")
+    return assemble(optax.chain(adam, metric), rate, aux_rate, decay)
+
+
+def control(
+    rank: Any, variant: Any, inner: Any, direction: Any, exponent: float, where: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_activation_metric` and its controls, chosen by a traced integer.
+
+    0 is the rule itself. `NO_BASIS`: its exponent is 0. `OWN_ENERGIES`: the directions
+    are random, the eigenvalues what the activations have along them. `TRUE_ENERGIES`:
+    directions are random, the eigenvalues those of the activations.
+    """
+
+    def solver(operator: Any, basis: jax.Array, iterations: Any) -> Any:
+        found = dsbp_optax.power_iteration(operator, basis, iterations)
+        basis = jnp.linalg.qr(basis)[0]  # It comes rounded from the state.
+        energies = jnp.sum(basis * operator.matmul(basis), axis=0)
+        kept = dsbp_optax.Eigenpairs(basis, energies, jnp.zeros_like(found.residual))
+        stays = variant == OWN_ENERGIES
+        return jax.tree.map(lambda a, b: jnp.where(stays, a, b), kept, found)
+
+    def directions(path: str, basis: jax.Array) -> jax.Array:
+        key = jax.random.key(zlib.crc32(f"random {path}".encode()))
+        random = jnp.linalg.qr(jax.random.normal(key, basis.shape, basis.dtype))[0]
+        return jnp.where(variant == TRUE_ENERGIES, random, basis)
+
+    rule = _metric.make_rule(
+        inner,
+        direction,
+        jnp.where(variant == NO_BASIS, 0.0, exponent),
+        0.2,
+        where,
+        Choices(rank, "input", None, "always"),
+        Refresh(20, 2, solver, False, 0.0),
+        "bfloat16",
+        False,
+    )
+    return _metric.activation_metric(rule._replace(directions=directions))
+
+
+def _with_controls(contender: Contender) -> list[Contender]:
+    """A contender and its controls, which share its program."""
+    told = {
+        "none": (NO_BASIS, "without the metric"),
+        "random": (OWN_ENERGIES, "random directions with their own energies"),
+        "random_true": (TRUE_ENERGIES, "random directions, the true eigenvalues"),
+    }
+    return [
+        contender,
+        *(
+            replace(
+                contender,
+                name=f"{contender.name}_{name}",
+                summary=f"control: {summary}",
+                program=contender.name,
+                variant=variant,
+            )
+            for name, (variant, summary) in told.items()
+        ),
+    ]
 
 
 class Soap(NamedTuple):
@@ -385,19 +455,37 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("muon", "optax.contrib.muon on kernels", kernel_rule(_muon)),
+        Contender(
+            "muon_6bit",
+            "Muon, its momentum in 6 bits a number",
+            kernel_rule(lambda: _coarse_muon(6)),
+        ),
+        *_with_controls(
+            Contender(
+                "dsbp_muon",
+                "Muon in the metric of the activations, momentum in 5 bits",
+                _muon_in_metric(),
+                statistics="package",
+            )
+        ),
+        Contender(
+            "dsbp_muon_gradient",
+            "the same in the metric of its momentum: no statistics",
+            _muon_in_metric(),
+        ),
+        Contender(
+            "dsbp_muon_rank1",
+            "the same with one direction a kernel",
+            _muon_in_metric(rank=1),
+            statistics="package",
+        ),
         *(
             Contender(
                 f"muon_{bits}bit",
                 f"Muon, its momentum in {bits} bits a number",
-                _matrix(coarse_muon, bits),
+                kernel_rule(functools.partial(_coarse_muon, bits)),
             )
-            for bits in (6, 8, 5, 4)
-        ),
-        Contender(
-            "dsbp_muon",
-            "orthogonalised momentum, finer in the eigenbasis, the rest in 6 bits",
-            kernel_rule(lambda: dsbp_optax.dsbp_muon(-1.0)),
-            statistics="package",
+            for bits in (8, 4)
         ),
         Contender(
             "newton_muon",
@@ -420,17 +508,26 @@ CONTENDERS = {
         Contender(
             "adamw_5bit",
             "AdamW, first moment in 5 bits, second factored",
-            _matrix(coarse_adam, 5),
+            kernel_rule(lambda: dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)),
             **_ADAM,
         ),
+        *_with_controls(
+            Contender(
+                "dsbp_adamw",
+                "AdamW in the metric of the activations, in few bits and factored",
+                _adam_in_metric,
+                statistics="package",
+                rates=_WIDE_FINE,
+                decays=_FINE_DECAYS,
+            )
+        ),
         Contender(
-            "dsbp_adamw",
-            "AdamW, exact in the eigenbasis, the rest in 5 bits and factored",
-            kernel_rule(
-                lambda: dsbp_optax.dsbp_adamw(-1.0, _B1, _B2, weight_decay=0.0)
-            ),
+            "dsbp_adamw_after",
+            "the same with the metric behind Adam alone",
+            _adam_before_metric,
             statistics="package",
-            **_ADAM,
+            rates=_WIDE_FINE,
+            decays=_FINE_DECAYS,
         ),
         Contender(
             "adafactor",

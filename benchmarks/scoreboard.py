@@ -10,7 +10,9 @@ import functools
 import itertools
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,34 +48,40 @@ class Stage(NamedTuple):
     runs: list[Run]
 
 
-def next_stage(contender: Contender, scores: Scores) -> Stage | None:
+def next_stage(
+    contender: Contender, scores: Scores, brief: bool = False
+) -> Stage | None:
     """The first stage that lacks runs; None where all are there.
 
     Args:
       contender: its grids.
       scores: of the runs that were made; less is better, infinite is a failure.
+      brief: whether the rates of the grids are all that is tuned.
     """
-    for phase, runs in _stages(contender, scores):
+    for phase, runs in _stages(contender, scores, brief):
         missing = [run for run in runs if run not in scores]
         if missing:
             return Stage(phase, missing)
     return None
 
 
-def choice(contender: Contender, scores: Scores) -> Run | None:
+def choice(contender: Contender, scores: Scores, brief: bool = False) -> Run | None:
     """The settings of the final runs; None while they are not known."""
-    *_, (phase, runs) = _stages(contender, scores)
+    *_, (phase, runs) = _stages(contender, scores, brief)
     return runs[0] if phase == "final" else None
 
 
-def _stages(contender: Contender, scores: Scores) -> Any:
+def _stages(contender: Contender, scores: Scores, brief: bool) -> Any:
     """Stages and all of their runs, as far as the scores tell."""
 
     def known(runs: Sequence[Run]) -> bool:
         return all(run in scores for run in runs)
 
     def pairs(*grids: Sequence[float]) -> list[Run]:
-        return [Run(*rates, 0.0, TUNING[0]) for rates in itertools.product(*grids)]
+        return [
+            Run(*rates, 0.0, TUNING[0], contender.variant)
+            for rates in itertools.product(*grids)
+        ]
 
     grids = contender.rates, contender.aux_rates
     runs = pairs(*grids)
@@ -81,6 +89,9 @@ def _stages(contender: Contender, scores: Scores) -> Any:
     if not known(runs):
         return
     best = min(runs, key=lambda run: (scores[run], run))
+    if brief:
+        yield "final", [best._replace(seed=seed) for seed in FINAL]
+        return
     further = pairs(*map(moved, grids, best[:2]))
     if further != runs:
         yield "further", further
@@ -146,29 +157,37 @@ class Campaign:
     ) -> None:
         self.out, self.data, self.runs, self.commit = out, data, runs, commit
         self.end = time.monotonic() + seconds
-        self._programs: dict[Any, sweep.Program] = {}
+        self._programs: dict[Any, Future[sweep.Program]] = {}
+        self._compiler = ThreadPoolExecutor(1)
 
     def complete(self, board: Board, contender: Contender) -> bool:
         """Run what is missing; whether nothing is left."""
         while True:
             rows = rows_of(board, self.out, contender.name)
-            stage = next_stage(contender, scores_of(rows, board.judge))
+            scores = scores_of(rows, board.judge)
+            stage = next_stage(contender, scores, board.brief)
             if stage is None:
                 return True
             if time.monotonic() + _expected(rows) > self.end:
                 return False
-            program = self._program(board, contender)
+            program = self.compile(board, contender).result()
             group = stage.runs[: program.runs]
             self._carry_out(board, contender, program, Stage(stage.phase, group))
 
-    def _program(self, board: Board, contender: Contender) -> sweep.Program:
+    def compile(self, board: Board, contender: Contender) -> Future[sweep.Program]:
+        """Compile in the background, one after the other, what is to be run."""
         runs = min(self.runs, board.runs)
         data = self.data(board)
         shapes = str(jax.tree.map(np.shape, data))
-        key = board.task, contender.name, runs, shapes
+        key = board.task, contender.program or contender.name, runs, shapes
         if key not in self._programs:
-            self._programs[key] = sweep.build(board.task, contender, runs, data)
+            task = sweep.build, board.task, contender, runs, data
+            self._programs[key] = self._compiler.submit(*task)
         return self._programs[key]
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _carry_out(
         self, board: Board, contender: Contender, program: sweep.Program, stage: Stage
@@ -283,6 +302,7 @@ def _steps_to(found: Mapping[int, Row], muon: Mapping[int, Row]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoreboard")
     add = parser.add_argument
+    add("jobs", nargs="*", metavar="WORKLOAD:CONTENDER,...", help="in this order")
     add("--minutes", type=float, default=math.inf, help="begin no stage beyond these")
     add("--only", nargs="+", choices=CONTENDERS, metavar="CONTENDER")
     add("--workload", nargs="+", choices=BOARDS, metavar="W")
@@ -330,13 +350,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return jax.device_put(boards.random_parts(board.task))
         return load(board.corpus)
 
+    jobs = list(itertools.product(chosen, entrants))
+    if told.jobs:
+        jobs = [job for text in told.jobs for job in _jobs(parser, text)]
+        if told.dry:
+            jobs = [(boards.dry(board), contender) for board, contender in jobs]
     campaign = Campaign(out, data, told.runs, 60 * told.minutes, told.commit)
-    for board, contender in itertools.product(chosen, entrants):
+    missing: list[str] = []
+    for board, contender in jobs:
+        rows = rows_of(board, out, contender.name)
+        scores = scores_of(rows, board.judge)
+        try:
+            if next_stage(contender, scores, board.brief) is not None:
+                campaign.compile(board, contender)
+        except DataError as error:
+            missing.append(board.name)
+            print(f"{board.name}: {error}", flush=True)
+    for board, contender in jobs:
+        if board.name in missing:
+            continue
         try:
             if not campaign.complete(board, contender):
                 print(f"{board.name} {contender.name}: no time left", flush=True)
-        except DataError as error:
-            print(f"{board.name}: {error}", flush=True)
+        except (ValueError, TypeError, RuntimeError):  # the others go on
+            print(f"{board.name} {contender.name} failed", flush=True)
+            traceback.print_exc(limit=-4)
+    campaign.close()
+
+
+def _jobs(parser: Any, text: str) -> list[tuple[Board, Contender]]:
+    """``workload:contender,contender`` as pairs."""
+    board, _, names = text.partition(":")
+    wrong = [n for n in names.split(",") if n not in CONTENDERS]
+    if board not in BOARDS or wrong:
+        parser.error(f"got {text!r}, expected one of {[*BOARDS]}:{[*CONTENDERS]}.")
+    return [(BOARDS[board], CONTENDERS[name]) for name in names.split(",")]
 
 
 if __name__ == "__main__":

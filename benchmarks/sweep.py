@@ -56,12 +56,14 @@ class Run(NamedTuple):
       aux_rate: that of all other parameters.
       decay: decoupled weight decay of kernels.
       seed: of the initial parameters and of the batches.
+      variant: of the contender, where one program serves several.
     """
 
     rate: float
     aux_rate: float
     decay: float
     seed: int
+    variant: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def step_of(task: Task, contender: Contender) -> Callable[..., Any]:
     ) -> Any:
         batch = task.draw(jax.random.fold_in(_keys(run.seed)[1], step), part)
         rates = (cosine(step, rate, steps) for rate in (run.rate, run.aux_rate))
-        tx = optax.with_extra_args_support(contender.build(*rates, run.decay))
+        tx = optax.with_extra_args_support(
+            contender.build(*rates, run.decay, run.variant)
+        )
         loss, grads, extra = value_and_grad(params, batch, opt_state)
         norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g, 0), grads)
@@ -194,7 +198,7 @@ def group_of(task: Task, contender: Contender, params: Params) -> tuple[Any, Any
     Counters stay out of the vectorised axis: branches that depend on them are taken or
     not, as in a single run, where a vectorised condition would compute both.
     """
-    start, step = contender.build(1.0, 1.0, 0.0).init, step_of(task, contender)
+    start, step = contender.build(1.0, 1.0, 0.0, 0).init, step_of(task, contender)
     axes = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: None if _is_counter(keys, leaf) else 0,
         jax.eval_shape(start, params),
@@ -250,10 +254,10 @@ def build(task: Task, contender: Contender, runs: int, data: Sequence[Part]) -> 
     start, advance = group_of(task, contender, single)
     start = jax.jit(start).lower(params).compile()
     opt_state, ends = start(params), (np.int32(0), np.float32(1))
-    group = Run(numbers, numbers, numbers, seeds)
+    group = Run(numbers, numbers, numbers, seeds, seeds)
     advance = jax.jit(advance, donate_argnums=(0, 1))
     advance = advance.lower(params, opt_state, group, data[0], *ends).compile()
-    state = jax.eval_shape(contender.build(1.0, 1.0, 0.0).init, single)
+    state = jax.eval_shape(contender.build(1.0, 1.0, 0.0, 0).init, single)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
     figures = {
         "compile_seconds": round(time.perf_counter() - begun, 1),
@@ -298,8 +302,9 @@ def train(
             f"{task.chunk} and at most {program.runs}."
         )
     padded = [*runs, *[runs[-1]] * (program.runs - len(runs))]
-    *settings, seeds = (np.asarray(field) for field in zip(*padded, strict=True))
-    group = Run(*(x.astype(np.float32) for x in settings), seeds.astype(np.int32))
+    *settings, seeds, variants = (np.asarray(x) for x in zip(*padded, strict=True))
+    settings = (x.astype(np.float32) for x in settings)
+    group = Run(*settings, seeds.astype(np.int32), variants.astype(np.int32))
     params = program.init(group.seed, data[0])
     carry = jax.block_until_ready((params, program.start(params)))
     curve, losses, stops = [], [], evaluation_steps(steps, task.chunk)

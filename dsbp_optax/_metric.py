@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -26,6 +25,7 @@ from dsbp_optax import (
     _eigenbasis,
     _layout,
     _plan,
+    _probe,
     _share,
     _spectral,
     _subspace,
@@ -54,6 +54,8 @@ Where: TypeAlias = Literal["both", "before", "after"]
 _FLOOR = 1e-3
 #: Directions of a basis that serves as a metric alone.
 SHARE = RankFraction(1 / 8, most=32)
+#: The same for rules that lean on it more.
+LARGE_SHARE = RankFraction(3 / 16, most=32)
 
 
 class Rule(NamedTuple):
@@ -63,6 +65,7 @@ class Rule(NamedTuple):
     controls of an experiment put random directions there.
     """
 
+    inner: optax.GradientTransformationExtraArgs
     direction: Direction
     exponent: optax.ScalarOrSchedule
     damping: Scalar
@@ -79,6 +82,7 @@ def scale_by_activation_metric(
     direction: Direction | None = None,
     exponent: optax.ScalarOrSchedule = 0.5,
     *,
+    inner: optax.GradientTransformation | None = None,
     damping: Scalar = 0.2,
     where: Where = "both",
     rank: PerPath[Rank] = SHARE,
@@ -97,16 +101,20 @@ def scale_by_activation_metric(
     """Take the direction of each kernel's update in the metric of its activations.
 
         S = I - V diag(1 - f) V^T,   f = min(1, (rest + g) / (lambda + g))^exponent
-        update = |D| / |S D| S D,   D = direction(S M),   g = damping tr C / d
+        update = |D| / |S D| S D,   D = direction(inner(S M)),   g = damping tr C / d
 
     V and lambda are the top eigenpairs of the layer's activations, rest is the mean of
-    the other eigenvalues. Put it behind a momentum and before the learning rate.
-    Parameters that are no kernels pass; before the first statistics S is the identity.
+    the other eigenvalues. What stands between the two factors works on ``S^-1 W`` in
+    the place of W. Put it behind a momentum or round one, before the learning rate. The
+    direction leaves parameters that are no kernels; before the first statistics S is
+    the identity.
 
     Args:
       direction: ``(matrix, fan in, fan out) -> matrix``, such as `orthogonalize` gives;
         None is the identity.
       exponent: a, a number or a schedule; 0 turns the metric off.
+      inner: a ``scale_by_*`` transformation of all parameters, on a flat dict by path;
+        None is the identity.
       damping: in units of the mean eigenvalue.
       where: "both" sides of the direction; "before" or "after" it alone.
       rank: k, as in `scale_by_spectral_projection`.
@@ -151,13 +159,14 @@ def scale_by_activation_metric(
     )
     choices = Choices(rank, side, axes, "always", _share.check_share(share))
     rule = make_rule(
-        *(direction, exponent, damping, where, choices, refresh),
+        *(inner, direction, exponent, damping, where, choices, refresh),
         *(basis_dtype, statistics_in_state),
     )
     return gated(activation_metric(rule))
 
 
 def make_rule(
+    inner: optax.GradientTransformation | None,
     direction: Direction | None,
     exponent: optax.ScalarOrSchedule,
     damping: Scalar,
@@ -177,6 +186,7 @@ def make_rule(
         )
     refresh = _eigenbasis.check_refresh(refresh)
     return Rule(
+        inner=_probe.as_transformation("inner", inner),
         direction=direction or (lambda matrix, fan_in, fan_out: matrix),
         exponent=_checks.check_number("exponent", exponent, 0.0),
         damping=_checks.check_number("damping", damping, 0.0),
@@ -192,6 +202,17 @@ def make_rule(
 def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
     """The transformation that `rule` describes, for updates that are finite."""
 
+    def init(params: PyTree) -> ActivationMetricState:
+        leaves, _ = _layout.flatten_with_paths(params)
+        inner = rule.inner.init(leaves)
+        if not leaves:
+            return ActivationMetricState(**_spectral.empty_fields(), inner=inner)
+        _, fields = _spectral.init_fields(
+            *(params, rule.choices, rule.refresh, rule.statistics_in_state),
+            optax.identity(),
+        )
+        return ActivationMetricState(**_stored(rule, fields), inner=inner)
+
     def update(
         updates: PyTree,
         state: ActivationMetricState,
@@ -200,48 +221,34 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
         statistics: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ActivationMetricState]:
-        del params
         _spectral.check_extra_args(extra)
-        return _update(rule, updates, state, statistics)
+        _coordinates.refuse(_coordinates.find(updates), "scale_by_activation_metric")
+        step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
+        kernels = _plan.kernels(updates, rule.choices, step.views)
+        exponent = rule.exponent
+        if callable(exponent):
+            exponent = exponent(state.step)
+        scale = {
+            path: functools.partial(_scaled, rule, step, path, exponent)
+            for path in step.views
+        }
+        changes = dict(step.gradients)
+        if rule.where != "after":
+            for path, view in step.views.items():
+                scaled = scale[path](_layout.to_matrices(changes[path], view))
+                changes[path] = _layout.from_matrices(scaled, view)
+        leaves = None if params is None else _layout.flatten_with_paths(params)[0]
+        changes, inner = rule.inner.update(changes, state.inner, leaves, **extra)
+        for path, view in kernels.items():
+            found = _layout.to_matrices(changes[path], view)
+            found = _directed(rule, path, found, view)
+            if rule.where != "before" and path in scale:
+                found = keep_norm(found, scale[path](found))
+            changes[path] = _layout.from_matrices(found, view)
+        fields = _stored(rule, end_step(state, step, rule.refresh))
+        return to_updates(step, changes), ActivationMetricState(**fields, inner=inner)
 
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, rule), update)
-
-
-def _init(rule: Rule, params: PyTree) -> ActivationMetricState:
-    """The state before the first step: bases that follow from the paths."""
-    if not jax.tree.leaves(params):
-        return ActivationMetricState(**_spectral.empty_fields())
-    _, fields = _spectral.init_fields(
-        params, rule.choices, rule.refresh, rule.statistics_in_state, optax.identity()
-    )
-    return ActivationMetricState(**_stored(rule, fields))
-
-
-def _update(
-    rule: Rule,
-    updates: PyTree,
-    state: ActivationMetricState,
-    statistics: Mapping[str, Any] | None,
-) -> tuple[PyTree, ActivationMetricState]:
-    """One step: refresh the bases whose turn it is, then direct each kernel."""
-    _coordinates.refuse(_coordinates.find(updates), "scale_by_activation_metric")
-    step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
-    exponent = rule.exponent
-    if callable(exponent):
-        exponent = exponent(state.step)
-    changes = dict(step.gradients)
-    for path, view in _plan.kernels(updates, rule.choices, step.views).items():
-        matrix = step.matrices.get(path)
-        if matrix is None:  # No basis is kept for it: the direction alone.
-            matrix = _layout.to_matrices(changes[path], view)
-        scaled = functools.partial(_scaled, rule, step, path, exponent)
-        found = scaled(matrix) if rule.where != "after" else matrix
-        found = _directed(rule, path, found, view)
-        if rule.where != "before":
-            found = keep_norm(found, scaled(found))
-        changes[path] = _layout.from_matrices(found, view)
-    fields = _stored(rule, end_step(state, step, rule.refresh))
-    return to_updates(step, changes), ActivationMetricState(**fields)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def metric_factors(
@@ -296,9 +303,7 @@ def keep_norm(like: Array, matrix: Array) -> Array:
 def _scaled(
     rule: Rule, step: Step, path: str, exponent: Scalar, matrix: Array
 ) -> Array:
-    """``S M``; `matrix` itself for a kernel without a basis."""
-    if path not in step.views:
-        return matrix
+    """``S M`` in the dtype of the linear algebra."""
     view, spectrum = step.views[path], step.layers[path].spectrum
     eigenvalues, trace = (
         _layout.from_kernel_form(x, view)[..., 0, :]
@@ -306,6 +311,7 @@ def _scaled(
     )
     factors = metric_factors(eigenvalues, trace, view.size, exponent, rule.damping)
     basis = step.bases[path]
+    matrix = matrix.astype(basis.dtype)
     if rule.directions is not None:
         basis = rule.directions(path, basis)
     return apply_metric(basis, factors.astype(matrix.dtype), matrix, view.flipped)

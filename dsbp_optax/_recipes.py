@@ -438,6 +438,7 @@ def dsbp_muon(
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
     rule = _metric.make_rule(
+        None,
         _orthogonal.orthogonalize(scale=scale),
         exponent,
         damping,

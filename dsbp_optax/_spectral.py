@@ -87,7 +87,11 @@ class SpectralSharpnessState(NamedTuple):
 
 
 class ActivationMetricState(NamedTuple):
-    """State of `scale_by_activation_metric`; fields as in `SpectralProjectionState`."""
+    """State of `scale_by_activation_metric`; fields as in `SpectralProjectionState`.
+
+    A step that is not finite leaves all of it but `skipped` as it is; `inner` is the
+    state of the inner transformation on a flat dict by path.
+    """
 
     step: Array
     skipped: Array
@@ -98,6 +102,7 @@ class ActivationMetricState(NamedTuple):
     statistics: Any
     shared: Any
     version: Any
+    inner: Any
 
 
 #: State type -> what its statistics' paths end in. Those of a kernel's first basis,

@@ -37,6 +37,7 @@ from dsbp_optax._recipes import (
     dsbp_adamw,
     dsbp_muon,
     dsbp_sgd,
+    subspace_adamw,
     subspace_muon,
 )
 from dsbp_optax._residual import (
@@ -126,6 +127,7 @@ __all__ = [
     "scale_residual_by_column",
     "sign_residual",
     "state_shardings",
+    "subspace_adamw",
     "subspace_msam",
     "subspace_muon",
     "subspace_sam",

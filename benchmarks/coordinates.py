@@ -58,11 +58,10 @@ class Mlp(nn.Module):
 
 def rule(rank: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer of coordinates, in float32: both ways are compared to rounding."""
-    return dsbp_optax.dsbp_adamw(
+    return dsbp_optax.subspace_adamw(
         1e-3,
         rank=rank,
         clip=None,
-        residual=None,
         update_every=PERIOD,
         power_iterations=WINDOW,
         moment_dtype=None,

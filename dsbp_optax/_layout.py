@@ -133,6 +133,11 @@ def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
     return MatrixView(shape, axes.batch, axes.outputs, axes.inputs)
 
 
+def plain_view(path: str, shape: Shape) -> MatrixView:
+    """The view of an array of two axes or more that nothing else is known of."""
+    return matrix_view(shape, infer_axes(path, shape, None), "input")
+
+
 def view_of(shape: Shape, form: Shape, stacked: Shape) -> MatrixView:
     """The view that arrays in kernel form betray; axes of length 1 count as stacked.
 

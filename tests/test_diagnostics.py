@@ -131,7 +131,11 @@ def test_steps_without_statistics_and_skipped_steps_are_told() -> None:
             jax.tree.map(jnp.zeros_like, params), state, params
         )
     assert any("no basis after 12 steps" in w for w in diagnostics.warnings(state))
-    tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
     broken = jax.tree.map(lambda x: x * jnp.inf, params)
-    _, state = jax.jit(tx.update)(broken, tx.init(params), params)
-    assert any("1 of 1 steps were skipped" in w for w in diagnostics.warnings(state))
+    for name in ("dsbp_sgd", "dsbp_muon", "dsbp_adamw"):
+        tx = getattr(dsbp_optax, name)(0.1, rank=2)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for grads in (broken, params):
+            _, state = update(grads, state, params)
+        said = diagnostics.warnings(state)
+        assert any("1 of 2 steps were skipped" in words for words in said), name

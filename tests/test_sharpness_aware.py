@@ -15,6 +15,7 @@ from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
+from dsbp_optax._spectral import find_states
 
 D, M, RHO = 12, 16, 0.1
 PATH = "layer/kernel"
@@ -431,13 +432,41 @@ def test_without_projected_kernels_the_wrappers_change_nothing() -> None:
 # --- what cannot work is said at once
 
 
+@pytest.mark.parametrize("name", ["dsbp_muon", "dsbp_adamw"])
+def test_the_ascent_lies_in_the_basis_of_a_metric(name: str) -> None:
+    base = getattr(dsbp_optax, name)(0.01, rank=3, update_every=4, basis_dtype=None)
+    tx = dsbp_optax.subspace_sam(base, RHO, unprojected=False)
+    params, state, _ = run(tx, 3)
+    grads, points = jax.grad(loss_fn)(params, inputs(9)), []
+
+    def grad_fn(there: Any, _: int) -> Any:
+        points.append(there)
+        return grads
+
+    tx.update(grads, state, params, grad_fn=grad_fn)
+    (held,) = find_states(state)
+    v = np.asarray(held.basis[PATH], np.float64)[:, 0]
+    inside = v.T @ np.asarray(grads["layer"]["kernel"], np.float64)
+    expected = RHO * v @ inside / np.linalg.norm(inside)
+    got = points[0]["layer"]["kernel"] - params["layer"]["kernel"]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.abs(v @ v.T - np.eye(D)).max() > 0.1, "a part of the space"
+    assert distance(points[0]["layer"]["bias"], params["layer"]["bias"]) == 0
+
+
 def test_refusals() -> None:
     params = make_params()
-    for wrap in (dsbp_optax.subspace_sam, dsbp_optax.subspace_msam):
-        with pytest.raises(ValueError, match="without scale_by_spectral_projection"):
+    wrappers = {
+        dsbp_optax.subspace_sam: "without an eigenbasis",
+        dsbp_optax.subspace_msam: "without scale_by_spectral_projection",
+    }
+    for wrap, said in wrappers.items():
+        with pytest.raises(ValueError, match=said):
             wrap(optax.adam(1e-3)).init(params)
         with pytest.raises(ValueError, match="radius"):
             wrap(dsbp_optax.dsbp_sgd(0.1), -1.0)
+    with pytest.raises(ValueError, match=r"in coordinates.*Remedy.*subspace_muon"):
+        dsbp_optax.subspace_msam(dsbp_optax.dsbp_muon(0.1)).init(params)
     with pytest.raises(ValueError, match="keeps no momentum"):
         dsbp_optax.subspace_msam(dsbp_optax.dsbp(0.1)).init(params)
     tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp_sgd(0.1, rank=2))

@@ -385,4 +385,4 @@ def test_updates_are_merged_into_donated_kernels(residual: Any) -> None:
     assert copying.memory_analysis().alias_size_in_bytes == 0
     kernel = 4 * 512 * 512
     beside = program.memory_analysis().temp_size_in_bytes
-    assert (beside < 1.1 * kernel) == short, "a residual takes more"
+    assert (beside < 1.2 * kernel) == short, "a residual takes more"

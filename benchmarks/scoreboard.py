@@ -182,12 +182,13 @@ class Campaign:
         where = _provenance(self.commit)
         rows = [{**told, "phase": stage.phase, **row, **where} for row in rows]
         records.append(self.out / f"{board.name}.jsonl", rows)
-        best = min(rows, key=lambda row: row["validation_loss"])
+        judge = f"validation_{board.judge}"
+        best = min(rows, key=lambda row: (math.isnan(row[judge]), row[judge]))
         print(
             f"{board.name} {contender.name} {stage.phase}: {len(rows)} runs, "
             f"{rows[0]['seconds']:.2f} s each, compiled in "
             f"{rows[0]['compile_seconds']:.0f} s; best validation "
-            f"{best['validation_loss']:.4f} at {best['rate']:g} {best['aux_rate']:g} "
+            f"{best[judge]:.4f} at {best['rate']:g} {best['aux_rate']:g} "
             f"{best['decay']:g}",
             flush=True,
         )

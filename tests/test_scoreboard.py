@@ -320,12 +320,14 @@ def test_the_report_says_what_the_records_say(tmp_path):
     rows = [row("muon", seed, 2 + 0.1 * seed) for seed in range(3)]
     rows += [row("soap", s, 1.5 + 0.1 * s, kernel_state_bytes=25) for s in range(3)]
     rows += [row("adamw", 0, 3.0), row("adamw", 1, None)]
+    rows += [row("muon", 1000, 3, phase="rates", rate=rate) for rate in (0.01, 0.04)]
     records.append(tmp_path / f"{BOARD.name}.jsonl", rows)
     text = scoreboard.report(BOARD, tmp_path)
     *_, first, second, third = text.splitlines()
     assert first.startswith("| soap | 1.6000 | -0.5000 [-0.5000, -0.5000] |  | 25.0 %")
-    assert "| 15 |" in first
+    assert "| 15 | 0.02*, 0.01*, 0.1* | 0 |" in first
     assert second.startswith("| muon | 2.1000 |  |")
+    assert "| 0.02, 0.01*, 0.1* | 2 |" in second
     assert third.startswith("| adamw | nan | diverged |")
 
 

@@ -7,6 +7,7 @@ memory. `explain` shows the same decisions to people.
 import contextvars
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import _checks, _known, _layout, _schedule, _share
-from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
+from dsbp_optax._layout import (
+    Axes,
+    AxesRule,
+    MatrixView,
+    PerPath,
+    Reading,
+    Shape,
+)
 from dsbp_optax._schedule import RankFraction
 from dsbp_optax._types import Array, PyTree, Side, compute_dtype, state_bytes
 
@@ -78,6 +86,7 @@ class _Candidate(NamedTuple):
     view: MatrixView
     side: Side
     rank: int
+    guess: bool = False
 
 
 def plan(
@@ -96,15 +105,41 @@ def plan(
     """
     leaves, _ = _layout.flatten_with_paths(params)
     check_patterns(_known.known_paths(params), choices)
-    found = {path: _candidate(path, x, leaves, choices) for path, x in leaves.items()}
+    shapes = _shapes(leaves, {})
+    found = {path: _candidate(path, x, shapes, choices) for path, x in leaves.items()}
     candidates = {p: c for p, c in found.items() if isinstance(c, _Candidate)}
     decisions = {p: d for p, d in found.items() if isinstance(d, Decision)}
     for group in _grouped(candidates, choices):
         decisions |= _worthwhile(group, choices, inner, outside)
     decisions = {path: decisions[path] for path in leaves}
+    guesses = {p: c.view for p, c in candidates.items() if c.guess}
+    for path, view in guesses.items():
+        reason = f"{decisions[path].reason}; a guess: {_layout.in_words(view)}"
+        decisions[path] = decisions[path]._replace(reason=f"{reason}, or pass axes=")
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
+    elif guesses:
+        warnings.warn(_guessed(guesses, choices), stacklevel=2)
     return decisions
+
+
+def _guessed(guesses: Mapping[str, MatrixView], choices: Choices) -> str:
+    """Says how kernels were read of which nothing tells how to."""
+    each, entries = [], []
+    for path, view in guesses.items():
+        each.append(f"'{path}' {view.shape} as {_layout.in_words(view)}")
+        pair = view.rows, view.columns
+        inputs, outputs = (
+            pair if _side(path, view.shape, choices) == "input" else pair[::-1]
+        )
+        axes = _layout.entry(Axes(inputs, outputs, view.batch))
+        entries.append(f"'{path}': {axes}")
+    return (
+        f"the axes of kernels were guessed: {'; '.join(each)}. If that is wrong, their "
+        "updates have another size and their bases another meaning. Remedy: say which "
+        "axes face the layer's input and which its output; if this is right, "
+        f"axes={{{', '.join(entries)}}}."
+    )
 
 
 def views(
@@ -123,6 +158,12 @@ def views(
     """
     leaves, _ = _layout.flatten_with_paths(params)
     found, asked = {}, dict.fromkeys(owners.values(), 0)
+    known = {
+        path: _layout.kernel_shape(path, leaves[path], bases[owner])
+        for path, owner in owners.items()
+        if path in leaves
+    }
+    shapes = _shapes(leaves, known)
     for path, owner in owners.items():
         if path not in leaves:
             raise ValueError(
@@ -130,8 +171,7 @@ def views(
                 f"updates ({_checks.some(leaves)}). Remedy: call update with the tree "
                 "that init saw, or init again."
             )
-        shape = _layout.kernel_shape(path, leaves[path], bases[owner])
-        view, _ = _view(path, shape, leaves, choices)
+        view, _ = _view(path, shapes[path], shapes, choices)
         asked[owner] = max(asked[owner], _rank(path, view, choices) or 0)
         found[path] = view
     for path, owner in owners.items():
@@ -150,16 +190,17 @@ def kernels(
       views: of the kernels that are projected.
     """
     leaves, _ = _layout.flatten_with_paths(tree)
+    shapes = _shapes(leaves, {path: view.shape for path, view in views.items()})
     found = {}
     for path, leaf in leaves.items():
         if path in views:
             found[path] = views[path]
             continue
-        shape = jnp.shape(leaf)
+        shape = shapes[path]
         if _no_kernel(path, leaf, choices):
             continue
         if _layout.resolve(choices.rank, path, shape, None) is not None:
-            found[path], _ = _view(path, shape, leaves, choices)
+            found[path], _ = _view(path, shape, shapes, choices)
     return found
 
 
@@ -205,17 +246,18 @@ def _check_basis(
 
 
 def _candidate(
-    path: str, leaf: Any, leaves: Mapping[str, Any], choices: Choices
+    path: str, leaf: Any, shapes: Mapping[str, Shape], choices: Choices
 ) -> _Candidate | Decision:
     """What a parameter could be given, or why it is given nothing."""
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if (reason := _no_kernel(path, leaf, choices)) is not None:
         return Decision(False, reason)
-    view, side = _view(path, shape, leaves, choices)
+    view, side = _view(path, shape, shapes, choices)
     rank = _rank(path, view, choices)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    return _Candidate(path, dtype, view, side, rank)
+    guess = not _reading(path, shape, shapes, choices).sure
+    return _Candidate(path, dtype, view, side, rank, guess)
 
 
 def _rank(path: str, view: MatrixView, choices: Choices) -> int | None:
@@ -340,15 +382,43 @@ def inner_bytes(inner: optax.GradientTransformation, shape: Shape, dtype: Any) -
 
 
 def _view(
-    path: str, shape: Shape, leaves: Mapping[str, Any], choices: Choices
+    path: str, shape: Shape, shapes: Mapping[str, Shape], choices: Choices
 ) -> tuple[MatrixView, Side]:
     side = _side(path, shape, choices)
-    axes = _axes_by_rule(path, shape, choices.axes)
-    if axes is None:
-        sibling = leaves.get("/".join((*path.split("/")[:-1], "bias")))
-        bias = None if sibling is None else jnp.shape(sibling)
-        axes = _layout.infer_axes(path, shape, bias)
+    axes, _ = _reading(path, shape, shapes, choices)
     return _layout.matrix_view(shape, axes, side), side
+
+
+def _reading(
+    path: str, shape: Shape, shapes: Mapping[str, Shape], choices: Choices
+) -> Reading:
+    axes = _axes_by_rule(path, shape, choices.axes)
+    if axes is not None:
+        return Reading(axes, True)
+    bias = shapes.get("/".join((*path.split("/")[:-1], "bias")))
+    beside = {} if len(shape) < 3 else _beside(path, shapes)
+    return _layout.infer_axes(path, shape, bias, beside)
+
+
+def _beside(path: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Name -> shape of the arrays of its layer, and of such arrays of those beside."""
+    *layer, name = path.lower().split("/")
+    found = {}
+    for other, shape in shapes.items():
+        *place, last = other.lower().split("/")
+        if place == layer and last != name:
+            found[last] = shape
+        elif place and place != layer and place[:-1] == layer[:-1] and last == name:
+            found[place[-1]] = shape
+    return found
+
+
+def _shapes(leaves: Mapping[str, Any], known: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of each parameter; `known` of those that `leaves` only stand for."""
+    return {
+        path: known[path] if path in known else jnp.shape(x)
+        for path, x in leaves.items()
+    }
 
 
 def _side(path: str, shape: Shape, choices: Choices) -> Side:

@@ -50,6 +50,8 @@ LEVELS = {
     "_held": 8,
     "_recorder": 9,
     "_refresh": 5,
+    "_origin": 1,
+    "_reading": 2,
     "_rider": 1,
     "_sharding": 5,
     "_coordinate_tap": 6,

@@ -15,15 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _known, _layout, _schedule, _share
-from dsbp_optax._layout import (
-    Axes,
-    AxesRule,
-    MatrixView,
-    PerPath,
-    Reading,
-    Shape,
-)
+from dsbp_optax import _checks, _infer, _known, _layout, _schedule, _share
+from dsbp_optax._infer import Reading
+from dsbp_optax._layout import Axes, AxesRule, Coordinates, MatrixView, PerPath, Shape
 from dsbp_optax._schedule import RankFraction
 from dsbp_optax._types import Array, PyTree, Side, compute_dtype, state_bytes
 
@@ -86,7 +80,7 @@ class _Candidate(NamedTuple):
     view: MatrixView
     side: Side
     rank: int
-    guess: bool = False
+    guess: Axes | None = None
 
 
 def plan(
@@ -112,34 +106,15 @@ def plan(
     for group in _grouped(candidates, choices):
         decisions |= _worthwhile(group, choices, inner, outside)
     decisions = {path: decisions[path] for path in leaves}
-    guesses = {p: c.view for p, c in candidates.items() if c.guess}
-    for path, view in guesses.items():
-        reason = f"{decisions[path].reason}; a guess: {_layout.in_words(view)}"
-        decisions[path] = decisions[path]._replace(reason=f"{reason}, or pass axes=")
+    guesses = {p: (c.view, c.guess) for p, c in candidates.items() if c.guess}
+    for path, (view, _) in guesses.items():
+        reason = f"{decisions[path].reason}; axes guessed, {_layout.in_words(view)}"
+        decisions[path] = decisions[path]._replace(reason=f"{reason}: axes= says")
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
     elif guesses:
-        warnings.warn(_guessed(guesses, choices), stacklevel=2)
+        warnings.warn(_infer.tell_guesses(guesses), stacklevel=2)
     return decisions
-
-
-def _guessed(guesses: Mapping[str, MatrixView], choices: Choices) -> str:
-    """Says how kernels were read of which nothing tells how to."""
-    each, entries = [], []
-    for path, view in guesses.items():
-        each.append(f"'{path}' {view.shape} as {_layout.in_words(view)}")
-        pair = view.rows, view.columns
-        inputs, outputs = (
-            pair if _side(path, view.shape, choices) == "input" else pair[::-1]
-        )
-        axes = _layout.entry(Axes(inputs, outputs, view.batch))
-        entries.append(f"'{path}': {axes}")
-    return (
-        f"the axes of kernels were guessed: {'; '.join(each)}. If that is wrong, their "
-        "updates have another size and their bases another meaning. Remedy: say which "
-        "axes face the layer's input and which its output; if this is right, "
-        f"axes={{{', '.join(entries)}}}."
-    )
 
 
 def views(
@@ -256,8 +231,8 @@ def _candidate(
     rank = _rank(path, view, choices)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    guess = not _reading(path, shape, shapes, choices).sure
-    return _Candidate(path, dtype, view, side, rank, guess)
+    axes, sure = _reading(path, shape, shapes, choices)
+    return _Candidate(path, dtype, view, side, rank, None if sure else axes)
 
 
 def _rank(path: str, view: MatrixView, choices: Choices) -> int | None:
@@ -396,29 +371,14 @@ def _reading(
     if axes is not None:
         return Reading(axes, True)
     bias = shapes.get("/".join((*path.split("/")[:-1], "bias")))
-    beside = {} if len(shape) < 3 else _beside(path, shapes)
-    return _layout.infer_axes(path, shape, bias, beside)
-
-
-def _beside(path: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Name -> shape of the arrays of its layer, and of such arrays of those beside."""
-    *layer, name = path.lower().split("/")
-    found = {}
-    for other, shape in shapes.items():
-        *place, last = other.lower().split("/")
-        if place == layer and last != name:
-            found[last] = shape
-        elif place and place != layer and place[:-1] == layer[:-1] and last == name:
-            found[place[-1]] = shape
-    return found
+    beside = {} if len(shape) < 3 else _infer.neighbours(path, shapes)
+    return _infer.infer_axes(path, shape, bias, beside)
 
 
 def _shapes(leaves: Mapping[str, Any], known: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shape of each parameter; `known` of those that `leaves` only stand for."""
-    return {
-        path: known[path] if path in known else jnp.shape(x)
-        for path, x in leaves.items()
-    }
+    """The shape of each parameter, `known` where it came as coordinates."""
+    held = {p: x for p, x in leaves.items() if not isinstance(x, Coordinates)}
+    return {path: jnp.shape(x) for path, x in held.items()} | dict(known)
 
 
 def _side(path: str, shape: Shape, choices: Choices) -> Side:

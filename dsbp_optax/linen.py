@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,8 @@ from flax.core import meta, unfreeze
 from flax.training import train_state
 
 from dsbp_optax import _held, _inputs, _layout, _origin, _recorder, _rider, _tap
-from dsbp_optax._convolution import shifted_convolution
 from dsbp_optax._held import Displacement
+from dsbp_optax._linen_layers import DETACHED, RULES, LayerRule
 from dsbp_optax._origin import Origin, Unsettled
 from dsbp_optax._reading import Misread
 from dsbp_optax._recorder import Facts, Recorder
@@ -40,10 +40,6 @@ __all__ = [
     "warm_start",
 ]
 
-#: ``module -> LinearMap``, or None where this very layer cannot be tapped.
-LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
-
-_DETACHED = "dsbp_detached"
 _MARK = "__dsbp__"
 
 
@@ -114,8 +110,13 @@ def value_and_grad(
       paths to `Sketch`; on steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, its kernel's axes were
-        misread, or it does not have the input of the basis that it shares.
+      ValueError: at trace time, when a layer was not called, or does not have the input
+        of the basis that it shares.
+
+    Warns:
+      UserWarning: at trace time, of kernels that the optimizer reads otherwise than
+        their layers use them, with the `axes` that mend it, and of those that cannot be
+        observed; their bases come from gradients.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer (the layer itself takes
     ``6 n d m``).
@@ -132,7 +133,7 @@ def value_and_grad(
       >>> float(statistics["kernel"].count[0, 0, 0])
       4.0
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
     def wrapped(
         params: PyTree, *args: Any, opt_state: PyTree = None, **kwargs: Any
@@ -204,7 +205,7 @@ def subspace_value_and_grad(
       >>> updates, opt_state = tx.update(
       ...     grads, opt_state, params, statistics=statistics)
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
     def wrapped(
         params: PyTree,
@@ -329,7 +330,7 @@ def find_shared_inputs(
       (('key/kernel', 'query/kernel', 'value/kernel'),)
     """
     del has_aux
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
     call = _Call(loss_fn, params, args, kwargs, every_rule, {})
     recorder = call.settle(lambda facts: call.watch(call.kernels, facts))
     groups: Groups = recorder.calls.groups(call.kernels)
@@ -422,7 +423,7 @@ class _Recorder(Recorder):
         self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         module = context.module
-        if module.scope is None or module.name == _DETACHED:
+        if module.scope is None or module.name == DETACHED:
             return call(*args, **kwargs)
         if not module.scope.path:
             self.enter(module.scope._variables, self._label(module))
@@ -559,55 +560,3 @@ def _prefixes(known: Mapping[str, Any], inner: Mapping[str, Any]) -> list[str]:
         if path == q or path.endswith("/" + q)
     }
     return list(found)
-
-
-def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:
-    """The layer's own map for any number of features, without bias or mask."""
-
-    def apply(x: Array, kernel: Array) -> Array:
-        layer = module.clone(
-            parent=None,
-            name=_DETACHED,
-            features=kernel.shape[-1],
-            use_bias=False,
-            dtype=kernel.dtype,
-            param_dtype=kernel.dtype,
-            **changes,
-        )
-        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
-
-    return LinearMap(apply, inputs, batch)
-
-
-def _dense(module: Any) -> LinearMap:
-    return _by_clone(module, 1)
-
-
-def _dense_general(module: Any) -> LinearMap:
-    axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
-    return _by_clone(module, len(axes), len(module.batch_dims))
-
-
-def _conv(module: Any) -> LinearMap | None:
-    size = module.kernel_size
-    spatial = 1 if isinstance(size, int) else len(size)
-    if module.mask is not None or module.feature_group_count != 1:
-        return None
-    return _by_clone(
-        module, spatial + 1, conv_general_dilated_cls=lambda: shifted_convolution
-    )
-
-
-def _conv_transpose(module: Any) -> LinearMap | None:
-    if module.mask is not None or module.transpose_kernel:
-        return None
-    size = module.kernel_size
-    return _by_clone(module, (1 if isinstance(size, int) else len(size)) + 1)
-
-
-_RULES: Mapping[type, LayerRule] = {
-    nn.Dense: _dense,
-    nn.DenseGeneral: _dense_general,
-    nn.Conv: _conv,
-    nn.ConvTranspose: _conv_transpose,
-}

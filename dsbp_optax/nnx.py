@@ -79,8 +79,13 @@ def value_and_grad(
       steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, its kernel's axes were
-        misread, or it does not have the input of the basis that it shares.
+      ValueError: at trace time, when a layer was not called, or does not have the input
+        of the basis that it shares.
+
+    Warns:
+      UserWarning: at trace time, of kernels that the optimizer reads otherwise than
+        their layers use them, with the `axes` that mend it, and of those that cannot be
+        observed; their bases come from gradients.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer.
 

@@ -93,7 +93,10 @@ def _by_bias(shape: Shape, bias: Shape) -> list[Axes]:
 def _by_name(
     names: Sequence[str], shape: Shape, beside: Mapping[str, Shape]
 ) -> Reading | None:
-    """What a known name says; a stack is a guess where the neighbours do not tell."""
+    """What a known name says; a stack lies in front unless the neighbours' does not.
+
+    It is a guess where these have none.
+    """
     others = [other for other in beside.values() if len(other) > 2]
     if _GATING in names:
         roles, told = _gating(shape, beside.get(_AFTER_GATING))
@@ -114,7 +117,7 @@ def _by_name(
     if extra == 1 and second and not first:
         return Reading(_stacked_second(core), told)
     inputs, outputs = (tuple(a + extra for a in group) for group in core[:2])
-    sure = told and extra == 1 and first and not second
+    sure = told and (first or not others)
     return Reading(Axes(inputs, outputs, tuple(range(extra))), sure)
 
 

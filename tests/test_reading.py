@@ -99,14 +99,23 @@ def test_what_is_told_is_read_in_silence(layers: Any, name: str, axes: Axes) -> 
     [
         ("split/kernel", (D, N, H), None),
         ("stem/kernel", (3, 3, N, F), None),
-        ("query/kernel", (L, D, N, H), None),
         ("split/kernel", (H, H, H), (H, H)),
-        ("Dense_0/kernel", (L, D, F), None),
         ("mlp/gating_einsum", (2, F, D), None),
     ],
 )
 def test_what_is_not_told_is_a_guess(path: str, shape: Any, bias: Any) -> None:
     assert not _infer.infer_axes(path, shape, bias).sure
+
+
+def test_neighbours_without_a_stack_make_one_a_guess() -> None:
+    name, shape = "block/query/kernel", (L, D, N, H)
+    for beside, sure in [
+        ({}, True),
+        ({"out": (L, N, H, D)}, True),
+        ({"out": (L, N, H, D), "stem": (7, 7, N, F)}, False),
+    ]:
+        found = _infer.infer_axes(name, shape, None, beside)
+        assert found == (Axes((1,), (2, 3), (0,)), sure)
 
 
 def guessing() -> Any:

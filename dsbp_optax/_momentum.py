@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _layout, _quantization
+from dsbp_optax import _checks, _infer, _layout, _quantization
 from dsbp_optax._gate import gated
 from dsbp_optax._layout import MatrixView
 from dsbp_optax._types import Array, PyTree, Scalar, compute_dtype
@@ -265,7 +265,7 @@ def _as_matrices(path: str, leaf: Array) -> tuple[Array, MatrixView | None]:
     x = x.astype(compute_dtype(x.dtype))
     if x.ndim < 2 or x.size == 0:
         return x, None
-    axes = _layout.infer_axes(path, x.shape, None)
+    axes = _infer.infer_axes(path, x.shape, None).axes
     view = _layout.matrix_view(x.shape, axes, "input")
     return _layout.to_matrices(x, view), view
 

@@ -12,7 +12,10 @@ from benchmarks.compare import Entry
 from benchmarks.optimizers import CONTENDERS
 
 #: Warm and solid: this package. Cold and dashed: the others.
-WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
+WARM = (
+    *("#f0a04b", "#d1495b", "#7d1128", "#c71f8f"),
+    *("#8c564b", "#e377c2", "#b8860b", "#ff6f3c"),
+)
 COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
 _MARKERS = "oD^vPsX"
 _LEAST_ERROR = 1e-3

@@ -21,7 +21,7 @@ _MARKERS = "oD^vPsX"
 _LEAST_ERROR = 1e-3
 OURS_COLOR, PEER_COLOR = "#b3202f", "#30638e"
 #: Of a name beside a point, in parts of the axes.
-_NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.055
+_NAME_WIDTH, _NAME_HEIGHT = 0.22, 0.055
 
 Style = dict[str, Any]
 
@@ -67,7 +67,7 @@ def plot_against_state(panels: Mapping[str, Sequence[Entry]], path: Path) -> Non
       path: the PNG. Its bytes follow from the records and Matplotlib's version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    width = 5.4 * len(panels)
+    width = 6.2 * len(panels)
     figure = Figure(figsize=(width, 4.4), dpi=120, layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, found) in zip(row, panels.items(), strict=True):

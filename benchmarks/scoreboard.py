@@ -252,7 +252,7 @@ def report(board: Board, out: Path) -> str:
         share = _share(row, muon)
         lines.append(
             f"| {name} | {means[name]:.4f} "
-            f"| {_gap(found, muon, key)} | {_gap(found, finals.get('muon_6bit'), key)} "
+            f"| {gap(found, muon, key)} | {gap(found, finals.get('muon_6bit'), key)} "
             f"| {share} | {_steps_to(found, muon)} | {settings} "
             f"| {sum(r['phase'] != 'final' for r in groups[name])} |"
         )
@@ -270,7 +270,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean([np.nan if v is None else v for v in values]))
 
 
-def _gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
+def gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
     """The difference, paired by seed, and its 95 % t interval."""
     if not other or found is other:
         return ""

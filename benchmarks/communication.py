@@ -84,7 +84,7 @@ def compile_step(
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    tx = dsbp_optax.dsbp_adamw(
+    tx = dsbp_optax.subspace_adamw(
         1e-3,
         rank=rank,
         residual=None,

@@ -58,7 +58,7 @@ class Mlp(nn.Module):
 
 def rule(rank: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer of coordinates, in float32: both ways are compared to rounding."""
-    return dsbp_optax.dsbp_adamw(
+    return dsbp_optax.subspace_adamw(
         1e-3,
         rank=rank,
         clip=None,

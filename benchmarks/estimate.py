@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Bytes of a float32, of a bfloat16, and of a residual's number in six bits.
-_FLOAT, _HALF, _COARSE = 4, 2, 6 / 8
+#: Bytes of a float32, of a bfloat16, and of a number in six and in five bits.
+_FLOAT, _HALF, _SIX_BITS, _FIVE_BITS = 4, 2, 6 / 8, 5 / 8
 _NEWTON_SCHULZ = 5
 
 
@@ -134,6 +134,8 @@ class Rule(NamedTuple):
       update_flops: (d, m, k) -> FLOPs of one kernel's update.
       subspace: whether gradients are taken in coordinates.
       sketched: whether sketches are sent.
+      period: steps from refresh to refresh.
+      window: steps of each period that send sketches.
     """
 
     kernel_bytes: Callable[[int, int, int], float]
@@ -141,6 +143,8 @@ class Rule(NamedTuple):
     update_flops: Callable[[int, int, int], float] = lambda d, m, k: 12.0 * d * m
     subspace: bool = False
     sketched: bool = False
+    period: int = 100
+    window: int = 5
 
 
 def newton_schulz_flops(d: int, m: int) -> float:
@@ -152,6 +156,11 @@ def newton_schulz_flops(d: int, m: int) -> float:
 def _projections(d: int, m: int, k: int) -> float:
     """Into the basis, and back twice: the update and the residual."""
     return 6.0 * d * m * k
+
+
+def _metric(d: int, m: int, k: int) -> float:
+    """Into the basis and back, before the direction and behind it."""
+    return 8.0 * d * m * k
 
 
 RULES: Mapping[str, Rule] = {
@@ -166,12 +175,28 @@ RULES: Mapping[str, Rule] = {
         lambda d, m, k: 4.0 * d * m * k,
     ),
     "dsbp_muon": Rule(
-        lambda d, m, k: _HALF * k * m + _COARSE * d * m + _HALF * (d + m),
+        lambda d, m, k: _FIVE_BITS * d * m + _HALF * (d + m),
+        lambda d, m, k: _HALF * k * d,
+        lambda d, m, k: _metric(d, m, k) + newton_schulz_flops(d, m) + 4.0 * d * m,
+        sketched=True,
+        period=20,
+        window=2,
+    ),
+    "dsbp_adamw": Rule(
+        lambda d, m, k: _FIVE_BITS * d * m + (_HALF + _FLOAT) * (d + m),
+        lambda d, m, k: _HALF * k * d,
+        lambda d, m, k: _metric(d, m, k) + 12.0 * d * m,
+        sketched=True,
+        period=20,
+        window=2,
+    ),
+    "projected_muon": Rule(
+        lambda d, m, k: _HALF * k * m + _SIX_BITS * d * m + _HALF * (d + m),
         lambda d, m, k: _HALF * k * d,
         lambda d, m, k: _projections(d, m, k) + newton_schulz_flops(d, m),
         sketched=True,
     ),
-    "dsbp_adamw, subspace": Rule(
+    "subspace_adamw": Rule(
         lambda d, m, k: 2 * _HALF * k * m,
         lambda d, m, k: _HALF * k * d,
         lambda d, m, k: 2.0 * d * m * k,
@@ -216,8 +241,6 @@ def estimate(
     rank: int,
     tokens: int,
     share: bool = False,
-    period: int = 100,
-    window: int = 5,
 ) -> Cost:
     """One step of data parallel training, whole gradients in bfloat16.
 
@@ -230,8 +253,6 @@ def estimate(
       rank: k.
       tokens: in the whole batch.
       share: whether kernels with one input keep one basis.
-      period: steps from refresh to refresh.
-      window: how many of them refresh.
     """
     flops = 6.0 * model.vocabulary * model.width * tokens  # the head; a table is read
     sent = small = _HALF * model.others
@@ -246,8 +267,8 @@ def estimate(
         updates += count * rule.update_flops(d, m, rank)
         if rule.sketched:
             sketch = d * (rank + 1) * count
-            sent += _FLOAT * sketch * window / period
-            flops += 4.0 * d * rank * tokens * count * window / period
+            sent += _FLOAT * sketch * rule.window / rule.period
+            flops += 4.0 * d * rank * tokens * count * rule.window / rule.period
     state = state_bytes(model, rule, rank, share)
     traffic = 2 * state + small + 2 * _HALF * (model.projected + model.others)
     ring = 2 * (machine.devices - 1) / machine.devices

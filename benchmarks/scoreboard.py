@@ -146,7 +146,7 @@ class Campaign:
       data: corpus -> its parts on the device.
       runs: most runs at once.
       seconds: no stage begins that would end later, as far as earlier ones tell.
-      commit: of the code, where no checkout tells.
+      commit: of the code, where the checkout does not tell.
     """
 
     def __init__(
@@ -222,9 +222,10 @@ def _expected(rows: Sequence[Row]) -> float:
 
 def _provenance(commit: str | None) -> Row:
     found = records.environment()
-    git = found.pop("git") or {"commit": commit, "modified": None}
-    clean = None if git["modified"] is None else not git["modified"]
-    return {**found, "commit": git["commit"], "clean": clean}
+    git = found.pop("git")
+    if commit is not None or git is None:  # Of a copy the copied commit tells.
+        return {**found, "commit": commit, "clean": None}
+    return {**found, "commit": git["commit"], "clean": not git["modified"]}
 
 
 def report(board: Board, out: Path) -> str:
@@ -252,7 +253,7 @@ def report(board: Board, out: Path) -> str:
         share = _share(row, muon)
         lines.append(
             f"| {name} | {means[name]:.4f} "
-            f"| {_gap(found, muon, key)} | {_gap(found, finals.get('muon_6bit'), key)} "
+            f"| {gap(found, muon, key)} | {gap(found, finals.get('muon_6bit'), key)} "
             f"| {share} | {_steps_to(found, muon)} | {settings} "
             f"| {sum(r['phase'] != 'final' for r in groups[name])} |"
         )
@@ -270,7 +271,7 @@ def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean([np.nan if v is None else v for v in values]))
 
 
-def _gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
+def gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
     """The difference, paired by seed, and its 95 % t interval."""
     if not other or found is other:
         return ""

@@ -21,7 +21,9 @@ REAL = {
     "muon": optimizers.CONTENDERS["muon"].factory(1.0),
     "galore": optimizers.CONTENDERS["galore"].factory(1.0, rank=K),
     "dsbp_muon": dsbp_optax.dsbp_muon(1.0, rank=K),
-    "dsbp_adamw, subspace": dsbp_optax.dsbp_adamw(1.0, rank=K, residual=None),
+    "dsbp_adamw": dsbp_optax.dsbp_adamw(1.0, rank=K),
+    "projected_muon": optimizers.projected_muon(1.0, rank=K),
+    "subspace_adamw": dsbp_optax.subspace_adamw(1.0, rank=K),
 }
 
 
@@ -78,7 +80,7 @@ def test_what_follows_for_seven_billion_parameters() -> None:
         name: estimate.estimate(model, rule, machine, rank=128, tokens=2**22)
         for name, rule in estimate.RULES.items()
     }
-    adamw, short = costs["adamw"], costs["dsbp_adamw, subspace"]
+    adamw, short = costs["adamw"], costs["subspace_adamw"]
     assert adamw.state == 8 * (model.projected + model.others)
     assert 0.66 < (short.flops / adamw.flops) < 0.72
     kernels = sum(128 * kernel.outputs * kernel.count for kernel in model.kernels)
@@ -86,7 +88,7 @@ def test_what_follows_for_seven_billion_parameters() -> None:
     assert short.sent < 0.1 * adamw.sent
     assert all(math.isfinite(x) and x > 0 for cost in costs.values() for x in cost)
     shared = estimate.state_bytes(
-        model, estimate.RULES["dsbp_adamw, subspace"], 128, share=True
+        model, estimate.RULES["subspace_adamw"], 128, share=True
     )
     width, hidden, layers = model.width, model.hidden, model.layers
     assert short.state - shared == 2 * 128 * layers * 3 * width

@@ -505,7 +505,11 @@ CONTENDERS = {
             "cosmos", "Adam in top gradient directions, Muon outside", _matrix(cosmos)
         ),
         Contender(
-            "soap", "Adam in the gradient's two eigenbases", _matrix(soap), **_ADAM
+            "soap",
+            "Adam in the gradient's two eigenbases",
+            _matrix(soap),
+            rates=(0.003, 0.006, 0.012, 0.024),
+            decays=_FINE_DECAYS,
         ),
         Contender(
             "adamw",

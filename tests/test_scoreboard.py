@@ -38,7 +38,7 @@ LEADERS = [name for name, contender in CONTENDERS.items() if not contender.progr
 
 @pytest.fixture(scope="module")
 def muon():
-    return sweep.build(BOARD.task, CONTENDERS["muon"], 3, DATA)
+    return sweep.build(BOARD.task, CONTENDERS["muon"], 3, DATA, in_turn=False)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_run_in_a_group_is_the_run_alone(muon):
 def test_a_group_of_one_is_the_plain_loop(params):
     """The step without any vectorised axis gives the same losses."""
     contender, run = CONTENDERS["dsbp_muon"], RUNS[0]
-    program = sweep.build(BOARD.task, contender, 1, DATA)
+    program = sweep.build(BOARD.task, contender, 1, DATA, in_turn=False)
     (row,) = sweep.train(program, [run], 2, DATA, test=False)
     step = jax.jit(sweep.step_of(BOARD.task, contender))
     state = jax.jit(contender.build(1.0, 1.0, 0.0, 0).init)(params)

@@ -121,6 +121,7 @@ def test_every_committed_record_is_on_the_page():
     text = PAGE.read_text()
     paths = [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json")]
     assert len(paths) > 100
+    paths += [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.jsonl")]
     assert [path for path in paths if f"`results/{path}`" not in text] == []
     known = [one.path for one in read_all(RESULTS)]
     tops = {path.stem for path in known if len(path.parts) == 1}

@@ -508,8 +508,7 @@ CONTENDERS = {
             "soap",
             "Adam in the gradient's two eigenbases",
             _matrix(soap),
-            rates=(0.003, 0.006, 0.012, 0.024),
-            decays=_FINE_DECAYS,
+            **{**_ADAM, "rates": _WIDE_FINE},
         ),
         Contender(
             "adamw",

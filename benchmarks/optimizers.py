@@ -188,7 +188,7 @@ CONTENDERS = {
             "AdamW in the metric of the activations, in 5 bits and factored",
             dsbp_optax.dsbp_adamw,
             _FINE,
-            6e-3,
+            1e-2,
             plain="adamw",
             **METRIC,
         ),

@@ -64,7 +64,8 @@ def main(one: Path, other: Path) -> None:
     with Checkpoints(other) as checkpoints:
         checkpoints.save(first)
         second = checkpoints.restore(shapes_on((4, 2)))
-    bases = [saved.arrays[1][0].basis for saved in (first, second)]
+    metrics = [saved.arrays[1][0][1] for saved in (first, second)]
+    bases = [state.basis for state in metrics]
     found = {
         "digests": [digests(saved.arrays) for saved in (first, second)],
         "specs": [

@@ -140,7 +140,7 @@ def test_a_checkpoint_goes_onto_meshes_of_other_shapes(nursery, expected):
 
 
 def test_a_resume_that_forgets_something_is_caught(nursery, expected, monkeypatch):
-    """Planted: the batches from the start; a step that changes the rounding's key."""
+    """Planted: the batches from the start; a step that refreshes out of turn."""
     order = nursery.order._replace(steps=10)
     place = jax.devices()[0]
     with Checkpoints(nursery.root / "unbroken") as checkpoints:
@@ -160,13 +160,16 @@ def test_a_resume_that_forgets_something_is_caught(nursery, expected, monkeypatc
     right = go_on(saved, True)
     assert faults.difference(go_on(saved, True), right) == []
     forgot = faults.difference(go_on(saved, False), right)
-    assert "notes" in forgot and any("trace" in path for path in forgot)
-    params, (spectral, *rest) = saved.arrays
-    late = spectral._replace(step=spectral.step + 1)
-    rounded = faults.difference(
-        go_on(saved._replace(arrays=(params, (late, *rest))), True), right
+    assert "notes" in forgot and any("momentum" in path for path in forgot)
+    params, ((moments, metric), *rest) = saved.arrays
+    assert metric.step % faults.PERIOD >= faults.WINDOW
+    begun = metric.step - metric.step % faults.PERIOD
+    turn = metric._replace(step=begun, collect=jnp.ones_like(metric.collect))
+    state = ((moments, turn), *rest)
+    early = faults.difference(
+        go_on(saved._replace(arrays=(params, state)), True), right
     )
-    assert any("inner/trace" in path for path in rounded), "the key of the rounding"
+    assert any("basis" in path for path in early), "the turn to refresh"
     wrong = {**saved.notes, "rng": {"state": 0}}
     with pytest.raises(DataError, match="the batches: got"):
         Stream(workload, None, seed=0).resume(wrong)

@@ -87,7 +87,6 @@ def compile_step(
     tx = dsbp_optax.subspace_adamw(
         1e-3,
         rank=rank,
-        residual=None,
         update_every=PERIOD,
         power_iterations=WINDOW,
     )

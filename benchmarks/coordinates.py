@@ -62,7 +62,6 @@ def rule(rank: int) -> optax.GradientTransformationExtraArgs:
         1e-3,
         rank=rank,
         clip=None,
-        residual=None,
         update_every=PERIOD,
         power_iterations=WINDOW,
         moment_dtype=None,

@@ -62,8 +62,8 @@ def project_gradients(grads: PyTree, opt_state: PyTree) -> PyTree:
     if not states:
         raise ValueError(
             f"project_gradients: got {type(opt_state).__name__}, which holds no state "
-            "of scale_by_spectral_projection. Remedy: pass what tx.init(params) gave, "
-            "gradients first: project_gradients(grads, opt_state)."
+            "of scale_by_spectral_projection. Remedy: an optimizer with one, such as "
+            "subspace_muon, and gradients first: project_gradients(grads, opt_state)."
         )
     leaves, treedef = _layout.flatten_with_paths(grads)
     for state in states:
@@ -128,7 +128,7 @@ def refuse(paths: Iterable[str], who: str) -> None:
         raise ValueError(
             f"updates: got Coordinates for {_checks.some(some)}, but {who} needs the "
             "gradient outside of the subspace too, which they do not hold. Remedy: "
-            "residual=None (residual=0.0 in dsbp_sgd and dsbp_adamw), and "
+            "residual=None, as subspace_muon and subspace_adamw have it, and "
             "add_spectral_sharpness after the projection; or accumulate whole "
             "gradients."
         )

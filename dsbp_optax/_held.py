@@ -65,7 +65,7 @@ def add_coordinates(
         raise ValueError(
             f"subspace_value_and_grad: got {type(opt_state).__name__}, which holds no "
             "state of scale_by_spectral_projection. Remedy: pass what tx.init(params) "
-            "gave."
+            "gave, of an optimizer for gradients in coordinates such as subspace_muon."
         )
     return riders
 

@@ -213,14 +213,15 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
 
     def init(params: PyTree) -> ActivationMetricState:
         leaves, _ = _layout.flatten_with_paths(params)
-        inner = rule.inner.init(leaves)
         if not leaves:
-            return ActivationMetricState(**_spectral.empty_fields(), inner=inner)
+            nothing = _spectral.empty_fields()
+            return ActivationMetricState(**nothing, inner=jnp.zeros([]))
         _, fields = _spectral.init_fields(
             *(params, rule.choices, rule.refresh, rule.statistics_in_state),
             optax.identity(),
         )
-        return ActivationMetricState(**_stored(rule, fields), inner=inner)
+        fields = _stored(rule, fields)
+        return ActivationMetricState(**fields, inner=rule.inner.init(leaves))
 
     def update(
         updates: PyTree,

@@ -7,6 +7,7 @@ floats, since their scales would be as long as themselves.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _infer, _layout, _quantization
+from dsbp_optax import _checks, _coordinates, _infer, _layout, _quantization
 from dsbp_optax._gate import gated
-from dsbp_optax._layout import MatrixView
+from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._types import Array, PyTree, Scalar, compute_dtype
 
 
@@ -68,7 +69,11 @@ def storage(bits: int) -> Storage:
       ValueError: for other numbers of bits.
     """
     known = (*_quantization.STEPS, 32)
-    if isinstance(bits, jax.Array) or bits not in known:
+    try:
+        number = None if isinstance(bits, bool | jax.Array) else operator.index(bits)
+    except TypeError:
+        number = None
+    if number not in known:
         raise ValueError(
             f"bits: got {bits}, expected one of {known}, a Python integer: it sets the "
             "shapes of the state."
@@ -127,13 +132,16 @@ def quantized_momentum(
     _checks.check_number("decay", decay, 0.0, 1.0)
 
     def init(params: PyTree) -> QuantizedMomentumState:
-        return QuantizedMomentumState(_kept(params, store))
+        return QuantizedMomentumState(_kept(params, store) or jnp.zeros([]))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, QuantizedMomentumState]:
         del params, extra
         leaves, treedef = _layout.flatten_with_paths(updates)
+        if not leaves:
+            return updates, state
+        _check_state("scale_by_quantized_momentum", leaves, state.momentum, store)
         used, kept = {}, {}
         for path, leaf in leaves.items():
             g, view = _as_matrices(path, leaf)
@@ -198,14 +206,15 @@ def quantized_adam(
 
     def init(params: PyTree) -> QuantizedAdamState:
         leaves, _ = _layout.flatten_with_paths(params)
+        count = jnp.zeros([], jnp.int32)
+        if not leaves:  # A leaf each: what `optax.tree.map_params` asks for.
+            return QuantizedAdamState(count, *(jnp.zeros([]) for _ in range(3)))
         rows, columns = {}, {}
         for path, leaf in leaves.items():
-            x, view = _as_matrices(path, leaf)
-            zeros = jnp.zeros_like(x)
+            zeros, view = _zeros(path, leaf)
             rows[path] = zeros if view is None else zeros[..., :, :1]
             if view is not None:
                 columns[path] = zeros[..., :1, :]
-        count = jnp.zeros([], jnp.int32)
         return QuantizedAdamState(count, _kept(params, store), rows, columns)
 
     def update(
@@ -213,6 +222,9 @@ def quantized_adam(
     ) -> tuple[PyTree, QuantizedAdamState]:
         del params, extra
         leaves, treedef = _layout.flatten_with_paths(updates)
+        if not leaves:
+            return updates, state
+        _check_state("scale_by_quantized_adam", leaves, state.mu, store)
         count = optax.safe_increment(state.taken)
         used, mu, rows, columns = {}, {}, {}, {}
         for path, leaf in leaves.items():
@@ -250,24 +262,57 @@ def _kept(params: PyTree, store: Storage) -> dict[str, Any]:
     leaves, _ = _layout.flatten_with_paths(params)
     kept = {}
     for path, leaf in leaves.items():
-        x, view = _as_matrices(path, leaf)
-        zeros = jnp.zeros_like(x)
+        zeros, view = _zeros(path, leaf)
         kept[path] = zeros if view is None else store.init(zeros)
     return kept
 
 
-def _as_matrices(path: str, leaf: Array) -> tuple[Array, MatrixView | None]:
-    """A leaf as ``(*batch, a, b)`` in its compute dtype; None for what is no matrix.
+def _check_state(who: str, leaves: dict[str, Any], held: Any, store: Storage) -> None:
+    """Raise, by path, for moments of other parameters, or of other bits."""
+    _coordinates.refuse(
+        (path for path, x in leaves.items() if isinstance(x, Coordinates)), who
+    )
+    strange = [path for path in held if path not in leaves]
+    missing = [path for path in leaves if path not in held]
+    if strange or missing:
+        raise ValueError(
+            f"the state of {who} holds a moment of {_checks.some(strange) or 'nothing'}"
+            f" that is not among the updates, and none of "
+            f"{_checks.some(missing) or 'nothing'} that is. Remedy: call update with "
+            "the tree that init saw, or init again."
+        )
+    expected = jax.eval_shape(lambda tree: _kept(tree, store), leaves)
+    for path, like in expected.items():
+        shapes = [[x.shape for x in jax.tree.leaves(y)] for y in (held[path], like)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the state's moment of '{path}': got shapes {shapes[0]}, expected "
+                f"{shapes[1]} ({who}). Remedy: restore a state of the same parameters "
+                "and bits, or init again."
+            )
 
-    How the axes are read matters little here: it says which numbers share a scale.
-    """
-    x = jnp.asarray(leaf)
+
+def _as_matrices(path: str, leaf: Array) -> tuple[Array, MatrixView | None]:
+    """A leaf as ``(*batch, a, b)`` in its compute dtype; None for what is no matrix."""
+    x, view = jnp.asarray(leaf), _view(path, leaf)
     x = x.astype(compute_dtype(x.dtype))
-    if x.ndim < 2 or x.size == 0:
-        return x, None
-    axes = _infer.infer_axes(path, x.shape, None).axes
-    view = _layout.matrix_view(x.shape, axes, "input")
-    return _layout.to_matrices(x, view), view
+    return (x if view is None else _layout.to_matrices(x, view)), view
+
+
+def _zeros(path: str, leaf: Array) -> tuple[Array, MatrixView | None]:
+    """Zeros shaped as `_as_matrices` has them; matrices lie on no explicit mesh."""
+    dtype, view = compute_dtype(jnp.result_type(leaf)), _view(path, leaf)
+    if view is None:
+        return jnp.zeros_like(leaf, dtype), None
+    return jnp.zeros((*view.batch_shape, *view.matrix_shape), dtype), view
+
+
+def _view(path: str, leaf: Array) -> MatrixView | None:
+    """How its axes are read matters little: it says which numbers share a scale."""
+    shape = jnp.shape(leaf)
+    if len(shape) < 2 or 0 in shape:
+        return None
+    return _infer.plain_view(path, shape)
 
 
 def _as_leaf(matrix: Array, leaf: Array, view: MatrixView | None) -> Array:

@@ -218,7 +218,7 @@ def invert_binary_kl(share: Array, nats: Array) -> Array:
 
 def _inside(opt_state: PyTree, moved: PyTree) -> Mapping[str, Array]:
     leaves, _ = _layout.flatten_with_paths(moved)
-    states = _perturb.projections(opt_state, "kl_divergence")
+    states = _perturb.with_bases(opt_state, "kl_divergence")
     spaces = _perturb.subspaces(states, leaves)
     # Rounded bases, and those with directions out of use, made orthonormal: the prior's
     # parts inside and outside of them are to be independent.

@@ -1,7 +1,7 @@
 """Steps away from the parameters, inside the eigenbases that a state holds."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,11 @@ import optax
 
 from dsbp_optax import _adapt, _checks, _layout, _spectral, _subspace
 from dsbp_optax._layout import Coordinates, MatrixView
-from dsbp_optax._spectral import SpectralProjectionState
+from dsbp_optax._spectral import ActivationMetricState, SpectralProjectionState
 from dsbp_optax._types import Array, PyTree, compute_dtype
+
+#: States of transformations that keep the basis of a kernel's update.
+BasisState: TypeAlias = SpectralProjectionState | ActivationMetricState
 
 
 class Subspace(NamedTuple):
@@ -48,22 +51,36 @@ class Subspace(NamedTuple):
         return coordinates.reshape(self.view.coordinate_shape(self.basis.shape[-1]))
 
 
+def with_bases(opt_state: PyTree, who: str) -> list[BasisState]:
+    """The states of projections and metrics in `opt_state`.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    found = _spectral.find_states(opt_state)
+    states = [state for state in found if isinstance(state, BasisState)]
+    if not states:
+        raise ValueError(
+            f"{who}: got an optimizer without an eigenbasis, expected one with "
+            "scale_by_spectral_projection or scale_by_activation_metric in it. Remedy: "
+            "wrap dsbp_sgd, dsbp_adamw, dsbp_muon or a chain with one of the two."
+        )
+    return states
+
+
 def projections(opt_state: PyTree, who: str) -> list[SpectralProjectionState]:
     """The projections' states in `opt_state`.
 
     Raises:
       ValueError: when there is none.
     """
-    states = [
-        state
-        for state in _spectral.find_states(opt_state)
-        if isinstance(state, SpectralProjectionState)
-    ]
+    found = _spectral.find_states(opt_state)
+    states = [state for state in found if isinstance(state, SpectralProjectionState)]
     if not states:
         raise ValueError(
             f"{who}: got an optimizer without scale_by_spectral_projection, expected "
-            "one whose state holds eigenbases. Remedy: wrap dsbp_sgd, dsbp_adamw, "
-            "dsbp_muon or a chain with the projection in it."
+            "one with a momentum in coordinates. Remedy: wrap dsbp_sgd, "
+            "subspace_adamw, subspace_muon or a chain with the projection in it."
         )
     return states
 
@@ -86,12 +103,12 @@ def projected(opt_state: PyTree, who: str, leaves: Mapping[str, Any]) -> list[st
 
 
 def subspaces(
-    states: list[SpectralProjectionState], leaves: Mapping[str, Any]
+    states: Sequence[BasisState], leaves: Mapping[str, Any]
 ) -> dict[str, Subspace]:
     """The subspace of every projected kernel, by path.
 
     Args:
-      states: of the projections.
+      states: of `with_bases` or `projections`.
       leaves: parameters or gradients by path.
 
     Raises:
@@ -110,12 +127,12 @@ def subspaces(
 
 
 def zero_coordinates(
-    states: list[SpectralProjectionState], leaves: Mapping[str, Any]
+    states: Sequence[BasisState], leaves: Mapping[str, Any]
 ) -> dict[str, Array]:
     """Zeros shaped as the coordinates of every projected kernel, by path.
 
     Args:
-      states: of the projections.
+      states: of `with_bases` or `projections`.
       leaves: parameters by path.
     """
     found = {}

@@ -12,6 +12,7 @@ import optax
 from dsbp_optax import (
     _basis,
     _checks,
+    _coordinates,
     _eigenbasis,
     _filter,
     _layout,
@@ -27,6 +28,7 @@ from dsbp_optax import (
 )
 from dsbp_optax._clip import clip_by_norm_growth
 from dsbp_optax._gate import gated
+from dsbp_optax._inner import Pair
 from dsbp_optax._layout import AxesRule, PerPath
 from dsbp_optax._moments import residual_adam, residual_momentum
 from dsbp_optax._plan import Choices
@@ -540,6 +542,7 @@ def dsbp_muon(
       >>> params = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    _checks.check_number("momentum", momentum, 0.0, 1.0)
     refresh = _eigenbasis.Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
         *(centered, decay, stagger),
@@ -711,35 +714,71 @@ def _metric_recipe(
         weight decay times the rate of each parameter, and its mask.
       inside: whether moments are taken between the two factors, or before both.
     """
-    others = _probe.as_transformation("fallback", fallback)
-
-    def label(tree: PyTree) -> PyTree:
-        leaves, treedef = _layout.flatten_with_paths(tree)
-        kinds = (_plan.is_kernel(p, x, choices) for p, x in leaves.items())
-        return treedef.unflatten("kernel" if kernel else "other" for kernel in kinds)
-
-    def init(params: PyTree) -> PyTree:
-        leaves, _ = _layout.flatten_with_paths(params)
-        kinds, _ = _layout.flatten_with_paths(label(params))
-        rest = {path: x for path, x in leaves.items() if kinds[path] == "other"}
-        _probe.check_fallback(others, rest)
-        return split.init(params)
-
-    split = optax.partition({"kernel": moments, "other": others}, label)
-    checked = optax.GradientTransformationExtraArgs(init, split.update)
+    divided = _divided(moments, fallback, choices)
     exponent, damping, basis_dtype, statistics_in_state = metric
     rule = _metric.make_rule(
-        *(checked if inside else None, direction, exponent, damping, "both"),
+        *(divided if inside else None, direction, exponent, damping, "both"),
         *(choices, refresh, basis_dtype, statistics_in_state),
     )
     update = _metric.activation_metric(rule)
-    update = update if inside else optax.chain(checked, update)
+    update = update if inside else optax.chain(divided, update)
     learning_rate, other_learning_rate, weight_decay, mask = finish
     rates = optax.scale_by_learning_rate(learning_rate)
     if other_learning_rate is not None:
         other_rates = optax.scale_by_learning_rate(other_learning_rate)
+
+        def label(tree: PyTree) -> PyTree:
+            leaves, treedef = _layout.flatten_with_paths(tree)
+            kernels = _kernels(leaves, choices)
+            return treedef.unflatten(
+                "kernel" if path in kernels else "other" for path in leaves
+            )
+
         rates = optax.partition({"kernel": rates, "other": other_rates}, label)
     return _finished(gated(update), weight_decay, mask, rates, None)
+
+
+def _divided(
+    moments: optax.GradientTransformationExtraArgs,
+    fallback: optax.GradientTransformation,
+    choices: Choices,
+) -> optax.GradientTransformationExtraArgs:
+    """`moments` of kernels, `fallback` of the rest: a `Pair` of flat dicts by path."""
+    others = _probe.as_transformation("fallback", fallback)
+
+    def divide(tree: PyTree) -> Pair:
+        leaves, _ = _layout.flatten_with_paths(tree)
+        own = _kernels(leaves, choices)
+        return Pair(own, {path: x for path, x in leaves.items() if path not in own})
+
+    def init(params: PyTree) -> Pair:
+        if not jax.tree.leaves(params):
+            return Pair(jnp.zeros([]), jnp.zeros([]))
+        given = divide(params)
+        _probe.check_fallback(others, given.others)
+        return Pair(moments.init(given.kernels), others.init(given.others))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Pair]:
+        _coordinates.refuse(_coordinates.find(updates), "this optimizer")
+        leaves, treedef = _layout.flatten_with_paths(updates)
+        given = divide(updates)
+        changes, kernels = moments.update(given.kernels, state.kernels, **extra)
+        rest, held = given.others, state.others
+        if rest:
+            there = None if params is None else divide(params).others
+            rest, held = others.update(rest, held, there, **extra)
+        changes = {**changes, **rest}
+        ordered = treedef.unflatten(changes[path] for path in leaves)
+        return ordered, Pair(kernels, held)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kernels(leaves: Mapping[str, Any], choices: Choices) -> dict[str, Any]:
+    """The kernels among `leaves`, by path."""
+    return {p: x for p, x in leaves.items() if _plan.is_kernel(p, x, choices)}
 
 
 def _finished(

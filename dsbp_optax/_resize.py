@@ -28,6 +28,7 @@ from dsbp_optax import (
 )
 from dsbp_optax._layout import PerPath, Shape
 from dsbp_optax._msam import SubspaceMsamState
+from dsbp_optax._perturb import BasisState
 from dsbp_optax._sam import SubspaceSamState
 from dsbp_optax._schedule import Rank, RankFraction
 from dsbp_optax._spectral import SpectralProjectionState, SpectralState
@@ -112,9 +113,9 @@ def resize_state(
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
       >>> params = {"kernel": jnp.ones((64, 32))}
-      >>> state = dsbp_optax.dsbp_muon(0.02, rank=8).init(params)
+      >>> state = dsbp_optax.dsbp_sgd(0.02, rank=8).init(params)
       >>> state = dsbp_optax.resize_state(state, rank=4)
-      >>> updates, state = dsbp_optax.dsbp_muon(0.02, rank=4).update(params, state)
+      >>> updates, state = dsbp_optax.dsbp_sgd(0.02, rank=4).update(params, state)
       >>> state[0].basis["kernel"].shape
       (64, 1, 4)
     """
@@ -126,9 +127,9 @@ def resize_state(
     states = _spectral.find_states(opt_state)
     if not states:
         raise ValueError(
-            f"resize_state: got {type(opt_state).__name__}, which holds no state of "
-            "scale_by_spectral_projection or add_spectral_sharpness. Remedy: pass what "
-            "tx.init(params) gave or a checkpoint restored in its form."
+            f"resize_state: got {type(opt_state).__name__}, which holds no state of a "
+            "transformation with an eigenbasis. Remedy: pass what tx.init(params) gave "
+            "or a checkpoint restored in its form."
         )
     opt_state = jax.tree.map(
         lambda node: _resized_wrapper(node, request),
@@ -153,7 +154,7 @@ def _resized_wrapper(node: Any, request: Request) -> Any:
         return node
     changes: dict[str, Change] = {}
     for state in _spectral.find_states(node.optimizer):
-        if isinstance(state, SpectralProjectionState):
+        if isinstance(state, BasisState):
             changes |= _changes(state, request)
     sized = {p: _sized(x, changes[p], "first") for p, x in node.change.items()}
     return node._replace(change=sized)
@@ -336,7 +337,8 @@ def _flipped(
     sides = {axis < rows[0] for axis, length in enumerate(form) if length == 1}
     if len(sides) == 1:
         return sides.pop()
-    inner, rank = getattr(state, "inner", ()), state.basis[owner].shape[-1]
+    inner = state.inner if isinstance(state, SpectralProjectionState) else ()
+    rank = state.basis[owner].shape[-1]
     _, moments = _transport.split(inner, frozenset({path}), table)
     shapes = [held[path].shape for held in moments if path in held]
     fits = [

@@ -68,7 +68,8 @@ def subspace_sam(
         G' = gradient at W + rho V normalize(V^T G),  then the optimizer's step with G'
 
     Args:
-      optimizer: one that holds a `scale_by_spectral_projection`.
+      optimizer: one that holds a `scale_by_spectral_projection` or a
+        `scale_by_activation_metric`.
       radius: rho, length of the ascent over all parameters; a number or a schedule.
       adaptive: whether each coordinate is scaled by that of the parameters, as ASAM
         does; a sensible radius is then larger by a factor of about ten.
@@ -85,7 +86,7 @@ def subspace_sam(
       displacement=step)[1]``.
 
     Raises:
-      ValueError: without `grad_fn`, without parameters, or without a projection.
+      ValueError: without `grad_fn`, without parameters, or without an eigenbasis.
 
     Cost: one more gradient every `every` steps, and ``4 d k m`` FLOPs a kernel; one
     temporary set of parameters and gradients, ``k m`` numbers a kernel of each where
@@ -118,7 +119,7 @@ def subspace_sam(
 def _init(rule: Rule, params: PyTree) -> SubspaceSamState:
     held = rule.optimizer.init(params)
     leaves, _ = _layout.flatten_with_paths(params)
-    zeros = _perturb.zero_coordinates(_perturb.projections(held, _WHO), leaves)
+    zeros = _perturb.zero_coordinates(_perturb.with_bases(held, _WHO), leaves)
     change = zeros if rule.every > 1 else {}
     return SubspaceSamState(jnp.zeros([], jnp.int32), change, held)
 
@@ -191,7 +192,7 @@ def _uphill(
 
 def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
     leaves, _ = _layout.flatten_with_paths(params)
-    return _perturb.subspaces(_perturb.projections(held, _WHO), leaves)
+    return _perturb.subspaces(_perturb.with_bases(held, _WHO), leaves)
 
 
 def _relative_change(

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dsbp_optax import _checks, _layout, _spectral
+from dsbp_optax import _checks, _infer, _layout, _spectral
 from dsbp_optax._layout import Coordinates, MatrixView, Shape
+from dsbp_optax._spectral import ActivationMetricState
 from dsbp_optax._types import Array, PyTree
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> kernel = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("data")))
-      >>> tx = dsbp_optax.dsbp_muon(0.02)
+      >>> tx = dsbp_optax.dsbp_adamw(1e-3)
       >>> shapes = jax.eval_shape(tx.init, {"kernel": kernel})
       >>> places = dsbp_optax.state_shardings(shapes, {"kernel": kernel})
       >>> state = jax.jit(tx.init, out_shardings=places)({"kernel": kernel})
@@ -76,17 +77,27 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
         _check_divides(path, tuple(leaf.shape), specs[path], mesh)
     views = _views(opt_state, leaves)
 
-    def place(keys: Any, leaf: Any) -> NamedSharding:
+    def place(keys: Any, leaf: Any, coordinates: Sequence[str]) -> NamedSharding:
         path = _owner(keys, leaves)
         if path is None:
             return NamedSharding(mesh, PartitionSpec())
         kernel, view = tuple(leaves[path].shape), views.get(path)
         names = {getattr(key, "name", getattr(key, "key", None)) for key in keys}
-        inside = not names.isdisjoint(_INSIDE)
-        spec = _spec(tuple(leaf.shape), kernel, specs[path], view, inside)
+        inside = not names.isdisjoint(coordinates)
+        plain = _infer.plain_view(path, kernel) if len(kernel) > 1 else None
+        spec = _spec(tuple(leaf.shape), kernel, specs[path], view, inside, plain)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(place, opt_state)
+    def visit(keys: Any, node: Any) -> Any:
+        if not isinstance(node, ActivationMetricState):
+            return place(keys, node, _INSIDE)
+        return jax.tree_util.tree_map_with_path(  # Moments inside are those of kernels.
+            lambda more, leaf: place((*keys, *more), leaf, ()), node
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        visit, opt_state, is_leaf=lambda x: isinstance(x, ActivationMetricState)
+    )
 
 
 def _check_divides(path: str, shape: Shape, spec: tuple[Any, ...], mesh: Any) -> None:
@@ -137,6 +148,7 @@ def _spec(
     spec: tuple[Any, ...],
     view: MatrixView | None,
     inside: bool = False,
+    plain: MatrixView | None = None,
 ) -> tuple[Any, ...]:
     """Of an array that belongs to a kernel of this shape and sharding.
 
@@ -146,6 +158,7 @@ def _spec(
       spec: of the kernel.
       view: of the kernel, where it is projected.
       inside: whether it holds coordinates, whose rank may be as long as an axis.
+      plain: of the kernel, as moments in few bits are kept that know no basis.
     """
     view = view and _of_axes(view, len(shape) - 2)
     if view is not None and inside and _holds_coordinates(shape, view):
@@ -156,7 +169,20 @@ def _spec(
     if len(shape) == len(kernel) + 1:  # kernel form
         pairs = zip(shape[:-1], kernel, spec, strict=True)
         return (*(s if n == d and n > 1 else None for n, d, s in pairs), None)
-    if view is None or len(shape) != len(view.batch) + 2:
+    nothing = (None,) * len(shape)
+    found = (
+        _of_matrices(shape, spec, _of_axes(one, len(shape) - 2))
+        for one in (view, plain)
+        if one is not None
+    )
+    return next((one for one in found if one != nothing), nothing)
+
+
+def _of_matrices(
+    shape: Shape, spec: tuple[Any, ...], view: MatrixView
+) -> tuple[Any, ...]:
+    """Of ``(*batch, rows, columns)``, along what is as long as in the kernel."""
+    if len(shape) != len(view.batch) + 2:
         return (None,) * len(shape)
     sides = (view.columns, view.rows) if view.flipped else (view.rows, view.columns)
     whole = (*view.batch_shape, *view.matrix_shape)

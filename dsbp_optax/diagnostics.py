@@ -23,9 +23,11 @@ from dsbp_optax._curvature import (
     trace,
 )
 from dsbp_optax._eigenbasis import Schedule, Spectrum
+from dsbp_optax._momentum import QuantizedAdamState, QuantizedMomentumState
 from dsbp_optax._pac_bayes import Bound, Divergence, kl_divergence, pac_bayes_bound
 from dsbp_optax._plan import Decision
 from dsbp_optax._snapshot import Snapshot, snapshot
+from dsbp_optax._spectral import ActivationMetricState
 from dsbp_optax._surface import Surface, loss_surface
 from dsbp_optax._types import Array, PyTree, state_bytes
 
@@ -119,7 +121,8 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     (``sum lambda / tr C``), ``effective_rank`` (``(sum lambda)^2 / sum lambda^2``),
     ``largest`` (``lambda_1`` a sample), ``residual`` (of the eigenpairs), ``failures``,
     ``iterations`` and ``staleness`` (steps since the last refresh that was accepted);
-    ``state_bytes`` (basis, moments and residual of this kernel); with an adaptive
+    ``state_bytes`` (basis, moments and residual of this kernel, and moments in few bits
+    beside its basis); with an adaptive
     interval ``interval``, ``drift`` and ``jitter``, with an adaptive rank
     ``active_rank``; of the whole: ``step`` and ``skipped``. Stacked kernels are
     averaged, but for the staleness, which is the greatest. Can be jit-compiled.
@@ -138,6 +141,7 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
       0
     """
     figures: dict[str, Array] = {}
+    beside = _quantized(opt_state)
     for state in _spectral.find_states(opt_state):
         suffix = _spectral.STATES[type(state)]
         for path, spectrum in state.spectrum.items():
@@ -147,7 +151,7 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
             figures[f"dsbp/staleness/{path}{suffix}"] = behind
             for name, value in _decisions(state.schedule.get(path)).items():
                 figures[f"dsbp/{name}/{path}{suffix}"] = jnp.max(value)
-            size = jnp.asarray(_kernel_bytes(state, path))
+            size = jnp.asarray(_kernel_bytes(state, path, [] if suffix else beside))
             figures[f"dsbp/state_bytes/{path}{suffix}"] = size
         # Of several projections, in a partition, the one that counted most.
         for name, count in (("step", state.step), ("skipped", state.skipped)):
@@ -219,6 +223,8 @@ def warnings(opt_state: PyTree) -> list[str]:
     found = []
     for state in _spectral.find_states(opt_state):
         step, skipped = int(state.step), int(state.skipped)
+        if isinstance(state, ActivationMetricState):
+            step += skipped  # which it does not count
         if skipped:
             found.append(
                 f"{skipped} of {step} steps were skipped, their gradients or the "
@@ -274,13 +280,24 @@ def _bases(opt_state: PyTree) -> dict[str, Array]:
     return found
 
 
-def _kernel_bytes(state: _spectral.SpectralState, path: str) -> int:
+def _quantized(opt_state: PyTree) -> list[PyTree]:
+    """The states of moments in few bits that lie outside of spectral states."""
+    kinds = QuantizedMomentumState | QuantizedAdamState
+    nodes = jax.tree.leaves(
+        opt_state, is_leaf=lambda x: isinstance(x, kinds | _spectral.SpectralState)
+    )
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+def _kernel_bytes(
+    state: _spectral.SpectralState, path: str, beside: list[PyTree]
+) -> int:
     """Bytes of basis, moments and residual state of one kernel."""
     held = [state.basis[path]]
-    for name in ("inner", "residual"):
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name, ())):
-            if jax.tree_util.DictKey(path) in keys:
-                held.append(leaf)
+    parts = [getattr(state, name, ()) for name in ("inner", "residual")]
+    for keys, leaf in jax.tree_util.tree_leaves_with_path([*parts, *beside]):
+        if jax.tree_util.DictKey(path) in keys:
+            held.append(leaf)
     return state_bytes(held)
 
 

@@ -195,7 +195,7 @@ def subspace_value_and_grad(
       >>> import flax.linen as nn, jax, jax.numpy as jnp, dsbp_optax
       >>> model, x = nn.Dense(8), jnp.ones((4, 16))
       >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> tx = dsbp_optax.dsbp_adamw(1e-3, rank=2, residual=None)
+      >>> tx = dsbp_optax.subspace_adamw(1e-3, rank=2)
       >>> opt_state = tx.init(params)
       >>> loss_fn = lambda params, x: (model.apply({"params": params}, x) ** 2).mean()
       >>> step = dsbp_optax.linen.subspace_value_and_grad(loss_fn)

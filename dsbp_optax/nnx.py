@@ -161,7 +161,7 @@ def subspace_value_and_grad(
       >>> import jax.numpy as jnp, dsbp_optax
       >>> from flax import nnx
       >>> model, x = nnx.Linear(16, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 16))
-      >>> tx = dsbp_optax.dsbp_adamw(1e-3, rank=2, residual=None)
+      >>> tx = dsbp_optax.subspace_adamw(1e-3, rank=2)
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> step = dsbp_optax.nnx.subspace_value_and_grad(
       ...     lambda model, x: (model(x) ** 2).mean())

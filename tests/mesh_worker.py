@@ -18,6 +18,7 @@ from dsbp_optax import _spectral
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles much, runs little
 
+RECIPES = ("dsbp_sgd", "dsbp_adamw", "dsbp_muon", "subspace_muon", "dsbp")
 FSDP = {"up": P("data", "model"), "down": P("model", "data")}
 TENSOR = {"up": P(None, "model"), "down": P(None, "model")}
 
@@ -41,14 +42,29 @@ PARAMS = Net(False).init(jax.random.key(1), INPUTS)["params"]
 WHOLE = {"moment_dtype": None, "basis_dtype": None}
 ROUTES = {
     "subspace": (
-        dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, **WHOLE),
+        dsbp_optax.subspace_adamw(1e-2, rank=4, **WHOLE),
         dsbp_optax.linen.subspace_value_and_grad,
     ),
     "whole": (
         dsbp_optax.dsbp_muon(1e-2, rank=4),
         dsbp_optax.linen.value_and_grad,
     ),
+    "inside": (
+        dsbp_optax.dsbp_adamw(1e-2, rank=4),
+        dsbp_optax.linen.value_and_grad,
+    ),
 }
+
+
+def moments(state: Any) -> dict[str, dict[str, Any]]:
+    """The first moments of kernels, by path and name of the array."""
+    (spectral,) = _spectral.find_states(state)
+    if isinstance(spectral, dsbp_optax.SpectralProjectionState):
+        return {path: {"whole": x} for path, x in spectral.inner.mu.items()}
+    beside = not spectral.inner
+    kernels = state[0][0].kernels if beside else spectral.inner.kernels
+    held = kernels.momentum if beside else kernels.mu
+    return {path: one._asdict() for path, one in held.items()}
 
 
 def stepper(route: str, explicit: bool) -> Any:
@@ -106,8 +122,8 @@ def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
         "replicas": all(identical_replicas(a) for a in jax.tree.leaves(state)),
         "basis": {k: tuple(b.sharding.spec) for k, b in spectral.basis.items()},
         "moments": {
-            k: tuple(m.sharding.spec)
-            for k, m in getattr(spectral.inner, "mu", {}).items()
+            path: {name: tuple(x.sharding.spec) for name, x in moment.items()}
+            for path, moment in moments(state).items()
         },
         "bytes": sum(a.nbytes for a in arrays),
         "bytes_here": sum(a.addressable_shards[0].data.nbytes for a in arrays),
@@ -121,7 +137,7 @@ def updates_on_explicit() -> dict[str, Any]:
     with jax.set_mesh(mesh):
         places = {k: {"kernel": NamedSharding(mesh, s)} for k, s in FSDP.items()}
         params = jax.device_put(PARAMS, places)
-        for name in ("dsbp_sgd", "dsbp_adamw", "dsbp_muon", "dsbp"):
+        for name in RECIPES:
             settings = {"rank": 4, "update_every": 2, "side": "input"}
             tx = getattr(dsbp_optax, name)(0.1, **settings)
             state, plain = tx.init(PARAMS), tx.init(PARAMS)
@@ -155,7 +171,7 @@ def sharded(mesh: Any, tx: Any, specs: Any) -> tuple[Any, Any]:
 def sharpness_aware_on_explicit() -> dict[str, Any]:
     """Both wrappers, kernels and bases sharded on both axes, against one device."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    inner = dsbp_optax.dsbp_adamw(1e-2, rank=4, residual=None, update_every=2, **WHOLE)
+    inner = dsbp_optax.subspace_adamw(1e-2, rank=4, update_every=2, **WHOLE)
     wrappers = {
         "subspace_sam": dsbp_optax.subspace_sam(inner, 0.5),
         "every second": dsbp_optax.subspace_sam(inner, 0.5, every=2),

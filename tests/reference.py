@@ -40,6 +40,7 @@ fan out. `q` of every `p` steps refresh a basis.
 #: Heading -> names of `dsbp_optax`, in the order in which people meet them.
 GROUPS: Mapping[str, Sequence[str]] = {
     "Optimizers": ("dsbp_muon", "dsbp_adamw", "dsbp_sgd", "dsbp"),
+    "Optimizers of gradients in coordinates": ("subspace_muon", "subspace_adamw"),
     "Flat minima": (
         "subspace_sam",
         "subspace_msam",
@@ -47,6 +48,9 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "add_spectral_sharpness",
     ),
     "Your own rule": (
+        "scale_by_activation_metric",
+        "scale_by_quantized_momentum",
+        "scale_by_quantized_adam",
         "scale_by_spectral_projection",
         "scale_by_orthogonalization",
         "clip_by_norm_growth",
@@ -85,12 +89,15 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Eigenpairs",
     ),
     "States": (
+        "ActivationMetricState",
         "SpectralProjectionState",
         "SpectralSharpnessState",
         "Spectrum",
         "Schedule",
         "SubspaceSamState",
         "SubspaceMsamState",
+        "QuantizedMomentumState",
+        "QuantizedAdamState",
         "ClipByNormGrowthState",
     ),
 }

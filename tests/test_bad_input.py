@@ -28,6 +28,7 @@ from flax import nnx
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
 from dsbp_optax._known import known_paths
+from dsbp_optax._spectral import map_states
 from dsbp_optax._tap import make_riders
 
 FIRST = KERNELS[0]
@@ -36,6 +37,9 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     "dsbp_sgd": functools.partial(dsbp_optax.dsbp_sgd, 0.1),
     "dsbp_adamw": functools.partial(dsbp_optax.dsbp_adamw, 0.1),
     "dsbp_muon": functools.partial(dsbp_optax.dsbp_muon, 0.1),
+    "subspace_adamw": functools.partial(dsbp_optax.subspace_adamw, 0.1),
+    "subspace_muon": functools.partial(dsbp_optax.subspace_muon, 0.1),
+    "metric": dsbp_optax.scale_by_activation_metric,
     "projection": dsbp_optax.scale_by_spectral_projection,
     "sharpness": dsbp_optax.add_spectral_sharpness,
 }
@@ -87,14 +91,16 @@ OF_SOME = [
     ("projection", {"sharpness": -1.0}, ("sharpness", "-1.0", "at least 0")),
     ("projection", {"project": "never"}, ("project", "'never'", "'auto'", "'always'")),
     ("dsbp_sgd", {"residual": -0.5}, ("residual", "-0.5", "at least 0")),
-    ("dsbp_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
+    ("subspace_adamw", {"residual": "all"}, ("residual", "'all'", "number", "'int4'")),
     ("dsbp_sgd", {"whitening": -1.0}, ("whitening", "-1.0", "at least 0")),
     ("dsbp_sgd", {"clip": 0.5}, ("clip: got 0.5", "at least 1")),
-    ("dsbp_adamw", {"clip": "2"}, ("clip: got '2'", "number")),
+    ("subspace_adamw", {"clip": "2"}, ("clip: got '2'", "number")),
     ("dsbp_sgd", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"momentum": 8}, ("momentum", "got 8", "below 1.0")),
     ("dsbp_muon", {"scale": "lion"}, ("scale", "'lion'", "'muon'", "'adam'")),
-    ("dsbp_muon", {"residual": object()}, ("residual", "object", "number")),
+    ("subspace_muon", {"residual": object()}, ("residual", "object", "number")),
+    ("dsbp_muon", {"moment_dtype": "bfloat16"}, ("moment_dtype", "'int5'", "float32")),
+    ("dsbp_adamw", {"moment_dtype": None}, ("moment_dtype", "None", "'int5'")),
 ]
 
 
@@ -105,8 +111,15 @@ def test_construction(name, keywords, words):
 
 
 @pytest.mark.parametrize("dtype", ["int8", jnp.float16, "half", jnp.float8_e5m2, "x"])
-@pytest.mark.parametrize("keyword", ["moment_dtype", "basis_dtype"])
-@pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon", "projection"])
+@pytest.mark.parametrize(
+    ("name", "keyword"),
+    [
+        *(("dsbp_sgd", keyword) for keyword in ("moment_dtype", "basis_dtype")),
+        *(("projection", keyword) for keyword in ("moment_dtype", "basis_dtype")),
+        *(("subspace_muon", keyword) for keyword in ("moment_dtype", "basis_dtype")),
+        *((name, "basis_dtype") for name in ("dsbp_adamw", "dsbp_muon", "metric")),
+    ],
+)
 def test_dtypes_that_lose_small_numbers(name, keyword, dtype):
     remedy = f"{keyword}=jnp.bfloat16"
     words = f"{keyword}: got {dtype!r}", "floating", "Remedy", remedy
@@ -189,7 +202,7 @@ def test_inner(inner):
 
 
 @pytest.mark.parametrize("fallback", [optax.adam(1e-3), optax.adamw(1e-3)])
-@pytest.mark.parametrize("name", ["dsbp_muon", "projection"])
+@pytest.mark.parametrize("name", ["dsbp_muon", "dsbp_adamw", "projection"])
 def test_a_fallback_that_descends(name, fallback):
     tx, words = FACTORIES[name](fallback=fallback), ("learning rate", "Remedy")
     refused(lambda: tx.init(make_params()), "fallback: got", "expected", *words)
@@ -207,10 +220,17 @@ def test_a_fallback_with_a_rate_of_its_own_masks_and_arguments():
     rate = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
     decay = optax.add_decayed_weights(0.1, dict.fromkeys(paths, True))
     plateau = optax.contrib.reduce_on_plateau()
+
+    def inside(state: Any) -> Any:
+        return only(state).inner
+
     for more in (optax.identity(), decay, plateau):
         fallback = optax.chain(rate, more)
-        state = only(FACTORIES["dsbp_muon"](fallback=fallback).init(make_params()))
-        assert set(state.fallback[0][0].mu) == set(paths)
+        state = FACTORIES["subspace_muon"](fallback=fallback).init(make_params())
+        assert set(only(state).fallback[0][0].mu) == set(paths)
+        for name, held in (("dsbp_muon", lambda s: s[0][0]), ("dsbp_adamw", inside)):
+            state = FACTORIES[name](fallback=fallback).init(make_params())
+            assert set(held(state).others[0][0].mu) == set(paths)
 
 
 def test_unknown_moments_may_be_told():
@@ -608,9 +628,10 @@ def _settled(name: str) -> tuple[Any, Any, Any]:
 
 
 def _counters_apart(state: Any) -> Any:
-    spectral = only(state)
+    """All of a state, moments beside a spectral one included."""
     same = {"step": 0, "skipped": 0, "collect": False}
-    return spectral._replace(**same)
+    spectral = map_states(lambda s: s._replace(**same), state)
+    return spectral[0] if type(spectral) is tuple else spectral
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -623,7 +644,8 @@ def test_gradients_not_finite(name, path, value):
     statistics = activations(params, batch, CASES[name].side)
     updates, new = update(grads, state, params, statistics)
     chex.assert_trees_all_equal(_counters_apart(new), _counters_apart(state))
-    assert int(only(new).step) == int(only(state).step) + 1
+    passes = not isinstance(only(state), dsbp_optax.ActivationMetricState)
+    assert int(only(new).step) == int(only(state).step) + passes
     assert int(only(new).skipped) == int(only(state).skipped) + 1
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, grads))
 

@@ -193,13 +193,32 @@ def test_a_residual_needs_the_whole_gradient() -> None:
     params = params_of(dense=(D, M))
     words = (f"'{PATH}'", "Remedy", "residual=None", "whole gradients")
     for tx in (
-        dsbp_optax.dsbp_adamw(0.1, rank=K),
+        dsbp_optax.subspace_adamw(0.1, rank=K, residual="int5"),
         projection(residual=dsbp_optax.scale_residual(1.0)),
         optax.chain(dsbp_optax.add_spectral_sharpness(0.1), projection()),
     ):
         state = tx.init(params)
         small = project_gradients(params, state)
         refused(lambda tx=tx, s=state, g=small: tx.update(g, s, params), *words)
+
+
+def test_rules_of_whole_gradients_refuse_coordinates() -> None:
+    params = params_of(dense=(D, M))
+    state = projection().init(params)
+    small = project_gradients(params, state)
+    words = (f"'{PATH}'", "Remedy", "subspace_muon", "whole gradients")
+    for tx in (
+        dsbp_optax.dsbp_adamw(0.1, rank=K),
+        dsbp_optax.dsbp_muon(0.1, rank=K),
+        dsbp_optax.scale_by_activation_metric(rank=K),
+        dsbp_optax.scale_by_quantized_momentum(),
+        dsbp_optax.scale_by_quantized_adam(),
+    ):
+        state = tx.init(params)
+        refused(lambda tx=tx, s=state: tx.update(small, s, params), *words)
+    for name in ("dsbp_adamw", "dsbp_muon"):
+        state = getattr(dsbp_optax, name)(0.1, rank=K).init(params)
+        refused(lambda s=state: project_gradients(params, s), "subspace_muon", "Remedy")
 
 
 def test_wrong_trees_and_states_are_named() -> None:

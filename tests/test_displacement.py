@@ -124,7 +124,7 @@ def test_sam_is_the_same_either_way(every: int, adaptive: bool) -> None:
 def test_nnx_takes_the_second_gradient_in_coordinates() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 3)
-    inner = dsbp_optax.dsbp_adamw(0.01, rank=2, residual=None)
+    inner = dsbp_optax.subspace_adamw(0.01, rank=2)
 
     def loss_fn(model: Any, x: Any) -> Any:
         return jnp.mean(model(x) ** 2)
@@ -178,7 +178,7 @@ def test_no_second_set_of_kernels_is_held() -> None:
     model = nn.Sequential([f for _ in range(6) for f in (nn.Dense(256), nn.relu)])
     x = jnp.ones((32, 256))
     params = model.init(jax.random.key(0), x)["params"]
-    inner = dsbp_optax.dsbp_adamw(0.01, rank=4, residual=None)
+    inner = dsbp_optax.subspace_adamw(0.01, rank=4)
     tx = dsbp_optax.subspace_sam(inner, RHO)
     loss_fn = loss_of(model)
 

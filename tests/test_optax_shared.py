@@ -24,6 +24,7 @@ _FACTORIES = {
     "dsbp_sgd": dsbp_optax.dsbp_sgd,
     "dsbp_adamw": dsbp_optax.dsbp_adamw,
     "dsbp_muon": dsbp_optax.dsbp_muon,
+    "subspace_adamw": dsbp_optax.subspace_adamw,
     "sgd": dsbp_optax.dsbp_sgd,
 }
 
@@ -44,7 +45,7 @@ _BARE = [
     _entry("dsbp_muon", 1e-3),
 ]
 #: The only kernel there that is worth a projection: 2 x 2, Adam's moments, rank 1.
-_PROJECTED = _entry("dsbp_adamw", 1e-3)
+_PROJECTED = _entry("subspace_adamw", 1e-3)
 _PROJECTED["opt_kwargs"] = {"learning_rate": 1e-3, "rank": 1, "residual": 0.5}
 _WRAPPED = [
     _entry("dsbp_sgd", 1e-1, "mechanize", weight_decay=0.0),

@@ -29,12 +29,17 @@ MODULES = (
 ROOT = pathlib.Path(dsbp_optax.__file__).parent
 #: Functions that people call first; their docstrings say more.
 MAIN = (
+    dsbp_optax.scale_by_activation_metric,
+    dsbp_optax.scale_by_quantized_momentum,
+    dsbp_optax.scale_by_quantized_adam,
     dsbp_optax.scale_by_spectral_projection,
     dsbp_optax.add_spectral_sharpness,
     dsbp_optax.dsbp,
     dsbp_optax.dsbp_sgd,
     dsbp_optax.dsbp_adamw,
     dsbp_optax.dsbp_muon,
+    dsbp_optax.subspace_adamw,
+    dsbp_optax.subspace_muon,
     dsbp_optax.subspace_sam,
     dsbp_optax.subspace_msam,
     dsbp_optax.linen.value_and_grad,

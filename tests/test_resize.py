@@ -20,6 +20,10 @@ HALF = {"moment_dtype": jnp.bfloat16, "basis_dtype": jnp.bfloat16}
 OPTIMIZERS = {
     "muon": lambda k: dsbp_optax.dsbp_muon(0.05, rank=k, **SMALL),
     "adamw": lambda k: dsbp_optax.dsbp_adamw(0.05, rank=k, **SMALL),
+    "muon in coordinates": lambda k: dsbp_optax.subspace_muon(
+        0.05, rank=k, residual="int6", **SMALL
+    ),
+    "adamw in coordinates": lambda k: dsbp_optax.subspace_adamw(0.05, rank=k, **SMALL),
     "sgd": lambda k: dsbp_optax.dsbp_sgd(0.05, rank=k, **SMALL),
     "paper": lambda k: dsbp_optax.dsbp(0.05, rank=k, **SMALL),
     "half precision": lambda k: dsbp_optax.scale_by_spectral_projection(
@@ -37,6 +41,9 @@ OPTIMIZERS = {
     ),
     "sam": lambda k: dsbp_optax.subspace_sam(
         dsbp_optax.dsbp_sgd(0.05, rank=k, **SMALL), every=2
+    ),
+    "sam of a metric": lambda k: dsbp_optax.subspace_sam(
+        dsbp_optax.dsbp_muon(0.05, rank=k, **SMALL), every=2
     ),
     "masked": lambda k: optax.masked(
         dsbp_optax.dsbp_muon(0.05, rank=k, **SMALL), lambda p: dict.fromkeys(p, True)
@@ -119,7 +126,7 @@ def test_new_directions_are_orthonormal_and_orthogonal_to_the_old() -> None:
 
 
 def test_a_fraction_is_that_of_the_optimizer() -> None:
-    """The default of the recipes: a sixteenth of the narrower side, at most 8."""
+    """The default of the recipes is one too."""
     rank = dsbp_optax.RankFraction(1 / 8, most=3)
     new = dsbp_optax.dsbp_muon(0.05, rank=rank, **SMALL)
     state = dsbp_optax.resize_state(example("muon", 2), PARAMS, rank=rank)
@@ -135,7 +142,7 @@ def test_a_fraction_is_that_of_the_optimizer() -> None:
 
 def test_moments_and_eigenvalues_follow_their_directions() -> None:
     """Rows of Adam's moments against float64: kept, zero, mean of the column."""
-    whole = dsbp_optax.dsbp_adamw(0.05, rank=3, moment_dtype=None, **SMALL)
+    whole = dsbp_optax.subspace_adamw(0.05, rank=3, moment_dtype=None, **SMALL)
     state = only(filled(whole.init(PARAMS)))
     grown, cut = (dsbp_optax.resize_state(state, rank=rank) for rank in (5, 2))
     for path in PATHS:
@@ -154,6 +161,16 @@ def test_moments_and_eigenvalues_follow_their_directions() -> None:
     outside = [s.inner.mu["first/bias"] for s in (state, grown, cut)]
     chex.assert_trees_all_equal(*outside)
     chex.assert_trees_all_equal(state.residual, grown.residual, cut.residual)
+
+
+def test_moments_of_whole_kernels_stay() -> None:
+    """Those of a metric do not see its basis."""
+    state = example("adamw", 4)
+    for rank in (2, 6):
+        resized = dsbp_optax.resize_state(state, rank=rank)
+        chex.assert_trees_all_equal(only(resized).inner, only(state).inner)
+    beside = dsbp_optax.resize_state(example("muon", 4), rank=2)
+    chex.assert_trees_all_equal(beside[0][0], example("muon", 4)[0][0])
 
 
 def test_zero_second_moments_would_take_steps_that_are_too_long() -> None:
@@ -342,14 +359,15 @@ def test_ranks_that_cannot_be() -> None:
 
 def test_a_kernel_that_the_new_optimizer_would_not_project_is_named() -> None:
     """The state decides, so that nothing is lost; the check says where they differ."""
-    old, new = (dsbp_optax.dsbp_muon(0.1, rank=rank) for rank in (4, 2))
+    make = functools.partial(dsbp_optax.subspace_muon, 0.1, residual="int6")
+    old, new = (make(rank=rank) for rank in (4, 2))
     params = make_params()
     resized = dsbp_optax.resize_state(old.init(params), rank=2)
     assert accepts(new, resized, params)
     said = r"keeps 'second/kernel' in full space, this optimizer would not.*rank it had"
     with pytest.raises(ValueError, match=said):
         dsbp_optax.check_checkpoint(resized, jax.eval_shape(new.init, params))
-    alike = dsbp_optax.dsbp_muon(0.1, rank={"second/kernel": 4, "*": 2})
+    alike = make(rank={"second/kernel": 4, "*": 2})
     dsbp_optax.check_checkpoint(resized, jax.eval_shape(alike.init, params))
 
 
@@ -406,7 +424,7 @@ def test_linen_and_nnx_states() -> None:
 
     model = nnx.Linear(40, 32, rngs=nnx.Rngs(0))
     old, new = (
-        nnx.Optimizer(model, dsbp_optax.dsbp_muon(0.1, rank=rank), wrt=nnx.Param)
+        nnx.Optimizer(model, dsbp_optax.subspace_muon(0.1, rank=rank), wrt=nnx.Param)
         for rank in (8, 4)
     )
     pure = filled(dsbp_optax.nnx._pure(old.opt_state))
@@ -451,7 +469,7 @@ def test_a_checkpoint_is_checked_by_path() -> None:
     expected = whole(example("muon", 2))
     dsbp_optax.check_checkpoint(as_saved(expected), expected)
     dsbp_optax.check_checkpoint(expected, jax.eval_shape(lambda: expected))
-    rank = "'state/0/basis/first/kernel' has rank 4, expected 2"
+    rank = "'state/0/1/basis/first/kernel' has rank 4, expected 2"
     refused(whole(example("muon", 4)), expected, rank)
     third = {"first": PARAMS["first"], "third": PARAMS["second"]}
     model = whole(OPTIMIZERS["muon"](2).init(third), third)
@@ -463,9 +481,9 @@ def test_a_checkpoint_is_checked_by_path() -> None:
     said = "'params/first/bias': got dtype float32, expected bfloat16"
     refused(expected, {**expected, "params": half}, said)
     plain = whole(optax.adam(0.1).init(PARAMS))
-    refused(plain, expected, "it has no .*'state/0/basis/first/kernel'")
+    refused(plain, expected, "it has no .*'state/0/0/kernels/momentum/first/kernel")
     old = as_saved(expected)
-    old["state"][0]["version"] = {"0": {}}
-    refused(old, expected, "'state/0' is of version 0, expected 1")
-    del old["state"][0]["version"]
-    refused(old, expected, "'state/0' is of version none, expected 1")
+    old["state"][0][1]["version"] = {"0": {}}
+    refused(old, expected, "'state/0/1' is of version 0, expected 1")
+    del old["state"][0][1]["version"]
+    refused(old, expected, "'state/0/1' is of version none, expected 1")

@@ -116,7 +116,7 @@ def _warm(tx: Any) -> Any:
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
-def test_with_an_exact_residual_dsbp_muon_is_muon() -> None:
+def test_with_an_exact_residual_subspace_muon_is_muon() -> None:
     kernels = {
         "embed": None,
         "layer": {"kernel": 1, "bias": None},
@@ -130,7 +130,7 @@ def test_with_an_exact_residual_dsbp_muon_is_muon() -> None:
     muon = optax.contrib.muon(
         0.02, nesterov=False, muon_weight_dimension_numbers=numbers
     )
-    ours = functools.partial(dsbp_optax.dsbp_muon, 0.02, nesterov=False)
+    ours = functools.partial(dsbp_optax.subspace_muon, 0.02, nesterov=False)
     expected = run(muon)
     got = run(_warm(ours(residual="float32", **FIXED)))
     assert difference(got, expected) < 2e-3 * 0.02 * 10
@@ -571,7 +571,7 @@ def test_fallback_may_use_parameters() -> None:
     assert not updates["layer"]["kernel"].any()
 
 
-@pytest.mark.parametrize("name", ["dsbp_sgd", "dsbp_adamw", "dsbp_muon"])
+@pytest.mark.parametrize("name", ["dsbp_sgd", "subspace_adamw", "subspace_muon"])
 def test_half_precision_storage_changes_little(name) -> None:
     make = functools.partial(getattr(dsbp_optax, name), 0.01, rank=8, residual=0.5)
     half, full = (

@@ -429,7 +429,7 @@ def test_one_decision_for_a_stack() -> None:
 def test_settings_by_path_and_by_word() -> None:
     params = {"q": jnp.ones((64, 64)), "v": jnp.ones((64, 64)), "o": jnp.ones((64, 64))}
     rank = {"q": 8, "v": "auto", "*": AutoRank(most=12)}
-    tx = dsbp_optax.dsbp_adamw(1e-3, rank=rank, update_every="auto")
+    tx = dsbp_optax.subspace_adamw(1e-3, rank=rank, update_every="auto")
     reasons = {path: found[0].reason for path, found in explain(tx, params).items()}
     assert reasons == {
         "q": "input side, rank 8 of 64",

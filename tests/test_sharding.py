@@ -14,8 +14,11 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
+from dsbp_optax._spectral import find_states
 
-CASES = ["subspace auto", "subspace explicit", "whole auto", "whole explicit"]
+ROUTES = ("subspace", "whole", "inside")
+KINDS = ("auto", "explicit")
+CASES = [f"{route} {kind}" for route in ROUTES for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,9 @@ def found(request):
 def test_training_is_that_of_one_device(found, case) -> None:
     losses, alone = found["mesh"][case]["losses"], found["alone"]
     np.testing.assert_allclose(losses, alone[case.split()[0]], rtol=1e-4)
-    other = alone["whole" if case.startswith("subspace") else "subspace"]
-    assert not np.allclose(losses, other, rtol=1e-3), "two rules, two ways down"
+    others = [alone[route] for route in ROUTES if route != case.split()[0]]
+    for other in others:
+        assert not np.allclose(losses, other, rtol=1e-3), "each rule has its way down"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,17 +46,32 @@ def test_types_stay_and_replicas_are_identical(found, case) -> None:
 
 
 def test_arrays_are_sharded_along_what_they_share_with_their_kernel(found) -> None:
-    fsdp, tensor = (found["mesh"][f"subspace {kind}"] for kind in ("auto", "explicit"))
+    fsdp, tensor = (found["mesh"][f"subspace {kind}"] for kind in KINDS)
     assert fsdp["basis"] == {
         "up/kernel": ["data", None, None],
         "down/kernel": ["model", None, None],
     }
     assert fsdp["moments"] == {
-        "up/kernel": [None, "model"],
-        "down/kernel": [None, "data"],
+        "up/kernel": {"whole": [None, "model"]},
+        "down/kernel": {"whole": [None, "data"]},
     }
     assert all(spec == [None] * 3 for spec in tensor["basis"].values())
-    assert all(spec == [None, "model"] for spec in tensor["moments"].values())
+    for moment in tensor["moments"].values():
+        assert moment == {"whole": [None, "model"]}
+    for route in ("whole", "inside"):
+        fsdp, tensor = (found["mesh"][f"{route} {kind}"] for kind in KINDS)
+        assert fsdp["basis"]["up/kernel"] == ["data", None, None]
+        assert fsdp["moments"]["up/kernel"] == {
+            "codes": [None, "model"],
+            "scale": [None, "model"],
+            "rows": ["data", None],
+        }
+        for moment in tensor["moments"].values():
+            assert moment == {
+                "codes": [None, "model"],
+                "scale": [None, "model"],
+                "rows": [None, None],
+            }
     for case in found["mesh"].values():
         assert case["bytes_here"] < 0.52 * case["bytes"]
 
@@ -60,7 +79,8 @@ def test_arrays_are_sharded_along_what_they_share_with_their_kernel(found) -> No
 def test_updates_on_an_explicit_mesh(found) -> None:
     """Kernels and bases sharded on both axes; the worker compares types itself."""
     gaps = found["updates"]
-    assert set(gaps) == {"dsbp_sgd", "dsbp_adamw", "dsbp_muon", "dsbp"}
+    names = {"dsbp_sgd", "dsbp_adamw", "dsbp_muon", "subspace_muon", "dsbp"}
+    assert set(gaps) == names
     assert max(gaps.values()) < 5e-3, "a level of the coarse part may flip"
     assert gaps["dsbp"] < 1e-5
 
@@ -120,7 +140,8 @@ def test_a_mesh_that_does_not_divide_an_axis_is_an_error() -> None:
     assert f"Remedy: leave that axis whole, {P(None, None)}, or" in message
     assert "64 long" in message
     for length, spec in ((64, P(("data", "model"), None)), (60, P("model", "data"))):
-        basis = places(length, spec)[0].basis["w"]
+        (held,) = find_states(places(length, spec))
+        basis = held.basis["w"]
         assert basis.spec[0] == spec[0]
 
 
@@ -143,9 +164,13 @@ def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
 @pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
     """Their window axes of length 1 are no stack of matrices."""
-    mesh, tx = mesh_of({"data": 2}), dsbp_optax.dsbp_muon(0.1, rank=4)
+    mesh = mesh_of({"data": 2})
     place = NamedSharding(mesh, P(None, None, None, "data"))
-    for window in (1, 3):
+    in_coordinates = dsbp_optax.subspace_muon(0.1, rank=4, residual="int6")
+    in_bits = dsbp_optax.dsbp_muon(0.1, rank=4, moment_dtype="int6")
+    beside = dsbp_optax.scale_by_quantized_adam(bits=6)
+    cases = [(tx, n) for tx in (in_coordinates, in_bits, beside) for n in (1, 3)]
+    for tx, window in cases:
         shape = (window, window, 64, 128)
         held = jax.eval_shape(tx.init, {"w": jnp.ones(shape)})
         kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
@@ -156,5 +181,50 @@ def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
                 jax.tree.leaves(held), jax.tree.leaves(places), strict=True
             )
         }
-        assert specs[4, 128] == (None, "data")
+        if tx is in_coordinates:
+            assert specs[4, 128] == (None, "data")
         assert specs[window * window * 64 * 6 // 8, 128] == (None, "data")
+
+
+@pytest.mark.parametrize("bits", [5, 8, 32])
+def test_moments_in_few_bits_are_sharded_as_their_kernel(bits) -> None:
+    """With a basis and without one, stacked, and as long as the kernel itself."""
+    mesh = mesh_of({"data": 2, "model": 4})
+    specs = {"w": P("data", "model"), "scan": P(None, "data", "model")}
+    shapes = {"w": (64, 128), "scan": (3, 64, 128)}
+    params = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, shape in shapes.items()
+    }
+    moments = dsbp_optax.scale_by_quantized_adam(bits=bits)
+    for tx in (
+        moments,
+        optax.chain(moments, dsbp_optax.scale_by_activation_metric(rank=4)),
+        dsbp_optax.scale_by_activation_metric(inner=moments, rank=4),
+    ):
+        held = jax.eval_shape(tx.init, params)
+        places = dsbp_optax.state_shardings(held, params)
+        (found,) = (
+            x
+            for x in jax.tree.leaves(places, is_leaf=_is_moments)
+            if isinstance(x, dsbp_optax.QuantizedAdamState)
+        )
+        for name in shapes:
+            stack = (None,) * (len(shapes[name]) - 2)
+            rows, columns = (*stack, "data", None), (*stack, None, "model")
+            assert tuple(found.rows[name].spec) == rows
+            assert tuple(found.columns[name].spec) == columns
+            if bits == 32:
+                assert tuple(found.mu[name].spec) == tuple(specs[name])
+                continue
+            mu = found.mu[name]
+            codes = (*stack, "data", "model") if bits == 8 else columns
+            assert tuple(mu.codes.spec) == codes
+            assert tuple(mu.scale.spec) == columns
+            assert tuple(mu.rows.spec) == rows
+
+
+def _is_moments(node: Any) -> bool:
+    return isinstance(node, dsbp_optax.QuantizedAdamState)

@@ -224,8 +224,8 @@ def test_zero_gradients_stay_finite(adaptive: bool, every: int) -> None:
 
 RECIPES = {
     "dsbp_sgd": dsbp_optax.dsbp_sgd,
-    "dsbp_adamw": dsbp_optax.dsbp_adamw,
-    "dsbp_muon": dsbp_optax.dsbp_muon,
+    "subspace_adamw": dsbp_optax.subspace_adamw,
+    "subspace_muon": dsbp_optax.subspace_muon,
 }
 
 
@@ -262,7 +262,7 @@ def follow_the_momentum(name: str) -> None:
         here = optax.apply_updates(here, updates)
         momentum = jax.tree.leaves(held[0].inner)
         (u,) = [m for m in momentum if m.shape == (3, M)][:1]
-        if name == "dsbp_adamw":
+        if name == "subspace_adamw":
             u = held[0].inner.mu[PATH]
         lifted = held[0].basis[PATH][:, 0] @ u
         lifted = schedule(step) * lifted / jnp.linalg.norm(lifted)

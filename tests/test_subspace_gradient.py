@@ -44,10 +44,9 @@ def held(grads: Any) -> set[str]:
 
 def exact_adamw() -> Any:
     """Without a residual, in the dtype of the computation: equal ways stay equal."""
-    return dsbp_optax.dsbp_adamw(
+    return dsbp_optax.subspace_adamw(
         0.01,
         rank=2,
-        residual=None,
         clip=None,
         update_every=4,
         power_iterations=1,
@@ -280,7 +279,7 @@ def test_states_that_do_not_fit_are_named() -> None:
     state = optimizer().init(params)
     with pytest.raises(ValueError, match=r"basis for 'second/kernel'.*Remedy"):
         step({"first": params["first"]}, x, opt_state=state)
-    with_residual = dsbp_optax.dsbp_adamw(0.1, rank=2)
+    with_residual = dsbp_optax.subspace_adamw(0.1, rank=2, residual="int5")
     state = with_residual.init({"w": jnp.ones((64, 64))})
     small = project_gradients({"w": jnp.ones((64, 64))}, state)
     with pytest.raises(ValueError, match="Remedy: residual=None"):
@@ -319,7 +318,7 @@ def compiled(width: int, samples: int, rank: int, scanned: bool) -> dict[str, An
     model = Deep(width, scanned)
     x = jax.ShapeDtypeStruct((samples, width), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    tx = dsbp_optax.dsbp_adamw(1e-3, rank=rank, residual=None)
+    tx = dsbp_optax.subspace_adamw(1e-3, rank=rank)
     loss_fn = loss_of(model)
     ways = {
         "plain": lambda p, x, s: jax.value_and_grad(loss_fn)(p, x),
@@ -365,7 +364,7 @@ def test_scanned_layers_keep_half_as_much() -> None:
 def test_updates_are_merged_into_donated_kernels(residual: Any) -> None:
     """Parameters and state are overwritten; beside them lies one update, no more."""
     params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
-    tx = dsbp_optax.dsbp_adamw(1e-3, rank=8, residual=residual)
+    tx = dsbp_optax.subspace_adamw(1e-3, rank=8, residual=residual)
     state = jax.eval_shape(tx.init, params)
     short = residual is None
     whole = {"w": params["w"]}

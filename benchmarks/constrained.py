@@ -41,9 +41,11 @@ ENTRANTS: Mapping[str, Contender] = {
     one.name: one
     for one in (
         *(CONTENDERS[name] for name in ("adamw", "sgd", "muon")),
-        *(CONTENDERS[name] for name in ("dsbp_muon", "dsbp_adamw")),
-        _in_coordinates("dsbp_muon", "dsbp_muon in coordinates, rank 32", rank=32),
-        _in_coordinates("dsbp_adamw", "dsbp_adamw in coordinates"),
+        *(CONTENDERS[name] for name in ("projected_muon", "projected_adamw")),
+        _in_coordinates(
+            "projected_muon", "projected_muon in coordinates, rank 32", rank=32
+        ),
+        _in_coordinates("projected_adamw", "projected_adamw in coordinates"),
     )
 }
 

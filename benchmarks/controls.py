@@ -112,20 +112,24 @@ def _of_any(of: str) -> tuple[Control, ...]:
 
 
 CONTROLS: tuple[Control, ...] = (
-    *_of_any("dsbp_muon"),
-    _control("dsbp_muon", "rank 1", "one direction a kernel", rank=1),
+    *_of_any("projected_muon"),
+    _control("projected_muon", "rank 1", "one direction a kernel", rank=1),
     _control(
-        *("dsbp_muon", "no momentum", "the gradient itself, orthogonalised"),
+        *("projected_muon", "no momentum", "the gradient itself, orthogonalised"),
         momentum=0.0,
         residual=dsbp_optax.scale_residual(1.0),
     ),
     _control(
-        *("dsbp_muon", "coordinates alone", "16 x m numbers, no residual"),
+        *("projected_muon", "coordinates alone", "16 x m numbers, no residual"),
         factory=orthogonal_coordinates,
         settings={},
     ),
     _control(
-        *("dsbp_muon", "gradients in coordinates", "32 x m numbers, whole ones never"),
+        *(
+            "projected_muon",
+            "gradients in coordinates",
+            "32 x m numbers, whole ones never",
+        ),
         rank=32,
         residual=None,
         training={"coordinates": True, "warm_start": True},

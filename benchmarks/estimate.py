@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Bytes of a float32, of a bfloat16, and of a moment's number in five bits.
-_FLOAT, _HALF, _COARSE = 4, 2, 5 / 8
+#: Bytes of a float32, of a bfloat16, and of a number in six and in five bits.
+_FLOAT, _HALF, _SIX_BITS, _FIVE_BITS = 4, 2, 6 / 8, 5 / 8
 _NEWTON_SCHULZ = 5
 
 
@@ -134,7 +134,8 @@ class Rule(NamedTuple):
       update_flops: (d, m, k) -> FLOPs of one kernel's update.
       subspace: whether gradients are taken in coordinates.
       sketched: whether sketches are sent.
-      refreshes: share of the steps that refresh a basis.
+      period: steps from refresh to refresh.
+      window: steps of each period that send sketches.
     """
 
     kernel_bytes: Callable[[int, int, int], float]
@@ -142,7 +143,8 @@ class Rule(NamedTuple):
     update_flops: Callable[[int, int, int], float] = lambda d, m, k: 12.0 * d * m
     subspace: bool = False
     sketched: bool = False
-    refreshes: float = 5 / 100
+    period: int = 100
+    window: int = 5
 
 
 def newton_schulz_flops(d: int, m: int) -> float:
@@ -151,8 +153,13 @@ def newton_schulz_flops(d: int, m: int) -> float:
     return _NEWTON_SCHULZ * 2.0 * small**2 * (2 * large + small)
 
 
+def _projections(d: int, m: int, k: int) -> float:
+    """Into the basis, and back twice: the update and the residual."""
+    return 6.0 * d * m * k
+
+
 def _metric(d: int, m: int, k: int) -> float:
-    """Into the basis and back, before and behind the direction."""
+    """Into the basis and back, before the direction and behind it."""
     return 8.0 * d * m * k
 
 
@@ -168,18 +175,26 @@ RULES: Mapping[str, Rule] = {
         lambda d, m, k: 4.0 * d * m * k,
     ),
     "dsbp_muon": Rule(
-        lambda d, m, k: _COARSE * d * m + _HALF * (d + m),
+        lambda d, m, k: _FIVE_BITS * d * m + _HALF * (d + m),
         lambda d, m, k: _HALF * k * d,
-        lambda d, m, k: _metric(d, m, k) + newton_schulz_flops(d, m),
+        lambda d, m, k: _metric(d, m, k) + newton_schulz_flops(d, m) + 4.0 * d * m,
         sketched=True,
-        refreshes=2 / 20,
+        period=20,
+        window=2,
     ),
     "dsbp_adamw": Rule(
-        lambda d, m, k: _COARSE * d * m + (_HALF + _FLOAT) * (d + m),
+        lambda d, m, k: _FIVE_BITS * d * m + (_HALF + _FLOAT) * (d + m),
         lambda d, m, k: _HALF * k * d,
-        lambda d, m, k: _metric(d, m, k) + 16.0 * d * m,
+        lambda d, m, k: _metric(d, m, k) + 12.0 * d * m,
         sketched=True,
-        refreshes=2 / 20,
+        period=20,
+        window=2,
+    ),
+    "projected_muon": Rule(
+        lambda d, m, k: _HALF * k * m + _SIX_BITS * d * m + _HALF * (d + m),
+        lambda d, m, k: _HALF * k * d,
+        lambda d, m, k: _projections(d, m, k) + newton_schulz_flops(d, m),
+        sketched=True,
     ),
     "subspace_adamw": Rule(
         lambda d, m, k: 2 * _HALF * k * m,
@@ -252,8 +267,8 @@ def estimate(
         updates += count * rule.update_flops(d, m, rank)
         if rule.sketched:
             sketch = d * (rank + 1) * count
-            sent += _FLOAT * sketch * rule.refreshes
-            flops += 4.0 * d * rank * tokens * count * rule.refreshes
+            sent += _FLOAT * sketch * rule.window / rule.period
+            flops += 4.0 * d * rank * tokens * count * rule.window / rule.period
     state = state_bytes(model, rule, rank, share)
     traffic = 2 * state + small + 2 * _HALF * (model.projected + model.others)
     ring = 2 * (machine.devices - 1) / machine.devices

@@ -6,7 +6,7 @@ but for a new head, which both train whole. LoRA trains ``A`` (``d x r``) and ``
 update ``V S`` in the basis ``V`` of the kernel's inputs, merged after every step. Ranks
 are such that the trained numbers are as near as whole ranks allow; one more contender
 has the largest rank at which the state is no larger than LoRA's. Fine-tuning of
-everything is the reference, by `optax.adamw` and by `dsbp_muon`.
+everything is the reference, by `optax.adamw` and by `projected_muon`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import dsbp_optax
 from benchmarks import kernels
 from benchmarks.campaign import Lane
 from benchmarks.data import Data
-from benchmarks.optimizers import OURS, Contender
+from benchmarks.optimizers import CONTENDERS, OURS, Contender, projected_muon
 from benchmarks.train import Program, build
 from benchmarks.workloads import Params, Workload
 
@@ -37,10 +37,10 @@ RESULTS = Path(__file__).parent / "results" / "finetune"
 PEER, WHOLE = "lora", "adamw"
 
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
-ALIKE, WIDE = ("dsbp_adamw", "dsbp_muon"), "dsbp_muon_wide"
+ALIKE, WIDE = ("projected_adamw", "projected_muon"), "projected_muon_wide"
 
 #: Of ours: everything, from whole gradients, with its residual.
-OURS_WHOLE = "dsbp_muon_whole"
+OURS_WHOLE = "projected_muon_whole"
 
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
@@ -139,7 +139,7 @@ class Task:
       head: pattern of what is trained whole beside them; None for nothing.
       lora_rank: r.
       rank: k, so that both train as many numbers.
-      wide_rank: k, the largest so that `dsbp_muon` has no more state than LoRA.
+      wide_rank: k, the largest so that `projected_muon` has no more state than LoRA.
       grids: contender -> learning rates tried first.
       load: ``(data folder, weights=file) -> data``, pretrained weights among it.
       pretrained: whether that file is made by `benchmarks.pretraining`.
@@ -175,9 +175,11 @@ def entrants(task: Task) -> dict[str, tuple[Adaptation, Contender]]:
     return {
         PEER: _lora(task),
         **{name: _coordinates(task, name, name, task.rank) for name in ALIKE},
-        WIDE: _coordinates(task, WIDE, "dsbp_muon", task.wide_rank),
-        OURS_WHOLE: _everything(task, OURS_WHOLE, dsbp_optax.dsbp_muon, **OURS),
-        WHOLE: _everything(task, WHOLE, optax.adamw),
+        WIDE: _coordinates(task, WIDE, "projected_muon", task.wide_rank),
+        OURS_WHOLE: _everything(
+            task, OURS_WHOLE, "projected_muon", projected_muon, **OURS
+        ),
+        WHOLE: _everything(task, WHOLE, "adamw", optax.adamw),
     }
 
 
@@ -196,7 +198,7 @@ def _lora(task: Task) -> tuple[Adaptation, Contender]:
 def _coordinates(
     task: Task, name: str, rule: str, rank: int
 ) -> tuple[Adaptation, Contender]:
-    factory = getattr(dsbp_optax, rule)
+    factory = CONTENDERS[rule].factory
     kernel = f"^{task.modules}/kernel$"
     trained = task.trained(kernel)
     workload = dataclasses.replace(task.workload, trained=trained)
@@ -214,9 +216,9 @@ def _coordinates(
 
 
 def _everything(
-    task: Task, name: str, factory: Factory, **rest: Any
+    task: Task, name: str, rule: str, factory: Factory, **rest: Any
 ) -> tuple[Adaptation, Contender]:
-    summary = f"everything, {factory.__name__}"
+    summary = f"everything, {rule}"
     return task.workload, _contender(task, name, summary, factory, **rest)
 
 

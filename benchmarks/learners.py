@@ -79,10 +79,15 @@ LEARNERS = {
         _maml("maml", "MAML of second order, Adam outside", _ADAM),
         _maml("fomaml", "MAML of first order, Adam outside", _ADAM, first_order=True),
         _maml(
-            *("maml_dsbp_adamw", "MAML, dsbp_adamw outside"), _undecayed("dsbp_adamw")
+            *("maml_projected_adamw", "MAML, projected_adamw outside"),
+            _undecayed("projected_adamw"),
         ),
         _maml("maml_muon", "MAML, Muon outside", CONTENDERS["muon"]),
-        _maml("maml_dsbp_muon", "MAML, dsbp_muon outside", CONTENDERS["dsbp_muon"]),
+        _maml(
+            "maml_projected_muon",
+            "MAML, projected_muon outside",
+            CONTENDERS["projected_muon"],
+        ),
         _maml(
             "maml_spectral",
             f"MAML, Adam outside, inner steps in {RANK} eigendirections a kernel",

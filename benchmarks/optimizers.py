@@ -3,6 +3,7 @@
 A new contender is one `Contender` in `CONTENDERS`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,16 @@ import optax
 import dsbp_optax
 from benchmarks.kernels import map_kernels
 
-#: Rank of GaLore, twice ours; period of every low-rank contender; ours take so many
-#: iterations to refresh.
+#: Rank of GaLore, twice that of a projection; period of every low-rank contender; of
+#: ours, those that project take so many iterations to refresh.
 _RANK, _PERIOD, _ITERATIONS = 16, 100, 5
+
+#: Of the rules of version 0.2, which live on under other names.
+_FEW = dsbp_optax.RankFraction(1 / 16, most=8)
+projected_muon = functools.partial(dsbp_optax.subspace_muon, residual="int6", rank=_FEW)
+projected_adamw = functools.partial(
+    dsbp_optax.subspace_adamw, residual="int5", rank=_FEW
+)
 
 #: Learning rates that are tried: as many for every contender.
 _COARSE = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -148,8 +156,9 @@ def _muon(
     )
 
 
-#: What all of ours have in common.
+#: What those of ours have in common that project, and those with a metric.
 OURS: Any = {"ours": True, "period": _PERIOD, "window": _ITERATIONS}
+METRIC: Any = {"ours": True, "period": 20, "window": 2}
 
 CONTENDERS = {
     contender.name: contender
@@ -176,17 +185,35 @@ CONTENDERS = {
         ),
         Contender(
             "dsbp_adamw",
-            "AdamW, exact in the eigenbasis, the rest in 5 bits and factored",
+            "AdamW in the metric of the activations, in 5 bits and factored",
             dsbp_optax.dsbp_adamw,
+            _FINE,
+            1e-2,
+            plain="adamw",
+            **METRIC,
+        ),
+        Contender(
+            "dsbp_muon",
+            "Muon in the metric of the activations, its momentum in 5 bits",
+            dsbp_optax.dsbp_muon,
+            _MUON,
+            3e-2,
+            plain="muon",
+            **METRIC,
+        ),
+        Contender(
+            "projected_adamw",
+            "AdamW, exact in the eigenbasis, the rest in 5 bits and factored",
+            projected_adamw,
             _FINE,
             3e-3,
             plain="adamw",
             **OURS,
         ),
         Contender(
-            "dsbp_muon",
+            "projected_muon",
             "orthogonalised momentum, finer in the eigenbasis, the rest in 6 bits",
-            dsbp_optax.dsbp_muon,
+            projected_muon,
             _MUON,
             1e-2,
             plain="muon",

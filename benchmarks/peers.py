@@ -49,6 +49,8 @@ class Contender:
       decays: weight decays, 0 first.
       program: name of the contender whose compiled program serves this one too.
       variant: what tells it from that one.
+      plain: the optimizer whose place it takes, and whose state its own is a share of.
+      ours: whether it is a rule of this package, or a control of one.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Contender:
     decays: tuple[float, ...] = _MUON_DECAYS
     program: str | None = None
     variant: int = 0
+    plain: str = "muon"
+    ours: bool = False
 
 
 def assemble(
@@ -449,7 +453,8 @@ def _adafactor() -> optax.GradientTransformation:
     return optax.chain(optax.adafactor(), optax.scale(-1.0))
 
 
-_ADAM: Any = {"rates": _FINE, "decays": _FINE_DECAYS}
+_ADAM: Any = {"rates": _FINE, "decays": _FINE_DECAYS, "plain": "adamw"}
+_METRIC: Any = {**_ADAM, "statistics": "package", "rates": _WIDE_FINE, "ours": True}
 
 CONTENDERS = {
     contender.name: contender
@@ -466,18 +471,21 @@ CONTENDERS = {
                 "Muon in the metric of the activations, momentum in 5 bits",
                 _muon_in_metric(),
                 statistics="package",
+                ours=True,
             )
         ),
         Contender(
             "dsbp_muon_gradient",
             "the same in the metric of its momentum: no statistics",
             _muon_in_metric(),
+            ours=True,
         ),
         Contender(
             "dsbp_muon_rank1",
             "the same with one direction a kernel",
             _muon_in_metric(rank=1),
             statistics="package",
+            ours=True,
         ),
         *(
             Contender(
@@ -497,7 +505,10 @@ CONTENDERS = {
             "cosmos", "Adam in top gradient directions, Muon outside", _matrix(cosmos)
         ),
         Contender(
-            "soap", "Adam in the gradient's two eigenbases", _matrix(soap), **_ADAM
+            "soap",
+            "Adam in the gradient's two eigenbases",
+            _matrix(soap),
+            **{**_ADAM, "rates": _WIDE_FINE},
         ),
         Contender(
             "adamw",
@@ -516,25 +527,20 @@ CONTENDERS = {
                 "dsbp_adamw",
                 "AdamW in the metric of the activations, in few bits and factored",
                 _adam_in_metric,
-                statistics="package",
-                rates=_WIDE_FINE,
-                decays=_FINE_DECAYS,
+                **_METRIC,
             )
         ),
         Contender(
             "dsbp_adamw_after",
             "the same with the metric behind Adam alone",
             _adam_before_metric,
-            statistics="package",
-            rates=_WIDE_FINE,
-            decays=_FINE_DECAYS,
+            **_METRIC,
         ),
         Contender(
             "adafactor",
             "optax.adafactor, without momentum, relative to the parameters' size",
             kernel_rule(_adafactor),
-            rates=(0.01, 0.02, 0.04, 0.08),
-            decays=_FINE_DECAYS,
+            **{**_ADAM, "rates": (0.01, 0.02, 0.04, 0.08)},
         ),
     )
 }

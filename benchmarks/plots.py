@@ -12,13 +12,16 @@ from benchmarks.compare import Entry
 from benchmarks.optimizers import CONTENDERS
 
 #: Warm and solid: this package. Cold and dashed: the others.
-WARM = ("#f0a04b", "#d1495b", "#7d1128", "#c71f8f", "#8c564b")
+WARM = (
+    *("#f0a04b", "#d1495b", "#7d1128", "#c71f8f"),
+    *("#8c564b", "#e377c2", "#b8860b", "#ff6f3c"),
+)
 COLD = ("#30638e", "#003d5b", "#00a6a6", "#6a994e", "#7a7a7a", "#6a5acd", "#5fb0e5")
 _MARKERS = "oD^vPsX"
 _LEAST_ERROR = 1e-3
 OURS_COLOR, PEER_COLOR = "#b3202f", "#30638e"
 #: Of a name beside a point, in parts of the axes.
-_NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.055
+_NAME_WIDTH, _NAME_HEIGHT = 0.22, 0.055
 
 Style = dict[str, Any]
 
@@ -64,7 +67,7 @@ def plot_against_state(panels: Mapping[str, Sequence[Entry]], path: Path) -> Non
       path: the PNG. Its bytes follow from the records and Matplotlib's version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    width = 5.4 * len(panels)
+    width = 6.2 * len(panels)
     figure = Figure(figsize=(width, 4.4), dpi=120, layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, found) in zip(row, panels.items(), strict=True):

@@ -84,7 +84,7 @@ def _sharpness(
         points.append(_Point(label, (tops.mean(), values.mean()), color))
     axes.set(xscale="log", title=name, ylabel=metric.label)
     axes.set_xlabel("largest eigenvalue of the Hessian of the training loss")
-    axes.margins(x=0.25, y=0.12)
+    axes.margins(x=0.32, y=0.12)
     _tidy(axes)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -19,6 +19,7 @@ from benchmarks import (
     reaches_minima,
     results_ablation,
     results_finetuning,
+    results_scoreboard,
 )
 from benchmarks.compare import Entry
 from benchmarks.found import CAMPAIGN, Found, Record, read_all
@@ -64,15 +65,19 @@ def campaign_entries(root: Path) -> dict[str, list[Entry]]:
 def document(root: Path = RESULTS) -> str:
     """The whole page."""
     finetuned = results_finetuning.all_entries(root)
-    return _document(read_all(root), campaign_entries(root), finetuned)
+    scored = results_scoreboard.read(root)
+    return _document(root, read_all(root), campaign_entries(root), finetuned, scored)
 
 
 def _document(
+    root: Path,
     found: Sequence[Found],
     entries: Mapping[str, list[Entry]],
     finetuned: Mapping[str, list[Entry]],
+    scored: Mapping[str, list[Record]],
 ) -> str:
-    origin = Provenance(run for one in found for run in one.runs)
+    runs = [run for one in found for run in one.runs]
+    origin = Provenance([*runs, *(row for rows in scored.values() for row in rows)])
     sections = [
         *campaign_sections(found, entries, origin),
         *results_finetuning.sections(found, finetuned, origin),
@@ -87,6 +92,7 @@ def _document(
     pictures = comparison.known(entries, looked_at)
     parts = [
         _HEAD,
+        *([results_scoreboard.section(scored, root, origin)] if scored else []),
         comparison.section(pictures),
         claims.section(claims.Evidence(found, pictures, finetuned, looked_at)),
         "## Reached and missed\n\n" + reaches.table(_reaches(found, entries)),
@@ -121,9 +127,11 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     """
     entries, found = campaign_entries(root), read_all(root)
     finetuned = results_finetuning.all_entries(root)
-    text = _document(found, entries, finetuned)
+    scored = results_scoreboard.read(root)
+    text = _document(root, found, entries, finetuned, scored)
     page.write_text(text, encoding="utf-8", newline="\n")
     written = [page, *results_ablation.write_picture(page, found)]
+    written += results_scoreboard.write_picture(page, scored)
     panels = {
         title: entries[name] for name, title in _PICTURE.items() if name in entries
     }

@@ -30,6 +30,8 @@ from benchmarks.sweep import Run
 TUNING, FINAL = (1000, 1001), tuple(range(2000, 2016))
 #: Pairs of rates that meet all weight decays; places by which a grid is moved.
 _BEST, _PLACES = 2, 2
+#: The fields of a run that are tuned.
+_TUNED = Run._fields[:3]
 RESULTS = Path(__file__).parent / "results" / "scoreboard"
 
 Row = dict[str, Any]
@@ -144,7 +146,7 @@ class Campaign:
       data: corpus -> its parts on the device.
       runs: most runs at once.
       seconds: no stage begins that would end later, as far as earlier ones tell.
-      commit: of the code, where no checkout tells.
+      commit: of the code, where the checkout does not tell.
     """
 
     def __init__(
@@ -199,12 +201,13 @@ class Campaign:
         where = _provenance(self.commit)
         rows = [{**told, "phase": stage.phase, **row, **where} for row in rows]
         records.append(self.out / f"{board.name}.jsonl", rows)
-        best = min(rows, key=lambda row: row["validation_loss"])
+        judge = f"validation_{board.judge}"
+        best = min(rows, key=lambda row: (math.isnan(row[judge]), row[judge]))
         print(
             f"{board.name} {contender.name} {stage.phase}: {len(rows)} runs, "
             f"{rows[0]['seconds']:.2f} s each, compiled in "
             f"{rows[0]['compile_seconds']:.0f} s; best validation "
-            f"{best['validation_loss']:.4f} at {best['rate']:g} {best['aux_rate']:g} "
+            f"{best[judge]:.4f} at {best['rate']:g} {best['aux_rate']:g} "
             f"{best['decay']:g}",
             flush=True,
         )
@@ -219,13 +222,14 @@ def _expected(rows: Sequence[Row]) -> float:
 
 def _provenance(commit: str | None) -> Row:
     found = records.environment()
-    git = found.pop("git") or {"commit": commit, "modified": None}
-    clean = None if git["modified"] is None else not git["modified"]
-    return {**found, "commit": git["commit"], "clean": clean}
+    git = found.pop("git")
+    if commit is not None or git is None:  # Of a copy the copied commit tells.
+        return {**found, "commit": commit, "clean": None}
+    return {**found, "commit": git["commit"], "clean": not git["modified"]}
 
 
 def report(board: Board, out: Path) -> str:
-    """The table of a workload, in Markdown."""
+    """The table of a workload, in Markdown; a star marks settings at an edge."""
     rows = rows_of(board, out)
     names = [name for name in CONTENDERS if any(r["contender"] == name for r in rows)]
     groups = {n: [r for r in rows if r["contender"] == n] for n in names}
@@ -245,22 +249,29 @@ def report(board: Board, out: Path) -> str:
     for name in sorted(means, key=lambda n: (math.isnan(means[n]), means[n])):
         found = finals[name]
         row = next(iter(found.values()))
-        settings = f"{row['rate']:g}, {row['aux_rate']:g}, {row['decay']:g}"
+        settings = ", ".join(_setting(row, field, groups[name]) for field in _TUNED)
         share = _share(row, muon)
         lines.append(
             f"| {name} | {means[name]:.4f} "
-            f"| {_gap(found, muon, key)} | {_gap(found, finals.get('muon_6bit'), key)} "
+            f"| {gap(found, muon, key)} | {gap(found, finals.get('muon_6bit'), key)} "
             f"| {share} | {_steps_to(found, muon)} | {settings} "
             f"| {sum(r['phase'] != 'final' for r in groups[name])} |"
         )
     return "\n".join(lines)
 
 
+def _setting(row: Row, field: str, rows: Sequence[Row]) -> str:
+    """A setting; with a star where it is the first or last that was tried."""
+    tried = {other[field] for other in rows}
+    inside = min(tried) < row[field] < max(tried) or row[field] == 0
+    return f"{row[field]:g}{'' if inside else '*'}"
+
+
 def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean([np.nan if v is None else v for v in values]))
 
 
-def _gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
+def gap(found: Mapping[int, Row], other: Mapping[int, Row] | None, key: str) -> str:
     """The difference, paired by seed, and its 95 % t interval."""
     if not other or found is other:
         return ""

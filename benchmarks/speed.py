@@ -18,7 +18,7 @@ import optax
 
 import dsbp_optax
 from benchmarks import timing
-from benchmarks.optimizers import Contender, plain_of
+from benchmarks.optimizers import Contender, plain_of, projected_adamw
 from benchmarks.train import make_init, make_step, train_step
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -60,7 +60,7 @@ def update_alone(rounds: int) -> list[Row]:
     never = {"update_every": 10**6, "power_iterations": WINDOW}
     optimizers = {
         "optax.adam": optax.adam(1e-3),
-        "dsbp_adamw": dsbp_optax.dsbp_adamw(1e-3, weight_decay=0.0, **never),
+        "projected_adamw": projected_adamw(1e-3, weight_decay=0.0, **never),
         "dsbp_sgd": dsbp_optax.dsbp_sgd(1e-2, **never),
         "dsbp_sgd, k=8": dsbp_optax.dsbp_sgd(1e-2, rank=8, **never),
         "dsbp": dsbp_optax.dsbp(1e-2, **never),

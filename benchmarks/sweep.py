@@ -192,11 +192,14 @@ def _no_gate() -> Any:
     return mock.patch.object(_spectral, "all_finite", lambda tree: np.True_)
 
 
-def group_of(task: Task, contender: Contender, params: Params) -> tuple[Any, Any]:
+def group_of(
+    task: Task, contender: Contender, params: Params, in_turn: bool = False
+) -> tuple[Any, Any]:
     """``start`` and ``advance`` of a group, not yet compiled; `params` of one run.
 
     Counters stay out of the vectorised axis: branches that depend on them are taken or
-    not, as in a single run, where a vectorised condition would compute both.
+    not, as in a single run, where a vectorised condition would compute both. Runs that
+    follow one another need no such care.
     """
     start, step = contender.build(1.0, 1.0, 0.0, 0).init, step_of(task, contender)
     axes = jax.tree_util.tree_map_with_path(
@@ -239,19 +242,36 @@ def group_of(task: Task, contender: Contender, params: Params) -> tuple[Any, Any
         params, opt_state, losses = chunk(joint, params, opt_state, *rest)
         return params, opt_state, losses.T
 
-    if task.mapped:
-        return jax.vmap(start), one_by_one
+    if in_turn:
+        return lambda params: jax.lax.map(start, params), one_by_one
     return jax.vmap(start, 0, axes), together
 
 
-def build(task: Task, contender: Contender, runs: int, data: Sequence[Part]) -> Program:
-    """Compile a contender for a number of runs; `data` tells shapes alone."""
+def build(
+    task: Task,
+    contender: Contender,
+    runs: int,
+    data: Sequence[Part],
+    in_turn: bool | None = None,
+) -> Program:
+    """Compile a contender for a number of runs; `data` tells shapes alone.
+
+    Args:
+      task: what is trained.
+      contender: by what.
+      runs: how many at once.
+      data: training, validation and test part.
+      in_turn: whether runs follow one another; None to decide. On CPU they do: batches
+        of factorisations block there when they wait for threads that others hold.
+    """
     begun = time.perf_counter()
+    if in_turn is None:
+        in_turn = task.mapped or jax.default_backend() == "cpu"
     init, judge = jitted(task)
     seeds, numbers = np.zeros(runs, np.int32), np.zeros(runs, np.float32)
     params = init(seeds, data[0])
     single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    start, advance = group_of(task, contender, single)
+    start, advance = group_of(task, contender, single, in_turn)
     start = jax.jit(start).lower(params).compile()
     opt_state, ends = start(params), (np.int32(0), np.float32(1))
     group = Run(numbers, numbers, numbers, seeds, seeds)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from dsbp_optax import _checks, _sharding, _spectral
+from dsbp_optax import _checks, _origin, _sharding, _spectral
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._rider import Rider
 from dsbp_optax._spectral import SpectralProjectionState
@@ -115,9 +115,10 @@ def find_held(
       ValueError: for such a kernel.
     """
     held: set[str] = set()
-    closed = jax.make_jaxpr(
-        lambda values: loss(dict(zip(leaves, values, strict=True)), held)
-    )(list(leaves.values()))
+    with _origin.apart():  # A probed layer gives zeros, which no cache may keep.
+        closed = jax.make_jaxpr(
+            lambda values: loss(dict(zip(leaves, values, strict=True)), held)
+        )(list(leaves.values()))
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     elsewhere = {path for path, flag in zip(leaves, used, strict=True) if flag} & held
     if elsewhere and strict:

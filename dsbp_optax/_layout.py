@@ -133,11 +133,6 @@ def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
     return MatrixView(shape, axes.batch, axes.outputs, axes.inputs)
 
 
-def plain_view(path: str, shape: Shape) -> MatrixView:
-    """The view of an array of two axes or more that nothing else is known of."""
-    return matrix_view(shape, infer_axes(path, shape, None), "input")
-
-
 def view_of(shape: Shape, form: Shape, stacked: Shape) -> MatrixView:
     """The view that arrays in kernel form betray; axes of length 1 count as stacked.
 
@@ -255,36 +250,6 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern)
 
 
-def infer_axes(path: str, shape: Shape, bias: Shape | None) -> Axes:
-    """Read the axes off a kernel's shape, its bias and its name.
-
-    In this order: two axes are (input, output); the projections of attention go by
-    name (``query, key, value`` one input axis, ``out`` one output axis); a bias has
-    the stacking axes in front and the output axes behind, which is unique for most
-    kernels; convolutions go by name or by having four axes or more; whatever is
-    left is a stack of matrices. A user's `AxesRule` comes before all of this.
-
-    Args:
-      path: the parameter's path.
-      shape: its shape, of two axes or more.
-      bias: the shape of the bias beside it, or None.
-    """
-    ndim, name = len(shape), _owner(path)
-    if ndim == 2:
-        return Axes((0,), (1,))
-    if name in {"query", "key", "value"}:
-        return _axes(ndim, ndim - 3, 2)
-    if name == "out":
-        return _axes(ndim, ndim - 3, 1)
-    convolution = "conv" in name or (ndim >= 4 and "dense" not in name)
-    if bias is not None:
-        fits = [(b, o) for b, o in _splits(ndim) if shape[:b] + shape[-o:] == bias]
-        plain = (0, 1) if convolution else (ndim - 2, 1)
-        if fits:
-            return _axes(ndim, *(plain if plain in fits else fits[0]))
-    return _axes(ndim, 0 if convolution else ndim - 2, 1)
-
-
 def check_axes(path: str, shape: Shape, axes: Any) -> Axes:
     """`axes` with non-negative entries, each axis named once, or an error."""
     ndim = len(shape)
@@ -305,19 +270,18 @@ def check_axes(path: str, shape: Shape, axes: Any) -> Axes:
     return Axes(inputs, outputs, batch)
 
 
-def _axes(ndim: int, batch: int, outputs: int) -> Axes:
-    every = tuple(range(ndim))
-    return Axes(every[batch : ndim - outputs], every[ndim - outputs :], every[:batch])
+def in_words(view: MatrixView) -> str:
+    """How the axes of a kernel were read."""
+    pair = f"{view.matrix_shape[0]} x {view.matrix_shape[1]}"
+    if not view.batch:
+        return f"one {pair} matrix"
+    return f"{math.prod(view.batch_shape)} stacked {pair} matrices"
 
 
-def _splits(ndim: int) -> list[tuple[int, int]]:
-    """(stacking axes, output axes) that leave at least one input axis."""
-    return [(b, o) for b in range(ndim - 1) for o in range(1, ndim - b)]
-
-
-def _owner(path: str) -> str:
-    parts = path.split("/")
-    return parts[-2].lower() if len(parts) > 1 else parts[-1].lower()
+def entry(axes: Axes) -> str:
+    """What a user writes for these axes."""
+    batch = f", batch={axes.batch}" if axes.batch else ""
+    return f"dsbp_optax.Axes(inputs={axes.inputs}, outputs={axes.outputs}{batch})"
 
 
 def _key_string(key: Any) -> str:

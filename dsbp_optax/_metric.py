@@ -12,6 +12,7 @@ scaling before an orthogonalisation is mostly undone by it; the one behind short
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -56,6 +57,13 @@ _FLOOR = 1e-3
 SHARE = RankFraction(1 / 8, most=32)
 #: The same for rules that lean on it more.
 LARGE_SHARE = RankFraction(3 / 16, most=32)
+
+_NO_STATISTICS = (
+    "update: got no statistics=, expected those that an adapter's value_and_grad "
+    "returns; the metric is that of the gradients' own directions, which is worth "
+    "less. Remedy: tx.update(grads, state, params, statistics=statistics), or "
+    "statistics={} where this is meant."
+)
 
 
 class Rule(NamedTuple):
@@ -133,7 +141,8 @@ def scale_by_activation_metric(
 
     Returns:
       A transformation whose ``update`` takes ``statistics=``. Kernels without one use
-      the basis of what comes in, the gradient's own or its momentum's.
+      the basis of what comes in, the gradient's own or its momentum's; an ``update``
+      that is traced without any warns, one with ``statistics={}`` does not.
 
     Raises:
       ValueError, TypeError: for numbers out of range, naming them; for a direction that
@@ -224,6 +233,8 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, ActivationMetricState]:
         _spectral.check_extra_args(extra)
         _coordinates.refuse(_coordinates.find(updates), "scale_by_activation_metric")
+        if statistics is None and state.basis and not state.statistics:
+            warnings.warn(_NO_STATISTICS, stacklevel=2)
         step = begin_step(rule.choices, rule.refresh_step, state, updates, statistics)
         kernels = _plan.kernels(updates, rule.choices, step.views)
         exponent = rule.exponent

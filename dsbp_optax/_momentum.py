@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _coordinates, _layout, _quantization
+from dsbp_optax import _checks, _coordinates, _infer, _layout, _quantization
 from dsbp_optax._gate import gated
 from dsbp_optax._layout import Coordinates, MatrixView
 from dsbp_optax._types import Array, PyTree, Scalar, compute_dtype
@@ -312,7 +312,7 @@ def _view(path: str, leaf: Array) -> MatrixView | None:
     shape = jnp.shape(leaf)
     if len(shape) < 2 or 0 in shape:
         return None
-    return _layout.plain_view(path, shape)
+    return _infer.plain_view(path, shape)
 
 
 def _as_leaf(matrix: Array, leaf: Array, view: MatrixView | None) -> Array:

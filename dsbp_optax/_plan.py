@@ -7,6 +7,7 @@ memory. `explain` shows the same decisions to people.
 import contextvars
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _checks, _known, _layout, _schedule, _share
-from dsbp_optax._layout import Axes, AxesRule, MatrixView, PerPath, Shape
+from dsbp_optax import _checks, _infer, _known, _layout, _schedule, _share
+from dsbp_optax._infer import Reading
+from dsbp_optax._layout import Axes, AxesRule, Coordinates, MatrixView, PerPath, Shape
 from dsbp_optax._schedule import RankFraction
 from dsbp_optax._types import Array, PyTree, Side, compute_dtype, state_bytes
 
@@ -78,6 +80,7 @@ class _Candidate(NamedTuple):
     view: MatrixView
     side: Side
     rank: int
+    guess: Axes | None = None
 
 
 def plan(
@@ -96,14 +99,21 @@ def plan(
     """
     leaves, _ = _layout.flatten_with_paths(params)
     check_patterns(_known.known_paths(params), choices)
-    found = {path: _candidate(path, x, leaves, choices) for path, x in leaves.items()}
+    shapes = _shapes(leaves, {})
+    found = {path: _candidate(path, x, shapes, choices) for path, x in leaves.items()}
     candidates = {p: c for p, c in found.items() if isinstance(c, _Candidate)}
     decisions = {p: d for p, d in found.items() if isinstance(d, Decision)}
     for group in _grouped(candidates, choices):
         decisions |= _worthwhile(group, choices, inner, outside)
     decisions = {path: decisions[path] for path in leaves}
+    guesses = {p: (c.view, c.guess) for p, c in candidates.items() if c.guess}
+    for path, (view, _) in guesses.items():
+        reason = f"{decisions[path].reason}; axes guessed, {_layout.in_words(view)}"
+        decisions[path] = decisions[path]._replace(reason=f"{reason}: axes= says")
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
+    elif guesses:
+        warnings.warn(_infer.tell_guesses(guesses), stacklevel=2)
     return decisions
 
 
@@ -123,6 +133,12 @@ def views(
     """
     leaves, _ = _layout.flatten_with_paths(params)
     found, asked = {}, dict.fromkeys(owners.values(), 0)
+    known = {
+        path: _layout.kernel_shape(path, leaves[path], bases[owner])
+        for path, owner in owners.items()
+        if path in leaves
+    }
+    shapes = _shapes(leaves, known)
     for path, owner in owners.items():
         if path not in leaves:
             raise ValueError(
@@ -130,8 +146,7 @@ def views(
                 f"updates ({_checks.some(leaves)}). Remedy: call update with the tree "
                 "that init saw, or init again."
             )
-        shape = _layout.kernel_shape(path, leaves[path], bases[owner])
-        view, _ = _view(path, shape, leaves, choices)
+        view, _ = _view(path, shapes[path], shapes, choices)
         asked[owner] = max(asked[owner], _rank(path, view, choices) or 0)
         found[path] = view
     for path, owner in owners.items():
@@ -150,13 +165,14 @@ def kernels(
       views: of the kernels that are projected.
     """
     leaves, _ = _layout.flatten_with_paths(tree)
+    shapes = _shapes(leaves, {path: view.shape for path, view in views.items()})
     found = {}
     for path, leaf in leaves.items():
         if path in views:
             found[path] = views[path]
             continue
         if is_kernel(path, leaf, choices):
-            found[path], _ = _view(path, jnp.shape(leaf), leaves, choices)
+            found[path], _ = _view(path, shapes[path], shapes, choices)
     return found
 
 
@@ -209,17 +225,18 @@ def _check_basis(
 
 
 def _candidate(
-    path: str, leaf: Any, leaves: Mapping[str, Any], choices: Choices
+    path: str, leaf: Any, shapes: Mapping[str, Shape], choices: Choices
 ) -> _Candidate | Decision:
     """What a parameter could be given, or why it is given nothing."""
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if (reason := _no_kernel(path, leaf, choices)) is not None:
         return Decision(False, reason)
-    view, side = _view(path, shape, leaves, choices)
+    view, side = _view(path, shape, shapes, choices)
     rank = _rank(path, view, choices)
     if rank is None:
         return Decision(False, "no rank is given for this path")
-    return _Candidate(path, dtype, view, side, rank)
+    axes, sure = _reading(path, shape, shapes, choices)
+    return _Candidate(path, dtype, view, side, rank, None if sure else axes)
 
 
 def _rank(path: str, view: MatrixView, choices: Choices) -> int | None:
@@ -344,15 +361,28 @@ def inner_bytes(inner: optax.GradientTransformation, shape: Shape, dtype: Any) -
 
 
 def _view(
-    path: str, shape: Shape, leaves: Mapping[str, Any], choices: Choices
+    path: str, shape: Shape, shapes: Mapping[str, Shape], choices: Choices
 ) -> tuple[MatrixView, Side]:
     side = _side(path, shape, choices)
-    axes = _axes_by_rule(path, shape, choices.axes)
-    if axes is None:
-        sibling = leaves.get("/".join((*path.split("/")[:-1], "bias")))
-        bias = None if sibling is None else jnp.shape(sibling)
-        axes = _layout.infer_axes(path, shape, bias)
+    axes, _ = _reading(path, shape, shapes, choices)
     return _layout.matrix_view(shape, axes, side), side
+
+
+def _reading(
+    path: str, shape: Shape, shapes: Mapping[str, Shape], choices: Choices
+) -> Reading:
+    axes = _axes_by_rule(path, shape, choices.axes)
+    if axes is not None:
+        return Reading(axes, True)
+    bias = shapes.get("/".join((*path.split("/")[:-1], "bias")))
+    beside = {} if len(shape) < 3 else _infer.neighbours(path, shapes)
+    return _infer.infer_axes(path, shape, bias, beside)
+
+
+def _shapes(leaves: Mapping[str, Any], known: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shape of each parameter, `known` where it came as coordinates."""
+    held = {p: x for p, x in leaves.items() if not isinstance(x, Coordinates)}
+    return {path: jnp.shape(x) for path, x in held.items()} | dict(known)
 
 
 def _side(path: str, shape: Shape, choices: Choices) -> Side:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dsbp_optax import _checks, _layout, _spectral
+from dsbp_optax import _checks, _infer, _layout, _spectral
 from dsbp_optax._layout import Coordinates, MatrixView, Shape
 from dsbp_optax._spectral import ActivationMetricState
 from dsbp_optax._types import Array, PyTree
@@ -84,7 +84,7 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
         kernel, view = tuple(leaves[path].shape), views.get(path)
         names = {getattr(key, "name", getattr(key, "key", None)) for key in keys}
         inside = not names.isdisjoint(coordinates)
-        plain = _layout.plain_view(path, kernel) if len(kernel) > 1 else None
+        plain = _infer.plain_view(path, kernel) if len(kernel) > 1 else None
         spec = _spec(tuple(leaf.shape), kernel, specs[path], view, inside, plain)
         return NamedSharding(mesh, PartitionSpec(*spec))
 

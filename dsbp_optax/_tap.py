@@ -174,6 +174,17 @@ def no_rule(key: str) -> str:
     )
 
 
+def another(key: str) -> str:
+    """Says that what a layer was called with could not be told to be this kernel."""
+    return (
+        f"'{key}': a layer of this name and shape was called with an array that cannot "
+        "be told to be this parameter (one function that is compiled or checkpointed "
+        "once for two sets of parameters, values that were taken apart); its basis "
+        "comes from the gradient. Remedy: call the model's own apply on the "
+        "differentiated parameters, cast or scaled at most, anew for each set."
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tap(
     apply: Callable[[Array, Array], Array],

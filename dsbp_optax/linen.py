@@ -7,8 +7,11 @@ updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,10 +20,12 @@ import optax
 from flax.core import meta, unfreeze
 from flax.training import train_state
 
-from dsbp_optax import _held, _inputs, _layout, _rider, _tap
-from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax import _held, _inputs, _layout, _origin, _recorder, _rider, _tap
 from dsbp_optax._held import Displacement
-from dsbp_optax._recorder import Recorder
+from dsbp_optax._linen_layers import DETACHED, RULES, LayerRule
+from dsbp_optax._origin import Origin, Unsettled
+from dsbp_optax._reading import Misread
+from dsbp_optax._recorder import Facts, Recorder
 from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
 from dsbp_optax._types import Array, PyTree
@@ -35,13 +40,7 @@ __all__ = [
     "warm_start",
 ]
 
-#: ``module -> LinearMap``, or None where this very layer cannot be tapped.
-LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
-
-_DETACHED = "dsbp_detached"
 _MARK = "__dsbp__"
-#: Where JAX keeps the trace that a tracer is of, and the one around a trace.
-_TRACE, _PARENT = "_trace", "parent_trace"
 
 
 class TrainState(train_state.TrainState):
@@ -111,8 +110,13 @@ def value_and_grad(
       paths to `Sketch`; on steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, its kernel's axes were
-        misread, or it does not have the input of the basis that it shares.
+      ValueError: at trace time, when a layer was not called, or does not have the input
+        of the basis that it shares.
+
+    Warns:
+      UserWarning: at trace time, of kernels that the optimizer reads otherwise than
+        their layers use them, with the `axes` that mend it, and of those that cannot be
+        observed; their bases come from gradients.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer (the layer itself takes
     ``6 n d m``).
@@ -129,22 +133,22 @@ def value_and_grad(
       >>> float(statistics["kernel"].count[0, 0, 0])
       4.0
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
     def wrapped(
         params: PyTree, *args: Any, opt_state: PyTree = None, **kwargs: Any
     ) -> Any:
         riders, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
-        recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        around = _traces((params, args, kwargs, opt_state))
+        call = _Call(loss_fn, params, args, kwargs, every_rule, riders)
 
-        def tapped_loss(params: PyTree, riders: dict[str, Rider]) -> Any:
-            recorder.start(params, riders, (args, kwargs), around)
-            with nn.intercept_methods(recorder.intercept):
-                return loss_fn(params, *args, **kwargs)
+        def attempt(facts: Facts) -> Any:
+            recorder = call.recorder(_inputs.members_of(shared), facts)
+            differentiate = jax.value_and_grad(
+                functools.partial(call.run, recorder), argnums=(0, 1), has_aux=has_aux
+            )
+            return recorder, *differentiate(params, facts.fitting(riders))
 
-        differentiate = jax.value_and_grad(tapped_loss, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, cotangents) = differentiate(params, riders)
+        recorder, value, (grads, cotangents) = call.settle(attempt)
         recorder.finish(recorder.riders, strict, shared)
         return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
 
@@ -201,7 +205,7 @@ def subspace_value_and_grad(
       >>> updates, opt_state = tx.update(
       ...     grads, opt_state, params, statistics=statistics)
     """
-    every_rule = {**_RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **_tap.check_rules(rules)}
 
     def wrapped(
         params: PyTree,
@@ -213,27 +217,32 @@ def subspace_value_and_grad(
         leaves, treedef = _layout.flatten_with_paths(params)
         owners, shared = _tap.make_riders(opt_state), _inputs.shared_in(opt_state)
         riders = _held.add_coordinates(owners, opt_state, leaves, displacement)
-        around = _traces((params, args, kwargs, opt_state))
+        call = _Call(loss_fn, params, args, kwargs, every_rule, riders)
 
-        def run(recorder: _Recorder, leaves: Any, riders: dict[str, Rider]) -> Any:
-            tree = treedef.unflatten(leaves.values())
-            recorder.start(tree, riders, (args, kwargs), around)
-            with nn.intercept_methods(recorder.intercept):
-                return loss_fn(tree, *args, **kwargs)
+        def attempt(facts: Facts) -> Any:
+            fitting = facts.fitting(riders)
 
-        def probe(leaves: dict[str, Any], held: set[str]) -> Array:
-            found = run(_Recorder(every_rule, (), held), leaves, riders)
-            loss: Array = found[0] if has_aux else found
-            return loss
+            def probe(leaves: dict[str, Any], held: set[str]) -> Array:
+                recorder = call.recorder((), facts, held)
+                found = call.run(recorder, treedef.unflatten(leaves.values()), fitting)
+                loss: Array = found[0] if has_aux else found
+                return loss
 
-        held = _held.find_held(probe, leaves, strict)
-        recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        free = {path: leaf for path, leaf in leaves.items() if path not in held}
-        value, (grads, cotangents) = jax.value_and_grad(
-            lambda free, riders: run(recorder, {**leaves, **free}, riders),
-            argnums=(0, 1),
-            has_aux=has_aux,
-        )(free, _held.release(riders, held, owners))
+            held = _held.find_held(probe, leaves, strict)
+            recorder = call.recorder(_inputs.members_of(shared), facts)
+            free = {path: leaf for path, leaf in leaves.items() if path not in held}
+
+            def tapped_loss(free: dict[str, Any], riders: dict[str, Rider]) -> Any:
+                tree = treedef.unflatten({**leaves, **free}.values())
+                return call.run(recorder, tree, riders)
+
+            differentiate = jax.value_and_grad(
+                tapped_loss, argnums=(0, 1), has_aux=has_aux
+            )
+            taken = _held.release(fitting, held, facts.fitting(owners))
+            return recorder, held, *differentiate(free, taken)
+
+        recorder, held, value, (grads, cotangents) = call.settle(attempt)
         recorder.finish(recorder.riders, strict, shared)
         joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
         return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
@@ -321,17 +330,80 @@ def find_shared_inputs(
       (('key/kernel', 'query/kernel', 'value/kernel'),)
     """
     del has_aux
-    leaves, _ = _layout.flatten_with_paths(params)
-    recorder = _Recorder({**_RULES, **_tap.check_rules(rules)}, leaves)
-    around = _traces((params, args, kwargs))
+    every_rule = {**RULES, **_tap.check_rules(rules)}
+    call = _Call(loss_fn, params, args, kwargs, every_rule, {})
+    recorder = call.settle(lambda facts: call.watch(call.kernels, facts))
+    groups: Groups = recorder.calls.groups(call.kernels)
+    return groups
 
-    def traced(params: PyTree, args: Any, kwargs: Any) -> None:
-        recorder.start(params, {}, (args, kwargs), around)
+
+class _Call:
+    """One call of a loss, which is traced as often as it takes to know its layers."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        params: PyTree,
+        args: Any,
+        kwargs: Any,
+        rules: Mapping[type, LayerRule],
+        riders: Mapping[str, Rider],
+    ) -> None:
+        self.loss_fn, self.params, self.rules = loss_fn, params, rules
+        self.args, self.kwargs, self.riders = args, kwargs, riders
+        self.kernels, self.treedef = _layout.flatten_with_paths(params)
+
+    def recorder(
+        self, watched: Collection[str], facts: Facts, probe: set[str] | None = None
+    ) -> _Recorder:
+        found = _Recorder(self.rules, watched, probe, facts)
+        found.whole = self.riders
+        return found
+
+    def run(
+        self,
+        recorder: _Recorder,
+        params: PyTree,
+        riders: Mapping[str, Rider],
+        *batch: Any,
+    ) -> Any:
+        """The loss, its layers reporting to `recorder`."""
+        args, kwargs = batch or (self.args, self.kwargs)
+        recorder.start(params, riders, (args, kwargs))
         with nn.intercept_methods(recorder.intercept):
-            loss_fn(params, *args, **kwargs)
+            return self.loss_fn(params, *args, **kwargs)
 
-    _inputs.trace(traced, params, args, kwargs)
-    return recorder.calls.groups(leaves)
+    def watch(self, paths: Collection[str], facts: Facts) -> _Recorder:
+        """What happens to these kernels, by a trace on shapes, without riders."""
+        recorder = self.recorder(paths, facts)
+
+        def traced(params: PyTree, args: Any, kwargs: Any) -> None:
+            self.run(recorder, params, {}, args, kwargs)
+
+        with _origin.apart():
+            _inputs.trace(traced, self.params, self.args, self.kwargs)
+        return recorder
+
+    def settle(self, attempt: Callable[[Facts], Any]) -> Any:
+        """`_recorder.settle` of this call."""
+        return _recorder.settle(attempt, self._origins, self._misread)
+
+    def _origins(self) -> dict[str, Origin | None]:
+        def run(leaves: dict[str, Any]) -> Any:
+            tree = self.treedef.unflatten(leaves.values())
+            return self.run(_Labels(self.rules, ()), tree, {})
+
+        return _origin.trace_origins(run, self.kernels)
+
+    def _misread(self, facts: Facts) -> dict[str, Misread]:
+        """Of kernels with riders, found without them: they would not fit."""
+        paths = {_rider.parameter_path(key) for key in self.riders}
+        if all(jnp.ndim(self.kernels.get(path, 0)) < 3 for path in paths):
+            return {}
+        return _recorder.settle(
+            lambda facts: self.watch(paths, facts).misread,
+            self._origins,
+        )
 
 
 class _Recorder(Recorder):
@@ -341,24 +413,20 @@ class _Recorder(Recorder):
     """
 
     def start(
-        self,
-        params: PyTree,
-        riders: dict[str, Rider],
-        foreign: PyTree,
-        around: Collection[int],
+        self, params: PyTree, riders: Mapping[str, Rider], foreign: PyTree
     ) -> None:
-        self.riders, self.around = riders, around
-        self.foreign = {id(leaf) for leaf in jax.tree.leaves(foreign)}
-        self.leaves, _ = _layout.flatten_with_paths(params)
+        self.riders, self.foreign = riders, jax.tree.leaves(foreign)
+        self.kernels, _ = _layout.flatten_with_paths(params)
+        self.roots: Counter[Any] = Counter()
 
     def intercept(
         self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         module = context.module
-        if module.scope is None or module.name == _DETACHED:
+        if module.scope is None or module.name == DETACHED:
             return call(*args, **kwargs)
         if not module.scope.path:
-            self._inject(module.scope)
+            self.enter(module.scope._variables, self._label(module))
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         marks = module.get_variable("params", _MARK, {})
@@ -375,79 +443,112 @@ class _Recorder(Recorder):
         shape = jnp.shape(kernel)
         for path in {_rider.parameter_path(key) for key in mine}:
             self.calls.note(path, linear, shape, args, kwargs)
-        riders = {k: r for k, r in mine.items() if isinstance(r, Rider)}
-        self.tapped.update(riders)
+        fitting = self.fitting(mine, linear, shape)
+        riders = {k: r for k, r in fitting.items() if isinstance(r, Rider)}
         return _tap.observe(call, args, kwargs, linear, shape, riders, self.probe)
 
-    def _inject(self, scope: Any) -> None:
+    def enter(self, variables: dict[str, Any], label: str) -> None:
         """Put the riders beside their kernels in the variables of one `apply`.
 
         Parameters are the one collection that every lifted transformation of the user
         is sure to carry, sliced and stacked like the kernels. The user's own tree is
         left alone: a penalty on it must not see the bases.
         """
-        variables = scope._variables
         params = variables.get("params") or {}
-        leaves, _ = _layout.flatten_with_paths(params)
-        prefix = self._prefix(leaves)
-        if prefix is None:
+        leaves = _kernels_in(params)
+        if not (homes := self._homes(leaves, label)):
             return
         merged = unfreeze(params)
-        empty: dict[str, Any] = {path: {} for path in self.calls.watched}
-        for key, rider in {**empty, **self.riders}.items():
+        marks: dict[str, Any] = {path: {} for path in self.calls.watched}
+        for key, rider in {**marks, **self.riders}.items():
             path = _rider.parameter_path(key)
-            inner = path.removeprefix(prefix)
-            if path.startswith(prefix) and self._fits(leaves.get(inner), path):
+            for inner, origin in homes.get(path, {}).items():
                 *owners, _ = inner.split("/")
                 node = merged
                 for owner in owners:
-                    node = node.get(owner, {})
-                node.setdefault(_MARK, {}).setdefault(key, rider)
+                    node = node[owner]
+                beside = node.setdefault(_MARK, {})
+                if origin is None:  # Another array has taken the kernel's place.
+                    beside.pop(key, None)
+                elif origin.exact or not isinstance(rider, Rider):
+                    beside.setdefault(key, rider)
+                else:
+                    beside.setdefault(key, dataclasses.replace(rider, coordinates=None))
         variables["params"] = merged
 
-    def _fits(self, leaf: Any, path: str) -> bool:
-        """Whether a kernel, if it is an array at all, is shaped as that of `path`."""
-        return leaf is None or jnp.shape(leaf) == jnp.shape(self.leaves.get(path, leaf))
+    def _label(self, module: Any) -> str:
+        """The same for one and the same call in every trace of the loss."""
+        leaves = _kernels_in(module.scope._variables.get("params") or {})
+        shapes = ((q, jnp.shape(x), str(jnp.result_type(x))) for q, x in leaves.items())
+        kind = (type(module).__qualname__, *shapes)
+        self.roots[kind] += 1
+        return f"{hash(kind)} {self.roots[kind]} "
 
-    def _prefix(self, leaves: Mapping[str, Any]) -> str | None:
-        """Where these parameters lie in the differentiated tree; None: elsewhere.
+    def _homes(
+        self, leaves: Mapping[str, Any], label: str
+    ) -> dict[str, dict[str, Origin | None]]:
+        """Path -> where it lies in these parameters, and whether what lies there is it.
 
-        They are recognised by identity, or, where the loss has cast or otherwise
-        rewritten them, by name and shape. Constants, other arguments of the loss and
-        what it captured (a teacher of the same architecture) are not the parameters.
+        The differentiated parameters are known by being the same objects. Where the
+        loss has cast or otherwise rewritten them, or handed them to a transformation, a
+        jaxpr tells; names and shapes alone tell nothing.
         """
-        best, chosen = (0, 0), None
-        for prefix in _prefixes(self.leaves, leaves):
-            pairs = [(leaf, self.leaves.get(prefix + q)) for q, leaf in leaves.items()]
-            same = sum(a is b for a, b in pairs)
-            alike = sum(
-                jnp.shape(a) == jnp.shape(b) and self._may_be_rewritten(a)
-                for a, b in pairs
-                if b is not None
-            )
-            if (same, alike) > best:
-                best, chosen = (same, alike), prefix
-        return chosen
+        found: dict[str, dict[str, Origin | None]] = {}
+        riding = {_rider.parameter_path(key) for key in self.riders}
+        for prefix in self._prefixes(leaves):
+            for inner, leaf in leaves.items():
+                path = prefix + inner
+                if path not in riding and path not in self.calls.watched:
+                    continue
+                kernel = self.kernels.get(path)
+                if leaf is kernel:
+                    found.setdefault(path, {})[inner] = Origin(path, True)
+                elif kernel is not None and jnp.shape(leaf) == jnp.shape(kernel):
+                    origin = self._origin(leaf, label + inner)
+                    mine = origin is not None and origin.path == path
+                    found.setdefault(path, {})[inner] = origin if mine else None
+                    if not mine and isinstance(leaf, jax.core.Tracer):
+                        self.doubtful.add(path)
+        return found
 
-    def _may_be_rewritten(self, leaf: Any) -> bool:
-        if not isinstance(leaf, jax.core.Tracer) or id(leaf) in self.foreign:
-            return False
-        return id(getattr(leaf, _TRACE, None)) not in self.around
+    def _prefixes(self, leaves: Mapping[str, Any]) -> list[str]:
+        """Where these parameters may lie in the differentiated tree."""
+        found = _prefixes(self.kernels, leaves)
+
+        def same(prefix: str) -> int:
+            return sum(self.kernels.get(prefix + q) is x for q, x in leaves.items())
+
+        best = max(found, key=same, default="")
+        return [best] if found and same(best) else found
+
+    def _origin(self, leaf: Any, label: str) -> Origin | None:
+        """The parameter that `leaf` is, if it is one; constants are none."""
+        foreign = any(leaf is x for x in self.foreign)
+        if foreign or not isinstance(leaf, jax.core.Tracer):
+            return None
+        if self.facts.origins is None:
+            raise Unsettled(label)
+        return self.facts.origins.get(label)
 
 
-def _traces(operands: PyTree) -> set[int]:
-    """Identities of the traces around a call: what is of them is not differentiated.
+class _Labels(_Recorder):
+    """Names the parameters of each `apply`, for `_origin.trace_origins`."""
 
-    A fresh constant is of the innermost one, in which `operands` need have no part. JAX
-    has no public name for the trace that a tracer is of; without it nothing is found.
-    """
-    found: set[int] = set()
-    for leaf in jax.tree.leaves((operands, jnp.zeros([]))):
-        trace = getattr(leaf, _TRACE, None)
-        while trace is not None:
-            found.add(id(trace))
-            trace = getattr(trace, _PARENT, None)
-    return found
+    def enter(self, variables: dict[str, Any], label: str) -> None:
+        leaves, treedef = _layout.flatten_with_paths(variables.get("params") or {})
+        named = [
+            _origin.label(leaf, label + path)
+            if isinstance(leaf, jax.core.Tracer)
+            else leaf
+            for path, leaf in leaves.items()
+        ]
+        variables["params"] = treedef.unflatten(named)
+
+
+def _kernels_in(params: PyTree) -> dict[str, Any]:
+    """Path -> parameter; what rides beside them is none."""
+    leaves, _ = _layout.flatten_with_paths(params)
+    return {path: x for path, x in leaves.items() if _MARK not in path.split("/")}
 
 
 def _prefixes(known: Mapping[str, Any], inner: Mapping[str, Any]) -> list[str]:
@@ -459,55 +560,3 @@ def _prefixes(known: Mapping[str, Any], inner: Mapping[str, Any]) -> list[str]:
         if path == q or path.endswith("/" + q)
     }
     return list(found)
-
-
-def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:
-    """The layer's own map for any number of features, without bias or mask."""
-
-    def apply(x: Array, kernel: Array) -> Array:
-        layer = module.clone(
-            parent=None,
-            name=_DETACHED,
-            features=kernel.shape[-1],
-            use_bias=False,
-            dtype=kernel.dtype,
-            param_dtype=kernel.dtype,
-            **changes,
-        )
-        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
-
-    return LinearMap(apply, inputs, batch)
-
-
-def _dense(module: Any) -> LinearMap:
-    return _by_clone(module, 1)
-
-
-def _dense_general(module: Any) -> LinearMap:
-    axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
-    return _by_clone(module, len(axes), len(module.batch_dims))
-
-
-def _conv(module: Any) -> LinearMap | None:
-    size = module.kernel_size
-    spatial = 1 if isinstance(size, int) else len(size)
-    if module.mask is not None or module.feature_group_count != 1:
-        return None
-    return _by_clone(
-        module, spatial + 1, conv_general_dilated_cls=lambda: shifted_convolution
-    )
-
-
-def _conv_transpose(module: Any) -> LinearMap | None:
-    if module.mask is not None or module.transpose_kernel:
-        return None
-    size = module.kernel_size
-    return _by_clone(module, (1 if isinstance(size, int) else len(size)) + 1)
-
-
-_RULES: Mapping[type, LayerRule] = {
-    nn.Dense: _dense,
-    nn.DenseGeneral: _dense_general,
-    nn.Conv: _conv,
-    nn.ConvTranspose: _conv_transpose,
-}

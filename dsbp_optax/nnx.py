@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from dsbp_optax import _held, _inputs, _layout, _rider, _tap
+from dsbp_optax import _held, _inputs, _layout, _origin, _recorder, _rider, _tap
 from dsbp_optax._held import Displacement
 from dsbp_optax._nnx_layers import RULES, LayerRule
-from dsbp_optax._recorder import Recorder
+from dsbp_optax._reading import Misread
+from dsbp_optax._recorder import Facts, Recorder
 from dsbp_optax._rider import LinearMap, Rider
 from dsbp_optax._share import Groups
 from dsbp_optax._types import Array, PyTree
@@ -37,6 +38,9 @@ __all__ = [
 
 #: Where a watched layer holds the path of its kernel.
 _PATH = "dsbp_path"
+#: What follows the kernel's name where an observed layer holds it once more; behind it
+#: in the alphabet, so that the kernel keeps its path.
+_SAME = "_dsbp"
 
 
 class Probe(nnx.Variable[Any]):
@@ -75,8 +79,13 @@ def value_and_grad(
       steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, its kernel's axes were
-        misread, or it does not have the input of the basis that it shares.
+      ValueError: at trace time, when a layer was not called, or does not have the input
+        of the basis that it shares.
+
+    Warns:
+      UserWarning: at trace time, of kernels that the optimizer reads otherwise than
+        their layers use them, with the `axes` that mend it, and of those that cannot be
+        observed; their bases come from gradients.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer.
 
@@ -96,10 +105,16 @@ def value_and_grad(
         _check_model(model, wrt)
         state = _state_of(opt_state)
         riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
-        recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        differentiate = _differentiate(loss_fn, has_aux, wrt, riders, recorder)
-        value, grads, cotangents = differentiate(model, *args, **kwargs)
-        recorder.finish(riders, strict, shared)
+        call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, riders)
+
+        def attempt(facts: Facts) -> Any:
+            recorder = call.recorder(_inputs.members_of(shared), facts)
+            fitting = facts.fitting(riders)
+            differentiate = _differentiate(loss_fn, has_aux, wrt, fitting, recorder)
+            return recorder, *differentiate(model, *args, **kwargs)
+
+        recorder, value, grads, cotangents = call.settle(attempt)
+        recorder.finish(recorder.facts.fitting(riders), strict, shared)
         return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
 
     return wrapped
@@ -168,18 +183,19 @@ def subspace_value_and_grad(
         owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
         riders = _held.add_coordinates(owners, state, leaves, displacement)
 
-        def call(model: Any) -> Any:
-            found = loss_fn(model, *args, **kwargs)
-            return found[0] if has_aux else found
+        call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, riders)
 
-        probe = _probed_loss(call, model, wrt, riders, every_rule)
-        held = _held.find_held(probe, leaves, strict)
-        recorder = _Recorder(every_rule, _inputs.members_of(shared))
-        free = nnx.All(wrt, lambda path, _: "/".join(map(str, path)) not in held)
-        released = _held.release(riders, held, owners)
-        differentiate = _differentiate(loss_fn, has_aux, free, released, recorder)
-        value, rest, cotangents = differentiate(model, *args, **kwargs)
-        recorder.finish(owners, strict, shared)
+        def attempt(facts: Facts) -> Any:
+            fitting = facts.fitting(riders)
+            held = _held.find_held(call.probed(has_aux, fitting, facts), leaves, strict)
+            recorder = call.recorder(_inputs.members_of(shared), facts)
+            free = nnx.All(wrt, lambda path, _: "/".join(map(str, path)) not in held)
+            taken = _held.release(fitting, held, facts.fitting(owners))
+            differentiate = _differentiate(loss_fn, has_aux, free, taken, recorder)
+            return recorder, held, *differentiate(model, *args, **kwargs)
+
+        recorder, held, value, rest, cotangents = call.settle(attempt)
+        recorder.finish(recorder.facts.fitting(owners), strict, shared)
         grads, _ = _layout.flatten_with_paths(rest)
         joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
         return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
@@ -210,25 +226,70 @@ def _differentiate(
     return call
 
 
-def _probed_loss(
-    call: Callable[[Any], Any],
-    model: Any,
-    wrt: Any,
-    riders: Mapping[str, Rider],
-    rules: Mapping[type, LayerRule],
-) -> Callable[[dict[str, Any], set[str]], Array]:
-    """``(parameters by path, a set to note held kernels in) -> loss``, for `_held`."""
-    copy = _observed_copy(model, riders, _Recorder(rules, ()))
-    graphdef, *parts = nnx.split(copy, wrt, ...)
-    treedef, rest = _layout.flatten_with_paths(parts[0])[1], _pure(parts[1])
+class _Call:
+    """One call of a loss, which is traced as often as it takes to know its layers."""
 
-    def loss(leaves: dict[str, Any], held: set[str]) -> Array:
-        merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
-        with _recording(_Recorder(rules, (), held)):
-            value: Array = call(merged)
-        return value
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        model: Any,
+        args: Any,
+        kwargs: Any,
+        wrt: Any,
+        rules: Mapping[type, LayerRule],
+        riders: Mapping[str, Rider],
+    ) -> None:
+        self.loss_fn, self.model, self.wrt = loss_fn, model, wrt
+        self.args, self.kwargs = args, kwargs
+        self.rules, self.riders = rules, riders
+        self.kernels, _ = _layout.flatten_with_paths(_pure(nnx.state(model, wrt)))
 
-    return loss
+    def recorder(
+        self, watched: Collection[str], facts: Facts, probe: set[str] | None = None
+    ) -> _Recorder:
+        found = _Recorder(self.rules, watched, probe, facts)
+        found.whole, found.kernels = self.riders, self.kernels
+        return found
+
+    def probed(
+        self, has_aux: bool, riders: Mapping[str, Rider], facts: Facts
+    ) -> Callable[[dict[str, Any], set[str]], Array]:
+        """``(parameters by path, a set to note held kernels in) -> loss``."""
+        copy = _observed_copy(self.model, riders, self.recorder((), facts))
+        graphdef, *parts = nnx.split(copy, self.wrt, ...)
+        treedef, rest = _layout.flatten_with_paths(parts[0])[1], _pure(parts[1])
+
+        def loss(leaves: dict[str, Any], held: set[str]) -> Array:
+            merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
+            with _recording(self.recorder((), facts, held)):
+                found = self.loss_fn(merged, *self.args, **self.kwargs)
+            value: Array = found[0] if has_aux else found
+            return value
+
+        return loss
+
+    def watch(self, paths: Collection[str], facts: Facts) -> _Recorder:
+        """What happens to these kernels, by a trace on shapes, without riders."""
+        recorder = self.recorder(paths, facts)
+        copy = nnx.clone(self.model)
+        recorder.watch(copy)
+        graphdef, values = nnx.split(copy)
+
+        def traced(values: PyTree, args: Any, kwargs: Any) -> None:
+            self.loss_fn(nnx.merge(graphdef, values), *args, **kwargs)
+
+        with _recording(recorder), _origin.apart():
+            _inputs.trace(traced, values, self.args, self.kwargs)
+        return recorder
+
+    def settle(self, attempt: Callable[[Facts], Any]) -> Any:
+        """`_recorder.settle` of this call, whose layers are known by being objects."""
+        return _recorder.settle(attempt, dict, self._misread)
+
+    def _misread(self, facts: Facts) -> dict[str, Misread]:
+        """Of kernels with riders, found without them: they would not fit."""
+        paths = {_rider.parameter_path(key) for key in self.riders}
+        return self.watch(paths, facts).misread
 
 
 def _observed_copy(model: Any, riders: Mapping[str, Rider], recorder: _Recorder) -> Any:
@@ -417,18 +478,9 @@ def find_shared_inputs(
       (('key/kernel', 'query/kernel', 'value/kernel'),)
     """
     del has_aux
-    leaves, _ = _layout.flatten_with_paths(_pure(nnx.state(model, wrt)))
-    recorder = _Recorder({**RULES, **_tap.check_rules(rules)}, leaves)
-    copy = nnx.clone(model)
-    recorder.watch(copy)
-    graphdef, values = nnx.split(copy)
-
-    def traced(values: PyTree, args: Any, kwargs: Any) -> None:
-        loss_fn(nnx.merge(graphdef, values), *args, **kwargs)
-
-    with _recording(recorder):
-        _inputs.trace(traced, values, args, kwargs)
-    return recorder.calls.groups(leaves)
+    every_rule = {**RULES, **_tap.check_rules(rules)}
+    call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, {})
+    return call.watch(call.kernels, Facts()).calls.groups(call.kernels)
 
 
 class _Recorder(Recorder):
@@ -460,6 +512,7 @@ def _observed_layer(model: Any, path: str, recorder: _Recorder) -> Any:
     if not hasattr(kind, "__wrapped_type__"):
         observed: Callable[[Any], type] = _observed_class
         object.__setattr__(layer, "__class__", observed(kind))
+        setattr(layer, linear.parameter + _SAME, getattr(layer, linear.parameter))
     return layer
 
 
@@ -507,10 +560,13 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
         return call(*args, **kwargs)
     linear = _tap.find_rule(recorder.rules, type(layer).__wrapped_type__)(layer)
     assert linear is not None  # else no probe was attached
+    variable = getattr(layer, linear.parameter)
     probes = [v for v in vars(layer).values() if isinstance(v, Probe)]
     riders = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
-    recorder.tapped.update(riders)
-    kernel = _value(getattr(layer, linear.parameter)).shape
+    if variable is not getattr(layer, linear.parameter + _SAME):  # It was replaced.
+        recorder.doubtful.update(map(_rider.parameter_path, riders))
+        return call(*args, **kwargs)
+    kernel = _value(variable).shape
     stacked = {k: r for k, r in riders.items() if r.basis.ndim > len(kernel) + 1}
     if stacked:
         raise ValueError(
@@ -518,8 +574,10 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
             "not its probe. Remedy: give it the axis of the parameters, e.g. "
             "nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
         )
-    if hasattr(layer, _PATH):
-        recorder.calls.note(getattr(layer, _PATH), linear, kernel, args, kwargs)
+    riders = recorder.fitting(riders, linear, kernel)
+    if (path := getattr(layer, _PATH, None)) is not None:
+        recorder.calls.note(path, linear, kernel, args, kwargs)
+        recorder.compare(path, linear, kernel)
     return _tap.observe(call, args, kwargs, linear, kernel, riders, recorder.probe)
 
 

@@ -1053,7 +1053,7 @@ def test_records_turn_what_is_not_finite_into_null(tmp_path):
 def test_speed_rows_hold_a_ratio_for_each_contender(monkeypatch):
     monkeypatch.setattr(speed, "KERNELS", ((64, 64),))
     rows = speed.update_alone(rounds=5)
-    names = ["dsbp_adamw", "dsbp_sgd", "dsbp_sgd, k=8", "dsbp"]
+    names = ["projected_adamw", "dsbp_sgd", "dsbp_sgd, k=8", "dsbp"]
     assert [row["contender"] for row in rows] == names
     for row in rows:
         ratio = row["ratio"]
@@ -1141,7 +1141,7 @@ def test_stability_pairs_runs_at_every_rate_of_the_plain_optimizer(tiny, tmp_pat
         assert (row["diverged"], row["skipped"]) == (0, 0)
 
 
-@pytest.mark.parametrize("of", ["dsbp_muon", "dsbp_sgd"])
+@pytest.mark.parametrize("of", ["projected_muon", "dsbp_sgd"])
 def test_controls_take_one_part_away(of, tmp_path):
     """Each differs from its rule; runs have a record each and are not made twice."""
     every = [control for control in controls.CONTROLS if control.of == of]
@@ -1163,7 +1163,7 @@ def test_controls_are_carried_out_once(tiny, tmp_path, monkeypatch):
     assert controls.carry_out_missing(*arguments, seconds)
     found = controls.made(tmp_path, workload, control, wanted)
     assert [record["seed"] for record in found] == [0, 1]
-    assert {record["optimizer"] for record in found} == {"dsbp_muon, random basis"}
+    assert {record["optimizer"] for record in found} == {"projected_muon, random basis"}
     monkeypatch.setattr(controls, "build", None)  # nothing is left to build for
     assert controls.carry_out_missing(*arguments, seconds)
     assert not controls.carry_out_missing(

@@ -70,21 +70,24 @@ def test_accuracy_is_judged_by_the_whole_interval(values, expected):
 
 
 def test_the_best_of_ours_stands_beside_the_papers_rule():
-    ours = entry("dsbp_sgd", [0.92, 0.93, 0.92]), entry("dsbp_muon", [0.93, 0.94, 0.93])
+    ours = (
+        entry("dsbp_sgd", [0.92, 0.93, 0.92]),
+        entry("projected_muon", [0.93, 0.94, 0.93]),
+    )
     given = evidence({FASHION: [entry("dsbp", [0.8, 0.8, 0.8]), SAM, *ours]})
     (line,) = [one for one in claims.accuracy(given) if "Fashion" in one.claim]
-    assert "dsbp_muon: +3.00" in line.figure
+    assert "projected_muon: +3.00" in line.figure
     assert line.verdict == REFUTED
 
 
 def test_less_is_better_where_the_figure_is_a_loss():
     peer = entry("lora", [2.0, 2.01, 2.0], LOSS)
-    better = entry("dsbp_adamw", [1.9, 1.91, 1.9], LOSS)
-    worse = entry("dsbp_muon", [2.1, 2.11, 2.1], LOSS)
+    better = entry("projected_adamw", [1.9, 1.91, 1.9], LOSS)
+    worse = entry("projected_muon", [2.1, 2.11, 2.1], LOSS)
     given = evidence(finetuned={"sotu_gpt": [peer, better, worse]})
-    assert verdict(claims.lora, given, "sotu_gpt, dsbp_adamw") == CONFIRMED
-    assert verdict(claims.lora, given, "sotu_gpt, dsbp_muon in") == REFUTED
-    assert verdict(claims.lora, given, "minilm_mail, dsbp_muon in") == UNMEASURED
+    assert verdict(claims.lora, given, "sotu_gpt, projected_adamw") == CONFIRMED
+    assert verdict(claims.lora, given, "sotu_gpt, projected_muon in") == REFUTED
+    assert verdict(claims.lora, given, "minilm_mail, projected_muon in") == UNMEASURED
 
 
 def flat(scale):

@@ -405,6 +405,7 @@ def test_bases_stored_in_half_precision_are_widened_before_they_project() -> Non
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (3, 24, 10)])
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_the_direction_of_coordinates_is_that_of_the_lifted_matrix(side, shape) -> None:
     """The polar factor of ``V u`` is V times that of u, at ``k / d`` of the cost."""
     direction = dsbp_optax.orthogonalize()

@@ -22,6 +22,7 @@ REAL = {
     "galore": optimizers.CONTENDERS["galore"].factory(1.0, rank=K),
     "dsbp_muon": dsbp_optax.dsbp_muon(1.0, rank=K),
     "dsbp_adamw": dsbp_optax.dsbp_adamw(1.0, rank=K),
+    "projected_muon": optimizers.projected_muon(1.0, rank=K),
     "subspace_adamw": dsbp_optax.subspace_adamw(1.0, rank=K),
 }
 

@@ -82,8 +82,8 @@ def shapes(workload):
 def test_both_ways_train_as_many_numbers_of_the_same_kernels(task):
     known = entrants(task)
     numbers = {n: finetuning.trained_numbers(*known[n]) for n in known}
-    assert numbers["dsbp_adamw"] == numbers["dsbp_muon"]
-    assert numbers["dsbp_adamw"] == pytest.approx(numbers[PEER], rel=0.05)
+    assert numbers["projected_adamw"] == numbers["projected_muon"]
+    assert numbers["projected_adamw"] == pytest.approx(numbers[PEER], rel=0.05)
     whole = sum(leaf.size for leaf in jax.tree.leaves(shapes(task.workload)))
     assert numbers[PEER] < 0.2 * numbers[WHOLE] or task is TINY
     assert numbers[WHOLE] == numbers[OURS_WHOLE] == whole
@@ -93,7 +93,7 @@ def test_both_ways_train_as_many_numbers_of_the_same_kernels(task):
         for path in with_adapters
         if path.endswith("_lora_a")
     }
-    workload, contender = known["dsbp_adamw"]
+    workload, contender = known["projected_adamw"]
     plan = dsbp_optax.diagnostics.explain(contender.build(0.0), shapes(workload))
     ours = {p for p, found in plan.items() if any(d.projected for d in found)}
     assert ours == theirs
@@ -120,7 +120,7 @@ def test_lora_trains_both_factors_and_coordinates_the_output_side_alone():
     head = m * 10 + 10
     known = entrants(TINY)
     assert finetuning.trained_numbers(*known[PEER]) == lora + head
-    assert finetuning.trained_numbers(*known["dsbp_adamw"]) == ours + head
+    assert finetuning.trained_numbers(*known["projected_adamw"]) == ours + head
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +159,7 @@ def test_lora_starts_from_the_pretrained_function():
 
 
 def test_gradients_of_what_is_held_are_zero():
-    workload, _ = entrants(TINY)["dsbp_adamw"]
+    workload, _ = entrants(TINY)["projected_adamw"]
     batch = workload.example(8)
     grads = paths(jax.grad(workload.loss)(workload.init(0), batch))
     zero = {path for path, leaf in grads.items() if not leaf.any()}
@@ -173,14 +173,14 @@ def invoke(*args):
 
 
 def test_the_command_leaves_records_that_are_made_once_and_shown(tmp_path, monkeypatch):
-    pair = {name: entrants(TINY)[name] for name in (PEER, "dsbp_muon")}
+    pair = {name: entrants(TINY)[name] for name in (PEER, "projected_muon")}
     monkeypatch.setitem(TASKS, "tiny", TINY)
     monkeypatch.setattr(finetuning, "entrants", lambda task: pair)
     monkeypatch.setattr(tune, "EXTENSIONS", 0)
     out = tmp_path / results_finetuning.FOLDER
     command = ("finetune", "tiny", "--out", out, "--seeds", 2, "--rounds", 3)
     shown = invoke(*command)
-    assert "all done" in shown and "Quality" in shown and "dsbp_muon" in shown
+    assert "all done" in shown and "Quality" in shown and "projected_muon" in shown
     made = {path: path.read_bytes() for path in out.rglob("*.json")}
     assert len(made) == 2 * (2 + 2 + 2) + 1
     assert invoke(*command) and made == {p: p.read_bytes() for p in made}
@@ -192,7 +192,7 @@ def test_the_command_leaves_records_that_are_made_once_and_shown(tmp_path, monke
     entries = {e.name: e for e in results_finetuning.read_entries(TINY, out)}
     assert list(entries) == list(pair)
     assert all(len(entry.finals) == 2 for entry in entries.values())
-    ours, theirs = (entries[n].median("state_bytes") for n in ("dsbp_muon", PEER))
+    ours, theirs = (entries[n].median("state_bytes") for n in ("projected_muon", PEER))
     assert ours < theirs
 
 
@@ -236,7 +236,7 @@ def test_records_of_a_tie_show_no_difference(tmp_path):
     run = {"learning_rate": 0.01, "train_loss": 1.0, "diverged": False}
     runs = [
         {**run, "optimizer": name, "seed": seed, "test_accuracy": value}
-        for name in (PEER, "dsbp_adamw")
+        for name in (PEER, "projected_adamw")
         for seed, value in enumerate(values)
     ]
     entries = results_finetuning.compare.entries(TINY.workload, runs)

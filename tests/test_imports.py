@@ -51,6 +51,9 @@ LEVELS = {
     "_held": 8,
     "_recorder": 9,
     "_refresh": 5,
+    "_infer": 2,
+    "_origin": 1,
+    "_reading": 2,
     "_rider": 1,
     "_sharding": 5,
     "_coordinate_tap": 6,
@@ -58,6 +61,7 @@ LEVELS = {
     "_rule": 6,
     "_sharpness": 7,
     "_inputs": 8,
+    "_linen_layers": 9,
     "_nnx_layers": 9,
     "_perturb": 6,
     "_snapshot": 5,
@@ -79,7 +83,12 @@ LEVELS = {
 }
 KERNELS = ("_basis", "_convolution", "_subspace")
 #: Adapter -> what is not its framework.
-ADAPTERS = {"linen": "flax.nnx", "nnx": "flax.linen", "_nnx_layers": "flax.linen"}
+ADAPTERS = {
+    "linen": "flax.nnx",
+    "_linen_layers": "flax.nnx",
+    "nnx": "flax.linen",
+    "_nnx_layers": "flax.linen",
+}
 TRANSFORMATIONS = ("_project", "_sharpness", "_recipes")
 
 

@@ -12,6 +12,9 @@ import pytest
 
 import dsbp_optax
 
+#: One of its parameters is an array of three axes without a name.
+pytestmark = pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
+
 _MARK = "class ContribTest"
 
 #: "sgd" is a name for which the file passes ``value=`` on, which

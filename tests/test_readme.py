@@ -81,8 +81,8 @@ def test_examples_are_found():
 def test_first_examples_use_the_recommended_recipe():
     first, second = list(examples(README).items())[:2]
     assert [first[0], second[0]] == ["Flax Linen", "Flax NNX"]
-    assert "dsbp_muon(" in first[1][0]
-    assert "dsbp_muon(" in second[1][0]
+    assert "dsbp_adamw(" in first[1][0]
+    assert "dsbp_adamw(" in second[1][0]
 
 
 def test_a_wrong_example_fails():

@@ -253,6 +253,7 @@ STACKED = {
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("ranks", [(2, 4), (4, 2)], ids=["larger", "smaller"])
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_stacked_flipped_and_convolution_kernels(side, ranks) -> None:
     old, new = (
         dsbp_optax.scale_by_spectral_projection(

@@ -21,7 +21,7 @@ from benchmarks.results_page import PAGE, RESULTS, document
 from benchmarks.workloads import WORKLOADS
 
 ROOT = pathlib.Path(__file__).parent.parent
-BYTES = {"adamw": 2000, "muon": 1000, "dsbp_muon": 200, "galore": 210}
+BYTES = {"adamw": 2000, "muon": 1000, "projected_muon": 200, "galore": 210}
 
 
 def run(optimizer, value, seed=0, **changes):
@@ -85,7 +85,7 @@ def write_campaign(root, values):
 
 
 GOOD = {
-    "dsbp_muon": [1.79, 1.80, 1.80],
+    "projected_muon": [1.79, 1.80, 1.80],
     "muon": [1.79, 1.79, 1.80],
     "adamw": [2.0, 2.0, 2.01],
     "galore": [2.1, 2.1, 2.12],
@@ -99,7 +99,9 @@ def lines_of(text, words):
 def verdicts(root):
     entries = results_page.campaign_entries(root)
     found = reaches.lines(entries, {}, [])
-    return {line.reach: line.met for line in found if line.optimizer == "dsbp_muon"}
+    return {
+        line.reach: line.met for line in found if line.optimizer == "projected_muon"
+    }
 
 
 # The committed page.
@@ -119,6 +121,7 @@ def test_every_committed_record_is_on_the_page():
     text = PAGE.read_text()
     paths = [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json")]
     assert len(paths) > 100
+    paths += [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.jsonl")]
     assert [path for path in paths if f"`results/{path}`" not in text] == []
     known = [one.path for one in read_all(RESULTS)]
     tops = {path.stem for path in known if len(path.parts) == 1}
@@ -151,9 +154,9 @@ def test_the_readme_shows_the_picture_and_leads_to_the_page():
 
 
 def test_a_campaign_is_shown_with_its_misses(tmp_path):
-    write_campaign(tmp_path, {**GOOD, "dsbp_muon": [1.9, 1.9, None]})
+    write_campaign(tmp_path, {**GOOD, "projected_muon": [1.9, 1.9, None]})
     text = document(tmp_path)
-    (row,) = lines_of(text, "| dsbp_muon | 0.01 |")
+    (row,) = lines_of(text, "| projected_muon | 0.01 |")
     assert "3, 1 bad" in row
     missed = lines_of(text, "**missed**")
     assert [line for line in missed if "within 0.02 of Muon" in line]
@@ -231,12 +234,12 @@ def test_the_page_does_not_depend_on_where_it_is_made(tmp_path):
     ("changed", "bytes_", "missed"),
     [
         ({}, {}, set()),
-        ({"dsbp_muon": [1.82, 1.82, 1.83]}, {}, {"Muon"}),
+        ({"projected_muon": [1.82, 1.82, 1.83]}, {}, {"Muon"}),
         ({"adamw": [1.83, 1.83, 1.84]}, {}, {"AdamW"}),
         ({"galore": [1.95, 1.95, 1.96]}, {}, {"GaLore"}),
-        ({}, {"dsbp_muon": 390}, {"Muon"}),
-        ({}, {"dsbp_muon": 410}, {"AdamW", "Muon"}),
-        ({"dsbp_muon": [1.79, 1.79, None]}, {}, {"AdamW", "Muon", "GaLore"}),
+        ({}, {"projected_muon": 390}, {"Muon"}),
+        ({}, {"projected_muon": 410}, {"AdamW", "Muon"}),
+        ({"projected_muon": [1.79, 1.79, None]}, {}, {"AdamW", "Muon", "GaLore"}),
     ],
 )
 def test_a_reach_is_met_or_missed_by_the_records(
@@ -253,7 +256,7 @@ def test_a_reach_is_met_or_missed_by_the_records(
 
 
 def test_what_was_not_run_is_not_measured(tmp_path):
-    write_campaign(tmp_path, {"dsbp_muon": [1.8], "muon": [1.8, 1.8]})
+    write_campaign(tmp_path, {"projected_muon": [1.8], "muon": [1.8, 1.8]})
     assert set(verdicts(tmp_path).values()) == {None}
     assert {line.met for line in reaches.lines({}, {}, [])} == {None}
     assert "not measured" in document(tmp_path)

@@ -514,6 +514,7 @@ def test_the_two_scales_of_an_orthogonalised_update() -> None:
         dsbp_optax.orthogonalize(scale="lion")
 
 
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_experts_without_tokens_do_not_move_and_do_not_spread() -> None:
     """A stack of kernels, one of which has a zero gradient and no samples."""
     params = {"experts": {"kernel": draw(3, D, M)}}

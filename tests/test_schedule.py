@@ -401,6 +401,7 @@ def test_all_of_an_adaptive_rank_is_the_fixed_rank() -> None:
         chex.assert_trees_all_close(left, right, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_one_decision_for_a_stack() -> None:
     """The matrix that moves most, and the one that needs most directions."""
     tx = projection(rank=AutoRank(most=K, least=1, share=0.9), update_every=RULE)

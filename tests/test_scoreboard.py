@@ -4,14 +4,17 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import boards, records, scoreboard, sweep
+import dsbp_optax
+from benchmarks import boards, peers, records, results_scoreboard, scoreboard, sweep
 from benchmarks.boards import BOARDS
+from benchmarks.markdown import Provenance
 from benchmarks.peers import CONTENDERS
 from benchmarks.sweep import Run
 
@@ -27,13 +30,15 @@ FIELDS = {
     *("first_loss", "train_loss", "curve", "validation_loss", "validation_error"),
     *("test_loss", "test_error", "diverged", "seconds", "runs_at_once"),
     *("compile_seconds", "state_bytes", "kernel_state_bytes", "date", "machine"),
-    *("versions", "commit", "clean"),
+    *("versions", "commit", "clean", "variant"),
 }
+#: Those with a program of their own.
+LEADERS = [name for name, contender in CONTENDERS.items() if not contender.program]
 
 
 @pytest.fixture(scope="module")
 def muon():
-    return sweep.build(BOARD.task, CONTENDERS["muon"], 3, DATA)
+    return sweep.build(BOARD.task, CONTENDERS["muon"], 3, DATA, in_turn=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +75,10 @@ def test_a_run_in_a_group_is_the_run_alone(muon):
 def test_a_group_of_one_is_the_plain_loop(params):
     """The step without any vectorised axis gives the same losses."""
     contender, run = CONTENDERS["dsbp_muon"], RUNS[0]
-    program = sweep.build(BOARD.task, contender, 1, DATA)
+    program = sweep.build(BOARD.task, contender, 1, DATA, in_turn=False)
     (row,) = sweep.train(program, [run], 2, DATA, test=False)
     step = jax.jit(sweep.step_of(BOARD.task, contender))
-    state = jax.jit(contender.build(1.0, 1.0, 0.0).init)(params)
+    state = jax.jit(contender.build(1.0, 1.0, 0.0, 0).init)(params)
     losses = []
     for number in range(2):
         params, state, loss = step(params, state, run, DATA[0], number, 2.0)
@@ -92,11 +97,11 @@ def test_length_is_no_constant_of_the_program(muon):
         sweep.train(muon, RUNS, 3, DATA, test=False)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", LEADERS)
 def test_branches_on_counters_stay_branches(name, params):
     """As many in the vectorised step as in a single one, counters being common."""
     task, contender = BOARD.task, CONTENDERS[name]
-    state = jax.eval_shape(contender.build(1.0, 1.0, 0.0).init, params)
+    state = jax.eval_shape(contender.build(1.0, 1.0, 0.0, 0).init, params)
     run, number = Run(0.1, 0.1, 0.1, 0), np.int32(0)
     single = jax.make_jaxpr(sweep.step_of(task, contender))(
         params, state, run, DATA[0], number, 1.0
@@ -104,11 +109,11 @@ def test_branches_on_counters_stay_branches(name, params):
     start, advance = sweep.group_of(task, contender, params)
     many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), params)
     states = jax.eval_shape(start, many)
-    runs = Run(*jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32))
+    runs = Run(*jnp.zeros((3, 2)), *jnp.zeros((2, 2), jnp.int32))
     group = jax.make_jaxpr(advance)(many, states, runs, DATA[0], number, 1.0)
     assert conds(group.jaxpr) == conds(single.jaxpr)
-    refreshing = {"dsbp_muon", "dsbp_adamw", "soap", "cosmos", "newton_muon"}
-    assert bool(conds(group.jaxpr)) == (name in refreshing)
+    refreshing = contender.ours or name in ("soap", "cosmos", "newton_muon")
+    assert bool(conds(group.jaxpr)) == refreshing
 
 
 def test_the_guard_of_branches_can_fail(params, monkeypatch):
@@ -116,7 +121,7 @@ def test_the_guard_of_branches_can_fail(params, monkeypatch):
     monkeypatch.setattr(sweep, "_COUNTERS", ())
     start, advance = sweep.group_of(BOARD.task, contender, params)
     many = jax.tree.map(lambda x: jnp.stack([x, x]), params)
-    runs = Run(*jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32))
+    runs = Run(*jnp.zeros((3, 2)), *jnp.zeros((2, 2), jnp.int32))
     arguments = many, jax.eval_shape(start, many), runs, DATA[0], np.int32(0), 1.0
     assert conds(jax.make_jaxpr(advance)(*arguments).jaxpr) == 0
 
@@ -125,7 +130,7 @@ def test_gradients_that_are_not_finite_leave_a_trace(params):
     contender = CONTENDERS["adamw"]
     step = jax.jit(sweep.step_of(BOARD.task, contender))
     params = {**params, "pos_embed": params["pos_embed"].at[0, 0].set(jnp.nan)}
-    state = contender.build(1.0, 1.0, 0.0).init(params)
+    state = contender.build(1.0, 1.0, 0.0, 0).init(params)
     _, state, loss = step(params, state, RUNS[0], DATA[0], 5, 10)
     assert math.isnan(loss)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -134,11 +139,11 @@ def test_gradients_that_are_not_finite_leave_a_trace(params):
 # Contenders.
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", LEADERS)
 def test_contenders_move_stay_finite_and_are_paired_by_seed(name, muon, params):
     contender, start, losses = CONTENDERS[name], params, []
     step = jax.jit(sweep.step_of(BOARD.task, contender))
-    state = jax.jit(contender.build(1.0, 1.0, 0.0).init)(params)
+    state = jax.jit(contender.build(1.0, 1.0, 0.0, 0).init)(params)
     for number in range(3):
         params, state, loss = step(params, state, RUNS[0], DATA[0], number, 24.0)
         losses.append(float(loss))
@@ -157,10 +162,10 @@ def test_rates_and_decay_act_where_they_should(name, params):
 
     @jax.jit
     def step(settings, state):
-        return CONTENDERS[name].build(*settings).update(grads, state, params)
+        return CONTENDERS[name].build(*settings, 0).update(grads, state, params)
 
     def moved(*settings: float) -> set[str]:
-        state = CONTENDERS[name].build(*settings).init(params)
+        state = CONTENDERS[name].build(*settings, 0).init(params)
         for _ in range(2):
             updates, state = step(settings, state)
         leaves = jax.tree_util.tree_leaves_with_path(updates)
@@ -181,6 +186,112 @@ def test_grids_are_geometric_and_decay_begins_at_zero():
         assert contender.decays[0] == 0
 
 
+# Controls.
+
+D, M, RANK = 24, 10, 4
+PATH = "dense/kernel"
+INPUTS = np.random.default_rng(1).normal(size=(99, D)) * np.geomspace(5, 0.2, D)
+INPUTS = INPUTS.astype(np.float32)
+
+
+def metric_run(variant, steps=21):
+    """Two refreshes of the metric round an orthogonalisation; the last step's parts."""
+    rng = np.random.default_rng(0)
+    seen = {PATH: dsbp_optax.Activations(INPUTS)}
+    grads = {"dense": {"kernel": jnp.asarray(rng.normal(size=(D, M)), jnp.float32)}}
+    direction = dsbp_optax.orthogonalize()
+
+    @jax.jit
+    def step(variant, state):
+        tx = peers.control(RANK, variant, None, direction, 0.5, "both")
+        return tx.update(grads, state, statistics=seen)
+
+    tx = peers.control(RANK, variant, None, direction, 0.5, "both")
+    states = [tx.init(grads)]
+    for _ in range(steps):
+        updates, state = step(jnp.int32(variant), states[-1])
+        states.append(state)
+    matrix = grads["dense"]["kernel"]
+    return matrix, updates["dense"]["kernel"], states
+
+
+def basis_of(state):
+    """Orthonormal, ``(D, RANK)``."""
+    return jnp.linalg.qr(state.basis[PATH][:, 0].astype(jnp.float32))[0]
+
+
+def turned(one, other):
+    """Part of the basis of one state that lies outside of the other's."""
+    one, other = basis_of(one), basis_of(other)
+    return float(jnp.linalg.norm(one - other @ (other.T @ one)))
+
+
+def energies(state):
+    """The eigenvalues that the state holds."""
+    return np.asarray(state.spectrum[PATH].eigenvalues, np.float32).ravel()
+
+
+def test_without_the_metric_the_direction_is_all_there_is():
+    matrix, update, _ = metric_run(peers.NO_BASIS)
+    expected = dsbp_optax.orthogonalize()(matrix, D, M)
+    np.testing.assert_allclose(update, expected, atol=1e-5)
+    _, ours, _ = metric_run(0)
+    assert np.abs(ours - expected).max() > 0.02
+
+
+def test_random_directions_stay_and_have_their_energies():
+    _, update, states = metric_run(peers.OWN_ENERGIES)
+    assert turned(states[-1], states[0]) < 0.02
+    *_, ours = metric_run(0)
+    assert turned(ours[-1], ours[0]) > 0.5
+    mine, true = energies(states[-1]), energies(ours[-1])
+    along = (INPUTS @ basis_of(states[-1])) ** 2
+    np.testing.assert_allclose(mine, along.mean(0), rtol=0.03)
+    assert mine.max() < 0.8 * true.max()
+    assert np.abs(update - metric_run(0)[1]).max() > 0.02
+
+
+def test_true_eigenvalues_act_along_other_directions():
+    matrix, update, states = metric_run(peers.TRUE_ENERGIES)
+    _, ours_update, ours = metric_run(0)
+    np.testing.assert_allclose(energies(states[-1]), energies(ours[-1]))
+    assert turned(states[-1], ours[-1]) < 1e-6
+    assert np.abs(update - ours_update).max() > 0.02
+    # The update is shortened, against the direction alone, where it is said to be.
+    alone = dsbp_optax.orthogonalize()(matrix, D, M)
+    basis = basis_of(ours[-1])
+    inside = {
+        name: float(jnp.linalg.norm(basis.T @ x) / jnp.linalg.norm(x))
+        for name, x in {"alone": alone, "ours": ours_update, "true": update}.items()
+    }
+    assert inside["ours"] < 0.5 * inside["alone"]
+    assert inside["true"] > 0.9 * inside["alone"]
+
+
+def test_controls_share_a_program_and_are_told_apart_by_their_variant(campaign):
+    for name in ("dsbp_muon", "dsbp_adamw"):
+        group = [c for c in CONTENDERS.values() if name in (c.name, c.program)]
+        assert [c.variant for c in group] == [0, 1, 2, 3]
+        assert [c.name.removeprefix(name) for c in group][1:] == [
+            *("_none", "_random", "_random_true")
+        ]
+        assert len({(c.build, c.rates, c.aux_rates, c.decays) for c in group}) == 1
+        assert {(c.ours, c.plain) for c in group} == {(True, name.split("_")[1])}
+        assert len({id(campaign.compile(BOARD, c)) for c in group[1:]}) == 1
+    assert campaign.compile(BOARD, CONTENDERS["muon"]) is not campaign.compile(
+        BOARD, CONTENDERS["adamw"]
+    )
+
+
+def test_runs_of_one_program_with_other_variants_end_elsewhere():
+    program = sweep.build(BOARD.task, CONTENDERS["dsbp_muon"], 4, DATA)
+    runs = [RUNS[0]._replace(variant=variant) for variant in range(4)]
+    rows = sweep.train(program, runs, 24, DATA, test=False)
+    assert [row["variant"] for row in rows] == [0, 1, 2, 3]
+    assert len({row["first_loss"] for row in rows}) == 1
+    assert len({row["validation_loss"] for row in rows}) == 4
+
+
 # Tuning.
 
 
@@ -194,12 +305,12 @@ def planted(rate: float, aux: float, decay: float):
     return score
 
 
-def tune(score, contender=CONTENDERS["muon"]):
+def tune(score, contender=CONTENDERS["muon"], brief=False):
     scores, phases = {}, []
-    while stage := scoreboard.next_stage(contender, scores):
+    while stage := scoreboard.next_stage(contender, scores, brief):
         phases.append((stage.phase, len(stage.runs)))
         scores |= {run: score(run) for run in stage.runs}
-    return scoreboard.choice(contender, scores), phases, scores
+    return scoreboard.choice(contender, scores, brief), phases, scores
 
 
 def test_the_choice_is_the_planted_one():
@@ -215,6 +326,22 @@ def test_a_best_rate_at_the_edge_is_followed_outward():
     assert phases == [("rates", 16), ("further", 12), ("decay", 14), ("final", 16)]
     _, phases, _ = tune(planted(0.16, 0.006, 0.0))
     assert phases[1] == ("further", 8)
+
+
+def test_brief_boards_tune_both_rates_and_nothing_else():
+    chosen, phases, scores = tune(planted(0.005, 0.048, 0.3), brief=True)
+    assert chosen[:3] == (0.01, 0.024, 0.0)  # At the edge, and not followed.
+    assert phases == [("rates", 16), ("final", 16)]
+    assert {run.seed for run in scores} == {scoreboard.TUNING[0], *scoreboard.FINAL}
+    assert [name for name, board in BOARDS.items() if not board.brief] == [
+        *("gpt_d128_b24", "fashion_cnn")
+    ]
+
+
+def test_a_control_is_tuned_and_run_as_its_variant():
+    chosen, _, scores = tune(planted(0.02, 0.012, 0), CONTENDERS["dsbp_muon_random"])
+    assert chosen.variant == peers.OWN_ENERGIES
+    assert {run.variant for run in scores} == {peers.OWN_ENERGIES}
 
 
 def test_failures_lose():
@@ -295,6 +422,69 @@ def test_no_stage_begins_when_time_is_up(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Programs that train nothing; Muon's does not compile, COSMOS' fails later."""
+
+    def build(task, contender, runs, data):
+        if contender.name == "muon":
+            raise RuntimeError("out of memory")
+        return types.SimpleNamespace(runs=runs, name=contender.name)
+
+    def train(program, runs, steps, data, test):
+        if program.name == "cosmos" and len(runs) == 16 and test:
+            raise ValueError("lost")
+        return [
+            {
+                **run._asdict(),
+                "validation_loss": run.rate,
+                "seconds": 0.0,
+                "runs_at_once": 16,
+                "compile_seconds": 0.0,
+            }
+            for run in runs
+        ]
+
+    monkeypatch.setattr(sweep, "build", build)
+    monkeypatch.setattr(sweep, "train", train)
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(quick, tmp_path, capsys):
+    jobs = ["sotu_d128_b24:cosmos,muon,soap", "gpt_d128_b96:adamw"]
+    scoreboard.main([*jobs, "--dry", "--out", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "sotu_d128_b24 muon failed" in said.out
+    assert "sotu_d128_b24 cosmos failed" in said.out
+    assert "out of memory" in said.err and "lost" in said.err
+    rows = scoreboard.rows_of(BOARDS["sotu_d128_b24"], tmp_path)
+    phases = [(row["contender"], row["phase"]) for row in rows]
+    assert list(dict.fromkeys(phases)) == [
+        *(("cosmos", "rates"), ("soap", "rates"), ("soap", "final"))
+    ]
+    assert len(rows) == 48
+    assert len(scoreboard.rows_of(BOARDS["gpt_d128_b96"], tmp_path, "adamw")) == 32
+
+
+def test_jobs_are_done_in_the_order_of_the_command_line(quick, tmp_path, capsys):
+    jobs = ["sotu_d128_b24:soap,adamw", "gpt_d128_b96:soap", "sotu_d128_b24:cosmos"]
+    late = ["--dry", "--out", str(tmp_path), "--minutes", "0"]
+    scoreboard.main([*jobs, *late])
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "sotu_d128_b24 soap",
+        "sotu_d128_b24 adamw",
+        "gpt_d128_b96 soap",
+        "sotu_d128_b24 cosmos",
+    ]
+
+
+@pytest.mark.parametrize("job", ["gpt:muon", "gpt_d128_b24:moon", "gpt_d128_b24"])
+def test_jobs_that_nobody_knows_are_refused(job, capsys):
+    with pytest.raises(SystemExit):
+        scoreboard.main([job])
+    assert repr(job) in capsys.readouterr().err
+
+
 def test_images_follow_one_another(tmp_path):
     board = boards.dry(BOARDS["fashion_cnn"])
     data = jax.device_put(boards.random_parts(board.task))
@@ -320,13 +510,61 @@ def test_the_report_says_what_the_records_say(tmp_path):
     rows = [row("muon", seed, 2 + 0.1 * seed) for seed in range(3)]
     rows += [row("soap", s, 1.5 + 0.1 * s, kernel_state_bytes=25) for s in range(3)]
     rows += [row("adamw", 0, 3.0), row("adamw", 1, None)]
+    rows += [row("muon", 1000, 3, phase="rates", rate=rate) for rate in (0.01, 0.04)]
     records.append(tmp_path / f"{BOARD.name}.jsonl", rows)
     text = scoreboard.report(BOARD, tmp_path)
     *_, first, second, third = text.splitlines()
     assert first.startswith("| soap | 1.6000 | -0.5000 [-0.5000, -0.5000] |  | 25.0 %")
-    assert "| 15 |" in first
+    assert "| 15 | 0.02*, 0.01*, 0.1* | 0 |" in first
     assert second.startswith("| muon | 2.1000 |  |")
+    assert "| 0.02, 0.01*, 0.1* | 2 |" in second
     assert third.startswith("| adamw | nan | diverged |")
+
+
+def test_the_page_holds_rules_against_their_controls(tmp_path):
+    def runs(name, loss, count=16, **changes):
+        made = [row(name, 2000 + s, loss + 0.1 * s, **changes) for s in range(count)]
+        where = {"date": "2027-01-02", "commit": "abcdef0123", "clean": False}
+        return [{**one, **where} for one in made]
+
+    rows = [*runs("muon", 2.0), *runs("dsbp_muon", 1.5, kernel_state_bytes=20)]
+    rows += [*runs("dsbp_muon_none", 1.75), *runs("soap", 1.9, 3)]
+    rows += runs("dsbp_muon_random", 1.6, 2, phase="rates")
+    folder = tmp_path / "scoreboard"
+    for name in ("gpt_d128_b24", "sotu_d128_b24"):
+        records.append(folder / f"{name}.jsonl", rows)
+    found = results_scoreboard.read(tmp_path)
+    origin = Provenance(one for some in found.values() for one in some)
+    text = results_scoreboard.section(found, tmp_path, origin)
+    for name in found:
+        assert scoreboard.report(BOARDS[name], folder) in text
+    ours = "| dsbp_muon | muon | 20.0 % | -0.5000 [-0.5000, -0.5000] "
+    assert text.count(f"{ours}| -0.2500 [-0.2500, -0.2500] | - | - |") == 2
+    lacking = "Final runs are lacking of `soap` (3 made), `dsbp_muon_random`."
+    assert text.count(lacking) == 2
+    full, brief = text.split("### sotu_d128_b24")
+    assert "no weight decay" in brief and "no weight decay" not in full
+    assert "abcdef0*" in full and "seeds 2000-2015" in full
+    page = tmp_path / "RESULTS.md"
+    (picture,) = results_scoreboard.write_picture(page, found)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = results_scoreboard.panels(found)
+    kinds = {point.name: (point.kind, point.share) for point in drawn["muon"]}
+    assert kinds == {
+        "muon": ("peer", 1.0),
+        "dsbp_muon": ("ours", 0.2),
+        "dsbp_muon_none": ("control", 1.0),
+    }
+    assert results_scoreboard.write_picture(page, {}) == []
+
+
+def test_names_beside_points_are_kept_apart():
+    from benchmarks.plots_scoreboard import apart
+
+    heights = [0.1, 0.11, 0.5, 0.52, 0.53, 0.9]
+    moved = apart(heights, 0.05)
+    assert (np.diff(moved) > 0.05 - 1e-9).all()
+    assert moved[-1] == 0.9 and moved[:2].mean() == pytest.approx(0.105)
 
 
 def test_texts_are_cut_by_position(tmp_path):

@@ -161,6 +161,7 @@ def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
     assert tuple(beside.trace["w"].spec) == ("data", "model")
 
 
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
     """Their window axes of length 1 are no stack of matrices."""
     mesh = mesh_of({"data": 2})

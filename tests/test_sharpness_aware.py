@@ -309,6 +309,7 @@ def test_a_step_that_is_skipped_moves_nothing() -> None:
     chex.assert_trees_all_equal(after.optimizer[0].inner, state.optimizer[0].inner)
 
 
+@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
 def test_convolutions_and_stacks_are_read_as_by_the_optimizer() -> None:
     """The lift of the wrapper is that of the projection, whatever the kernel."""
     shapes = {"conv": (1, 1, 16, 24), "wide": (3, 3, 8, 16), "scan": (2, 16, 24)}

@@ -134,7 +134,7 @@ def stability_command(
 @app.command("controls")
 def controls_command(
     workload: WorkloadName,
-    of: Annotated[str, typer.Option(help="the rule; see `list`")] = "dsbp_muon",
+    of: Annotated[str, typer.Option(help="the rule; see `list`")] = "projected_muon",
     data_dir: DataDir = None,
     out: Records = RESULTS,
     hours: Annotated[float, typer.Option(min=0, help="start no run after")] = 1.0,

@@ -1,0 +1,71 @@
+"""How the layers of Flax Linen act through their kernels.
+
+A layer type is one function and one entry of `RULES`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dsbp_optax._convolution import shifted_convolution
+from dsbp_optax._rider import LinearMap
+from dsbp_optax._types import Array
+
+#: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
+LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
+#: The name of copies of a layer, which nobody observes.
+DETACHED = "dsbp_detached"
+
+
+def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:
+    """The layer's own map for any number of features, without bias or mask."""
+
+    def apply(x: Array, kernel: Array) -> Array:
+        layer = module.clone(
+            parent=None,
+            name=DETACHED,
+            features=kernel.shape[-1],
+            use_bias=False,
+            dtype=kernel.dtype,
+            param_dtype=kernel.dtype,
+            **changes,
+        )
+        return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
+
+    return LinearMap(apply, inputs, batch)
+
+
+def _dense(module: Any) -> LinearMap:
+    return _by_clone(module, 1)
+
+
+def _dense_general(module: Any) -> LinearMap:
+    axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
+    return _by_clone(module, len(axes), len(module.batch_dims))
+
+
+def _conv(module: Any) -> LinearMap | None:
+    size = module.kernel_size
+    spatial = 1 if isinstance(size, int) else len(size)
+    if module.mask is not None or module.feature_group_count != 1:
+        return None
+    return _by_clone(
+        module, spatial + 1, conv_general_dilated_cls=lambda: shifted_convolution
+    )
+
+
+def _conv_transpose(module: Any) -> LinearMap | None:
+    if module.mask is not None or module.transpose_kernel:
+        return None
+    size = module.kernel_size
+    return _by_clone(module, (1 if isinstance(size, int) else len(size)) + 1)
+
+
+RULES: Mapping[type, LayerRule] = {
+    nn.Dense: _dense,
+    nn.DenseGeneral: _dense_general,
+    nn.Conv: _conv,
+    nn.ConvTranspose: _conv_transpose,
+}

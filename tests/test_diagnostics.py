@@ -136,6 +136,6 @@ def test_steps_without_statistics_and_skipped_steps_are_told() -> None:
         tx = getattr(dsbp_optax, name)(0.1, rank=2)
         state, update = tx.init(params), jax.jit(tx.update)
         for grads in (broken, params):
-            _, state = update(grads, state, params)
+            _, state = update(grads, state, params, statistics={})
         said = diagnostics.warnings(state)
         assert any("1 of 2 steps were skipped" in words for words in said), name

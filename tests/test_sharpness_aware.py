@@ -444,7 +444,7 @@ def test_the_ascent_lies_in_the_basis_of_a_metric(name: str) -> None:
         points.append(there)
         return grads
 
-    tx.update(grads, state, params, grad_fn=grad_fn)
+    tx.update(grads, state, params, grad_fn=grad_fn, statistics={})
     (held,) = find_states(state)
     v = np.asarray(held.basis[PATH], np.float64)[:, 0]
     inside = v.T @ np.asarray(grads["layer"]["kernel"], np.float64)

@@ -54,7 +54,7 @@ class Kernel:
 
 
 def few_bits(matrix: np.ndarray, bits: int) -> np.ndarray:
-    """What is left of a matrix stored so: a scale a row and one a column, in bfloat16."""
+    """What storage leaves of a matrix: scales of rows and columns in bfloat16."""
     if bits == 32:
         return matrix
     half, width = 2**bits // 2, WIDTHS[bits]
@@ -134,7 +134,7 @@ def step(
     count: int,
     rule: Rule,
 ) -> np.ndarray:
-    """Update number `count`, 0 the first; without samples the basis of what comes in."""
+    """Update number `count`; without samples the basis is that of what comes in."""
     m = gradient if rule.inside else moments(kernel, gradient, count + 1, rule)
     phase = count % rule.update_every
     if samples is None and phase < rule.power_iterations:

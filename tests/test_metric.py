@@ -50,7 +50,7 @@ def matrices(array: Any, *groups: Any) -> np.ndarray:
 
 
 def draw_samples(rng: Any, count: int, d: int, spread: float = 3.0) -> np.ndarray:
-    """Samples whose second moment has eigenvalues ``spread^-i`` in random directions."""
+    """Samples; eigenvalues ``spread^-i`` of their second moment, random directions."""
     directions, _ = np.linalg.qr(rng.normal(size=(d, d)))
     left, _ = np.linalg.qr(rng.normal(size=(count, d)))
     return 4 * left * spread ** (-0.5 * np.arange(d)) @ directions.T
@@ -206,8 +206,10 @@ def test_a_spectrum_with_nothing_outside_stops_at_the_floor() -> None:
         left = np.linalg.qr(rng.normal(size=(40, RANK)))[0]
         return left * [3.0, 2.0, 1.0] @ np.linalg.qr(rng.normal(size=(d, RANK)))[0].T
 
-    tx = dsbp_optax.scale_by_activation_metric(damping=0.0, rank=RANK, **OFTEN)
-    rule = Rule(damping=0.0, update_every=3, learning_rate=-1.0)
+    tx = dsbp_optax.scale_by_activation_metric(
+        damping=0.0, where="before", rank=RANK, **OFTEN
+    )
+    rule = Rule(damping=0.0, where="before", update_every=3, learning_rate=-1.0)
     assert largest_error(tx, rule, samples=flat) < TOLERANCE
     for floor in (0.0, 1e-2):
         wrong = dataclasses.replace(rule, floor=floor)
@@ -420,7 +422,7 @@ def test_the_norm_is_that_of_the_direction(name) -> None:
 
 
 def test_before_the_first_samples_it_is_the_identity() -> None:
-    """Statistics of no sample leave a cold basis alone, and a cold basis does nothing."""
+    """Statistics of no sample leave a basis cold, and a cold basis does nothing."""
     nothing = {PATH: Activations(SAMPLES[:0])}
     tx = dsbp_optax.scale_by_activation_metric(rank=RANK)
     for count, got in enumerate(run(tx, nothing)):

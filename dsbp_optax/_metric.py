@@ -231,7 +231,6 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
         statistics: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ActivationMetricState]:
-        _spectral.check_extra_args(extra)
         _coordinates.refuse(_coordinates.find(updates), "scale_by_activation_metric")
         if statistics is None and state.basis and not state.statistics:
             warnings.warn(_NO_STATISTICS, stacklevel=2)

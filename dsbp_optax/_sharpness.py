@@ -140,7 +140,6 @@ def _update(
     statistics: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> tuple[PyTree, SpectralSharpnessState]:
-    _spectral.check_extra_args(extra)
     if not jax.tree.leaves(updates):
         return updates, state
     _coordinates.refuse(_coordinates.find(updates), "add_spectral_sharpness")

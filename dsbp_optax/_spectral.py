@@ -19,9 +19,6 @@ from dsbp_optax._types import Array, PyTree, compute_dtype
 
 T = TypeVar("T")
 
-#: Keywords near these are taken for misspellings of ours.
-_OURS = ("statistics",)
-_ALIASES = frozenset({"stats", "stat", "activations", "covariance", "covariances"})
 #: Of the states below: their fields, and what the arrays in them mean. A change of
 #: either is a new number, and `_resize` the place to read the one before: a function
 #: from the old fields to the new ones, called where `check_version` would raise.
@@ -281,18 +278,6 @@ def _check_same(one: Any, two: Any, owner: str, path: str) -> None:
             f"'{owner}', whose basis it shares. Remedy: pass one statistic for kernels "
             "that share a basis, or take this one out of share=."
         )
-
-
-def check_extra_args(extra: Mapping[str, Any]) -> None:
-    """Refuse misspelt keywords of ours; others belong to somebody else."""
-    for name in extra:
-        if name in _ALIASES or (
-            _checks.did_you_mean(name, _OURS) and name not in _OURS
-        ):
-            raise TypeError(
-                f"update: got an unexpected keyword '{name}'. Did you mean "
-                "'statistics'?"
-            )
 
 
 def all_finite(tree: PyTree) -> Array:

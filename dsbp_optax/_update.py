@@ -98,7 +98,6 @@ def _update(
     **extra: Any,
 ) -> tuple[PyTree, SpectralProjectionState]:
     """One step."""
-    _spectral.check_extra_args(extra)
     if not jax.tree.leaves(updates):
         return updates, state
 

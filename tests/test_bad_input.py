@@ -374,12 +374,27 @@ def test_errors_reach_through_jit():
     refused(lambda: update(params, tx.init(params), bad), FIRST, "(24, 5)", "(n, 16)")
 
 
-@pytest.mark.parametrize(
-    "keyword", ["stats", "statistic", "activations", "statistcs", "Statistics"]
-)
-@some_cases
-def test_misspelt_keyword(name, keyword):
-    refused(lambda: _update(name, **{keyword: {}}), keyword, "'statistics'")
+#: Keywords that other links of a chain may have, near ours or not.
+FOREIGN = ("stats", "activations", "batch_statistics", "statics", "Statistics")
+
+
+@pytest.mark.parametrize("keyword", FOREIGN)
+@pytest.mark.parametrize("name", ["dsbp_muon", "dsbp_adamw", "projection", "sharpness"])
+def test_keywords_of_other_links_are_theirs(name, keyword):
+    """They reach the link that asks for them, and change nothing of ours."""
+    seen = []
+
+    def update(updates, state, params=None, **extra):
+        seen.append(extra.get(keyword))
+        return updates, state
+
+    link = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx, params = optax.chain(CASES[name].optimizer(), link), make_params()
+    state, given = tx.init(params), activations(params, make_batch(0))
+    got, after = tx.update(params, state, params, statistics=given, **{keyword: 3})
+    assert seen == [3]
+    expected, plain = tx.update(params, state, params, statistics=given)
+    chex.assert_trees_all_equal((got, after), (expected, plain))
 
 
 @some_cases

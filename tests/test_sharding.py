@@ -1,5 +1,6 @@
 """States on meshes of eight devices: the same numbers, in their places, for good."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -199,11 +200,9 @@ def test_moments_in_few_bits_are_sharded_as_their_kernel(bits) -> None:
         for name, shape in shapes.items()
     }
     moments = dsbp_optax.scale_by_quantized_adam(bits=bits)
-    for tx in (
-        moments,
-        optax.chain(moments, dsbp_optax.scale_by_activation_metric(rank=4)),
-        dsbp_optax.scale_by_activation_metric(inner=moments, rank=4),
-    ):
+    axes = {"scan": dsbp_optax.Axes((1,), (2,), (0,))}
+    metric = functools.partial(dsbp_optax.scale_by_activation_metric, rank=4, axes=axes)
+    for tx in (moments, optax.chain(moments, metric()), metric(inner=moments)):
         held = jax.eval_shape(tx.init, params)
         places = dsbp_optax.state_shardings(held, params)
         (found,) = (

@@ -24,6 +24,7 @@ from dsbp_optax import (
     _checks,
     _coordinates,
     _eigenbasis,
+    _filter,
     _layout,
     _plan,
     _probe,
@@ -51,8 +52,6 @@ from dsbp_optax._types import Array, PyTree, Scalar, Side, Solver
 #: Where the metric acts: before the direction is taken, behind it, or both.
 Where: TypeAlias = Literal["both", "before", "after"]
 
-#: Least mean of the remaining spectrum, as a share of the mean of the whole.
-_FLOOR = 1e-3
 #: Directions of a basis that serves as a metric alone.
 SHARE = RankFraction(1 / 8, most=32)
 #: The same for rules that lean on it more.
@@ -220,7 +219,7 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
             *(params, rule.choices, rule.refresh, rule.statistics_in_state),
             optax.identity(),
         )
-        fields = _stored(rule, fields)
+        fields = _spectral.store_bases(fields, rule.basis_dtype)
         return ActivationMetricState(**fields, inner=rule.inner.init(leaves))
 
     def update(
@@ -256,7 +255,8 @@ def activation_metric(rule: Rule) -> optax.GradientTransformationExtraArgs:
             if rule.where != "before" and path in scale:
                 found = keep_norm(found, scale[path](found))
             changes[path] = _layout.from_matrices(found, view)
-        fields = _stored(rule, end_step(state, step, rule.refresh))
+        fields = end_step(state, step, rule.refresh)
+        fields = _spectral.store_bases(fields, rule.basis_dtype)
         return to_updates(step, changes), ActivationMetricState(**fields, inner=inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -278,8 +278,7 @@ def metric_factors(
     outside = size - eigenvalues.shape[-1]
     rest = mean  # A whole basis has nothing outside: the scale is that of the mean.
     if outside > 0:
-        rest = (trace - jnp.sum(eigenvalues, axis=-1, keepdims=True)) / outside
-        rest = jnp.clip(rest, _FLOOR * mean, mean)
+        rest = jnp.minimum(_filter.remaining_mean(eigenvalues, trace, size), mean)
     shift = damping * mean
     strong = eigenvalues + shift
     ratio = (rest + shift) / jnp.where(strong > 0, strong, 1)
@@ -338,11 +337,3 @@ def _directed(rule: Rule, path: str, matrix: Array, view: MatrixView) -> Array:
             "matrix that keeps the shape, such as dsbp_optax.orthogonalize()."
         )
     return found.astype(matrix.dtype)
-
-
-def _stored(rule: Rule, fields: dict[str, Any]) -> dict[str, Any]:
-    """The bases in the dtype that they are stored in."""
-    if rule.basis_dtype is None:
-        return fields
-    stored = {p: v.astype(rule.basis_dtype) for p, v in fields["basis"].items()}
-    return {**fields, "basis": stored}

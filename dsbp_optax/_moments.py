@@ -123,22 +123,14 @@ def residual_adam(
         fresh = seen.residual()
         dtype, count = fresh.dtype, optax.safe_increment(held.taken)
         first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
-        square = fresh * fresh
-        momentum = _average(first, store.decode(held.momentum), fresh)
-        rows = _average(second, held.rows, square.mean(-1, keepdims=True))
-        columns = _average(second, held.columns, square.mean(-2, keepdims=True))
-        mean = rows.mean(-2, keepdims=True)
-        variance = rows * (columns / jnp.where(mean > 0, mean, 1))
-        variance = variance / (1 - second**count)
-        used = momentum / (1 - first ** (count + nesterov))
-        if nesterov:
-            used = _average(first, used, fresh / (1 - first**count))
-        addition = used / (jnp.sqrt(variance) + eps)
+        momentum = _momentum.average(first, store.decode(held.momentum), fresh)
+        rows, columns, variance = _momentum.factored(
+            second, held.rows, held.columns, fresh * fresh
+        )
+        addition = _momentum.adam_step(
+            momentum, variance, fresh, first, second, eps, count, nesterov
+        )
         state = FactoredAdam(store.encode(momentum), rows, columns, count)
         return Contribution(addition=addition), state
 
     return Residual(init, update)
-
-
-def _average(decay: Array, past: Array, fresh: Array) -> Array:
-    return decay * past + (1 - decay) * fresh

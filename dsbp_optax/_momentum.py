@@ -232,24 +232,16 @@ def quantized_adam(
             first, second = jnp.asarray(b1, g.dtype), jnp.asarray(b2, g.dtype)
             held, square = state.mu[path], g * g
             old = held if view is None else store.decode(held).astype(g.dtype)
-            m = _average(first, old, g)
+            m = average(first, old, g)
             if view is None:
-                rows[path] = v = _average(second, state.rows[path], square)
+                rows[path] = v = average(second, state.rows[path], square)
                 mu[path] = m
             else:
                 mu[path] = store.encode(m)
-                rows[path] = r = _average(
-                    second, state.rows[path], square.mean(-1, keepdims=True)
+                rows[path], columns[path], v = factored(
+                    second, state.rows[path], state.columns[path], square
                 )
-                columns[path] = c = _average(
-                    second, state.columns[path], square.mean(-2, keepdims=True)
-                )
-                mean = r.mean(-2, keepdims=True)
-                v = r * (c / jnp.where(mean > 0, mean, 1))
-            m = m / (1 - first ** (count + nesterov))
-            if nesterov:
-                m = _average(first, m, g / (1 - first**count))
-            step = m / (jnp.sqrt(v / (1 - second**count)) + eps)
+            step = adam_step(m, v, g, first, second, eps, count, nesterov)
             used[path] = _as_leaf(step, leaf, view)
         state = QuantizedAdamState(count, mu, rows, columns)
         return treedef.unflatten(used.values()), state
@@ -320,5 +312,43 @@ def _as_leaf(matrix: Array, leaf: Array, view: MatrixView | None) -> Array:
     return whole.astype(jnp.result_type(leaf))
 
 
-def _average(decay: Array, past: Array, fresh: Array) -> Array:
+def average(decay: Array, past: Array, fresh: Array) -> Array:
+    """``decay past + (1 - decay) fresh``."""
     return decay * past + (1 - decay) * fresh
+
+
+def factored(
+    decay: Array, rows: Array, columns: Array, square: Array
+) -> tuple[Array, Array, Array]:
+    """Averages of the rows' and columns' mean squares, and the product they stand for.
+
+    Args:
+      decay: of the averages.
+      rows: ``(*batch, a, 1)``.
+      columns: ``(*batch, 1, b)``.
+      square: ``(*batch, a, b)``.
+
+    Returns:
+      Rows, columns, and ``rows columns^T / mean(rows) (*batch, a, b)``.
+    """
+    rows = average(decay, rows, square.mean(-1, keepdims=True))
+    columns = average(decay, columns, square.mean(-2, keepdims=True))
+    mean = rows.mean(-2, keepdims=True)
+    return rows, columns, rows * (columns / jnp.where(mean > 0, mean, 1))
+
+
+def adam_step(
+    first_moment: Array,
+    second_moment: Array,
+    fresh: Array,
+    b1: Array,
+    b2: Array,
+    eps: Scalar,
+    count: Array,
+    nesterov: bool,
+) -> Array:
+    """``m / (sqrt(v) + eps)``, both moments corrected for their bias after `count`."""
+    used = first_moment / (1 - b1 ** (count + nesterov))
+    if nesterov:
+        used = average(b1, used, fresh / (1 - b1**count))
+    return used / (jnp.sqrt(second_moment / (1 - b2**count)) + eps)

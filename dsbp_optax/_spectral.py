@@ -447,3 +447,11 @@ def join_layers(layers: Mapping[str, Layer]) -> dict[str, Any]:
             if layer.schedule is not None
         },
     }
+
+
+def store_bases(fields: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The fields of a state with bases of `dtype`; None leaves them."""
+    if dtype is None:
+        return fields
+    stored = {path: basis.astype(dtype) for path, basis in fields["basis"].items()}
+    return {**fields, "basis": stored}

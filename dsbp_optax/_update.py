@@ -80,7 +80,7 @@ def _init(rule: Rule, params: PyTree) -> SpectralProjectionState:
         rule, inner, paths, lambda x, name: x.astype(rule.moment_dtype)
     )
     return SpectralProjectionState(
-        **_stored_basis(rule, fields),
+        **_spectral.store_bases(fields, rule.basis_dtype),
         inner=inner,
         residual=_init_residual(rule, views, dtypes),
         fallback=() if rule.fallback is None else rule.fallback.init(others),
@@ -109,7 +109,8 @@ def _update(
         step = begin_step(
             *(rule.choices, refresh_step, state, updates, statistics), taken=False
         )
-        fields = _stored_basis(rule, end_step(state, step, rule.refresh, taken=False))
+        fields = end_step(state, step, rule.refresh, taken=False)
+        fields = _spectral.store_bases(fields, rule.basis_dtype)
         return no_updates(step), state._replace(**fields)
 
     return gate(take, skip, updates, state)
@@ -152,7 +153,7 @@ def _take(
         residual = {path: rest for path, (_, rest) in combined.items()}
     changes = _combine.directed(rule, step, changes, updates, rows)
     return to_updates(step, changes), SpectralProjectionState(
-        **_stored_basis(rule, end_step(state, step, rule.refresh)),
+        **_spectral.store_bases(end_step(state, step, rule.refresh), rule.basis_dtype),
         inner=held.kernels,
         residual=residual,
         fallback=held.others,
@@ -209,11 +210,3 @@ def _init_residual(
         for path, view in views.items()
     }
     return held if jax.tree.leaves(held) else {}
-
-
-def _stored_basis(rule: Rule, fields: dict[str, Any]) -> dict[str, Any]:
-    """The bases in the dtype that they are stored in."""
-    if rule.basis_dtype is None:
-        return fields
-    stored = {p: v.astype(rule.basis_dtype) for p, v in fields["basis"].items()}
-    return {**fields, "basis": stored}

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from dsbp_optax._eigenbasis import Refresh
+from dsbp_optax._plan import Choices
 
 import dsbp_optax
 from benchmarks.kernels import is_kernel, map_kernels, path_of
 from dsbp_optax import _metric
-from dsbp_optax._eigenbasis import Refresh
-from dsbp_optax._plan import Choices
 
 #: Decays of every Adam: the auxiliary one, AdamW and those in few bits.
 _B1, _B2 = 0.9, 0.95

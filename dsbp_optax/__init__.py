@@ -1,7 +1,7 @@
 """Dynamic Spectral Backpropagation (DSBP) for Optax.
 
 The top eigenbasis of each layer's activations, kept in the optimizer's state, and
-optimizers that work in it. Start with `dsbp_muon` or `dsbp_sgd`, and collect the
+optimizers that work in it. Start with `dsbp_muon` or `dsbp_adamw`, and collect the
 activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
 
     tx = dsbp_optax.dsbp_muon(0.02)
@@ -14,25 +14,28 @@ import importlib
 from types import ModuleType
 
 from dsbp_optax import diagnostics
-from dsbp_optax._basis import eigh, power_iteration, randomized_svd
-from dsbp_optax._checkpoint import check_checkpoint
-from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
-from dsbp_optax._coordinates import project_gradients
-from dsbp_optax._eigenbasis import Schedule, Spectrum
-from dsbp_optax._filter import complement, whiten
-from dsbp_optax._layout import Axes, Coordinates
-from dsbp_optax._metric import scale_by_activation_metric
-from dsbp_optax._moments import residual_adam, residual_momentum
-from dsbp_optax._momentum import (
-    QuantizedAdamState,
-    QuantizedMomentumState,
-    scale_by_quantized_adam,
-    scale_by_quantized_momentum,
+from dsbp_optax.core.coordinates import project_gradients
+from dsbp_optax.core.layout import Axes, Coordinates
+from dsbp_optax.core.plan import Basis
+from dsbp_optax.core.schedule import AutoInterval, AutoRank, RankFraction
+from dsbp_optax.core.state import (
+    Layer,
+    SpectralState,
+    Spectrum,
+    by_path,
+    put_statistics,
+    with_layers,
 )
-from dsbp_optax._msam import SubspaceMsamState, evaluation_params, subspace_msam
-from dsbp_optax._orthogonal import orthogonalize, scale_by_orthogonalization
-from dsbp_optax._project import scale_by_spectral_projection
-from dsbp_optax._recipes import (
+from dsbp_optax.core.statistics import (
+    Activations,
+    Covariance,
+    Sketch,
+    add_statistics,
+    sum_statistics,
+)
+from dsbp_optax.linalg.eigensolvers import eigh, power_iteration
+from dsbp_optax.linalg.types import Eigenpairs, Operator, Solver, Statistic
+from dsbp_optax.recipes import (
     dsbp,
     dsbp_adamw,
     dsbp_muon,
@@ -40,64 +43,58 @@ from dsbp_optax._recipes import (
     subspace_adamw,
     subspace_muon,
 )
-from dsbp_optax._residual import (
+from dsbp_optax.rules.clip import ClipByNormGrowthState, clip_by_norm_growth
+from dsbp_optax.rules.directions import orthogonalize, scale_by_orthogonalization
+from dsbp_optax.rules.filters import complement, whiten
+from dsbp_optax.rules.metric import scale_by_activation_metric
+from dsbp_optax.rules.moments import (
+    scale_by_quantized_adam,
+    scale_by_quantized_momentum,
+)
+from dsbp_optax.rules.projection import scale_by_spectral_projection
+from dsbp_optax.rules.residual import (
     Residual,
-    error_feedback,
     normalize_residual,
+    residual_adam,
+    residual_momentum,
     scale_residual,
-    scale_residual_by_column,
-    sign_residual,
 )
-from dsbp_optax._resize import resize_state
-from dsbp_optax._sam import SubspaceSamState, subspace_sam
-from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
-from dsbp_optax._sharding import state_shardings
-from dsbp_optax._sharpness import add_spectral_sharpness
-from dsbp_optax._spectral import (
-    ActivationMetricState,
-    SpectralProjectionState,
-    SpectralSharpnessState,
-    put_statistics,
+from dsbp_optax.rules.sharpness import add_spectral_sharpness
+from dsbp_optax.scale.checkpoint import check_checkpoint
+from dsbp_optax.scale.sharding import state_shardings
+from dsbp_optax.sharpness.msam import (
+    SubspaceMsamState,
+    evaluation_params,
+    subspace_msam,
 )
-from dsbp_optax._statistics import (
-    Activations,
-    Covariance,
-    Sketch,
-    add_statistics,
-    sum_statistics,
-)
-from dsbp_optax._transport import carry_adam_second_moment
-from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
+from dsbp_optax.sharpness.sam import SubspaceSamState, subspace_sam
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
-    "ActivationMetricState",
     "Activations",
     "AutoInterval",
     "AutoRank",
     "Axes",
+    "Basis",
     "ClipByNormGrowthState",
     "Coordinates",
     "Covariance",
     "Eigenpairs",
+    "Layer",
     "Operator",
-    "QuantizedAdamState",
-    "QuantizedMomentumState",
     "RankFraction",
     "Residual",
-    "Schedule",
     "Sketch",
     "Solver",
-    "SpectralProjectionState",
-    "SpectralSharpnessState",
+    "SpectralState",
     "Spectrum",
     "Statistic",
     "SubspaceMsamState",
     "SubspaceSamState",
     "add_spectral_sharpness",
     "add_statistics",
-    "carry_adam_second_moment",
+    "by_path",
     "check_checkpoint",
     "clip_by_norm_growth",
     "complement",
@@ -107,25 +104,20 @@ __all__ = [
     "dsbp_muon",
     "dsbp_sgd",
     "eigh",
-    "error_feedback",
     "evaluation_params",
     "normalize_residual",
     "orthogonalize",
     "power_iteration",
     "project_gradients",
     "put_statistics",
-    "randomized_svd",
     "residual_adam",
     "residual_momentum",
-    "resize_state",
     "scale_by_activation_metric",
     "scale_by_orthogonalization",
     "scale_by_quantized_adam",
     "scale_by_quantized_momentum",
     "scale_by_spectral_projection",
     "scale_residual",
-    "scale_residual_by_column",
-    "sign_residual",
     "state_shardings",
     "subspace_adamw",
     "subspace_msam",
@@ -133,6 +125,7 @@ __all__ = [
     "subspace_sam",
     "sum_statistics",
     "whiten",
+    "with_layers",
 ]
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax import _layout, _plan, _spectral, _subspace
-from dsbp_optax._batches import Stream, stack_batches, stream_batches
-from dsbp_optax._curvature import (
+from dsbp_optax.core import paths, plan, state
+from dsbp_optax.core.plan import Decision
+from dsbp_optax.core.state import Layer, Spectrum
+from dsbp_optax.instruments.batches import Stream, stack_batches, stream_batches
+from dsbp_optax.instruments.curvature import (
     Density,
     Eigenvalues,
     Estimate,
@@ -22,14 +24,16 @@ from dsbp_optax._curvature import (
     top_eigenvalues,
     trace,
 )
-from dsbp_optax._eigenbasis import Schedule, Spectrum
-from dsbp_optax._momentum import QuantizedAdamState, QuantizedMomentumState
-from dsbp_optax._pac_bayes import Bound, Divergence, kl_divergence, pac_bayes_bound
-from dsbp_optax._plan import Decision
-from dsbp_optax._snapshot import Snapshot, snapshot
-from dsbp_optax._spectral import ActivationMetricState
-from dsbp_optax._surface import Surface, loss_surface
-from dsbp_optax._types import Array, PyTree, state_bytes
+from dsbp_optax.instruments.pac_bayes import (
+    Bound,
+    Divergence,
+    kl_divergence,
+    pac_bayes_bound,
+)
+from dsbp_optax.instruments.snapshot import Snapshot, snapshot
+from dsbp_optax.instruments.surface import Surface, loss_surface
+from dsbp_optax.linalg import subspace
+from dsbp_optax.linalg.types import Array, PyTree, state_bytes
 
 __all__ = [
     "Bound",
@@ -102,14 +106,14 @@ def explain(tx: optax.GradientTransformation, params: PyTree) -> Explanation:
       kernel  projected: input side, rank 4 of 64
     """
     plans: list[dict[str, Decision]] = []
-    token = _plan.OBSERVER.set(plans)
+    token = plan.OBSERVER.set(plans)
     try:
         jax.eval_shape(lambda tree: tx.init(tree), params)  # anew: jax keeps traces
     finally:
-        _plan.OBSERVER.reset(token)
+        plan.OBSERVER.reset(token)
     found = Explanation()
-    for path in _layout.flatten_with_paths(params)[0]:
-        found[path] = [plan[path] for plan in plans if path in plan]
+    for path in paths.flatten(params)[0]:
+        found[path] = [one[path] for one in plans if path in one]
     return found
 
 
@@ -123,8 +127,8 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     ``iterations`` and ``staleness`` (steps since the last refresh that was accepted);
     ``state_bytes`` (basis, moments and residual of this kernel, and moments in few bits
     beside its basis); with an adaptive
-    interval ``interval``, ``drift`` and ``jitter``, with an adaptive rank
-    ``active_rank``; of the whole: ``step`` and ``skipped``. Stacked kernels are
+    rank ``active_rank``; of the whole: ``step`` and ``skipped``, with an adaptive
+    interval ``interval``, ``drift`` and ``jitter``. Stacked kernels are
     averaged, but for the staleness, which is the greatest. Can be jit-compiled.
 
     Args:
@@ -141,22 +145,33 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
       0
     """
     figures: dict[str, Array] = {}
-    beside = _quantized(opt_state)
-    for state in _spectral.find_states(opt_state):
-        suffix = _spectral.STATES[type(state)]
-        for path, spectrum in state.spectrum.items():
+    beside = _moments(opt_state)
+    for one in state.find_states(opt_state):
+        if not one.basis:
+            continue
+        for path, layer in state.by_path(one).items():
+            if layer.basis is None:
+                continue
+            spectrum = layer.spectrum
             for name, value in _layer_metrics(spectrum).items():
-                figures[f"dsbp/{name}/{path}{suffix}"] = jnp.mean(value)
-            behind = jnp.max(state.step - 1 - spectrum.refreshed)
-            figures[f"dsbp/staleness/{path}{suffix}"] = behind
-            for name, value in _decisions(state.schedule.get(path)).items():
-                figures[f"dsbp/{name}/{path}{suffix}"] = jnp.max(value)
-            size = jnp.asarray(_kernel_bytes(state, path, [] if suffix else beside))
-            figures[f"dsbp/state_bytes/{path}{suffix}"] = size
+                figures[f"dsbp/{name}/{path}"] = jnp.mean(value)
+            behind = jnp.max(one.step - 1 - spectrum.refreshed)
+            figures[f"dsbp/staleness/{path}"] = behind
+            if spectrum.rank is not None:
+                figures[f"dsbp/active_rank/{path}"] = jnp.max(spectrum.rank)
+            size = _kernel_bytes(layer, beside.get(path, ()))
+            figures[f"dsbp/state_bytes/{path}"] = jnp.asarray(size)
         # Of several projections, in a partition, the one that counted most.
-        for name, count in (("step", state.step), ("skipped", state.skipped)):
-            known = figures.get(f"dsbp/{name}{suffix}", 0)
-            figures[f"dsbp/{name}{suffix}"] = jnp.maximum(known, count)
+        counts = {"step": one.step, "skipped": one.skipped}
+        if one.interval:
+            counts |= {
+                "interval": one.interval.length,
+                "drift": one.interval.drift,
+                "jitter": one.interval.jitter,
+            }
+        for name, count in counts.items():
+            known = figures.get(f"dsbp/{name}{one.suffix}", 0)
+            figures[f"dsbp/{name}{one.suffix}"] = jnp.maximum(known, count)
     return figures
 
 
@@ -196,7 +211,7 @@ def principal_angles(first: PyTree, second: PyTree) -> dict[str, Array]:
             f"principal_angles: got bases {shapes[0]} and {shapes[1]}, expected the "
             "same. Remedy: two states of one optimizer."
         )
-    return {path: _subspace.principal_angles(one[path], two[path]) for path in one}
+    return {path: subspace.principal_angles(one[path], two[path]) for path in one}
 
 
 def warnings(opt_state: PyTree) -> list[str]:
@@ -221,18 +236,20 @@ def warnings(opt_state: PyTree) -> list[str]:
       []
     """
     found = []
-    for state in _spectral.find_states(opt_state):
-        step, skipped = int(state.step), int(state.skipped)
-        if isinstance(state, ActivationMetricState):
-            step += skipped  # which it does not count
+    for one in state.find_states(opt_state):
+        if not one.basis:
+            continue
+        skipped = int(one.skipped)
+        step = int(one.step) + skipped
         if skipped:
             found.append(
                 f"{skipped} of {step} steps were skipped, their gradients or the "
                 "squares of these were not finite. Remedy: a smaller learning rate, "
                 "clipping, or loss scaling."
             )
-        for path, spectrum in state.spectrum.items():
-            found += _defects(path, spectrum, step)
+        for path, layer in state.by_path(one).items():
+            if layer.basis is not None:
+                found += _defects(path, layer.spectrum, step)
     return found
 
 
@@ -268,41 +285,30 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
 
 def _bases(opt_state: PyTree) -> dict[str, Array]:
     """Path -> ``(*stacked, d, k)``."""
-    found = {}
-    for state in _spectral.find_states(opt_state):
-        for path, layer in _spectral.split_layers(state).items():
-            basis, stacked = layer.basis, layer.spectrum.trace.shape[:-1]
-            batch = [axis for axis, length in enumerate(stacked) if length > 1]
-            rest = [axis for axis in range(basis.ndim) if axis not in batch]
-            ordered = basis.transpose(*batch, *rest)
-            shape = (*(stacked[axis] for axis in batch), -1, basis.shape[-1])
-            found[path + _spectral.STATES[type(state)]] = ordered.reshape(shape)
-    return found
+    return {
+        path: layer.basis.astype(layer.spectrum.trace.dtype)
+        for path, layer in state.by_path(opt_state).items()
+        if layer.basis is not None and layer.kernel.owner == layer.kernel.path
+    }
 
 
-def _quantized(opt_state: PyTree) -> list[PyTree]:
-    """The states of moments in few bits that lie outside of spectral states."""
-    kinds = QuantizedMomentumState | QuantizedAdamState
-    nodes = jax.tree.leaves(
-        opt_state, is_leaf=lambda x: isinstance(x, kinds | _spectral.SpectralState)
-    )
-    return [node for node in nodes if isinstance(node, kinds)]
+def _moments(opt_state: PyTree) -> dict[str, PyTree]:
+    """Path -> moments in few bits that lie outside of a state with bases."""
+    return {
+        path.removesuffix("#moments"): layer.inner
+        for path, layer in state.by_path(opt_state).items()
+        if path.endswith("#moments")
+    }
 
 
-def _kernel_bytes(
-    state: _spectral.SpectralState, path: str, beside: list[PyTree]
-) -> int:
+def _kernel_bytes(layer: Layer, beside: PyTree) -> int:
     """Bytes of basis, moments and residual state of one kernel."""
-    held = [state.basis[path]]
-    parts = [getattr(state, name, ()) for name in ("inner", "residual")]
-    for keys, leaf in jax.tree_util.tree_leaves_with_path([*parts, *beside]):
-        if jax.tree_util.DictKey(path) in keys:
-            held.append(leaf)
-    return state_bytes(held)
+    own = layer.kernel.owner == layer.kernel.path
+    return state_bytes([layer.basis if own else (), layer.inner, beside])
 
 
 def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
-    values, whole = spectrum.eigenvalues, spectrum.trace[..., 0]
+    values, whole = spectrum.eigenvalues, spectrum.trace
     total, tiny = jnp.sum(values, -1), jnp.finfo(values.dtype).tiny
     return {
         "energy": spectrum.energy,
@@ -314,16 +320,3 @@ def _layer_metrics(spectrum: Any) -> Mapping[str, Array]:
         "failures": spectrum.failures,
         "iterations": spectrum.iterations,
     }
-
-
-def _decisions(schedule: Schedule | None) -> Mapping[str, Array]:
-    """What a layer has decided for itself; the same for every matrix of a stack."""
-    if schedule is None:
-        return {}
-    figures = {
-        "interval": schedule.interval,
-        "drift": schedule.drift,
-        "jitter": schedule.jitter,
-        "active_rank": schedule.rank,
-    }
-    return {name: value for name, value in figures.items() if value is not None}

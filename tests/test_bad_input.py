@@ -23,12 +23,12 @@ from _models import (
     sketches,
     train,
 )
+from dsbp_optax._known import known_paths
+from dsbp_optax._spectral import map_states
 from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
-from dsbp_optax._known import known_paths
-from dsbp_optax._spectral import map_states
 from dsbp_optax._tap import make_riders
 
 FIRST = KERNELS[0]

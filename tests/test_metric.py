@@ -11,13 +11,13 @@ import metric_oracle as oracle
 import numpy as np
 import optax
 import pytest
+from dsbp_optax._spectral import find_states
 from metric_oracle import Rule
 from versions import x64
 
 import dsbp_optax
 from benchmarks import peers
 from dsbp_optax import Activations, Covariance, Sketch
-from dsbp_optax._spectral import find_states
 
 STEPS, RANK = 7, 3
 #: Kernel shape, axes of the inputs, of the outputs, stacked ones, name of its layer.

@@ -9,11 +9,11 @@ import metric_oracle as oracle
 import numpy as np
 import optax
 import pytest
+from dsbp_optax._momentum import storage
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import QuantizedAdamState, QuantizedMomentumState, _quantization
-from dsbp_optax._momentum import storage
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 #: Least mean square of the error of uniform levels for a normal variable (Max, 1960).

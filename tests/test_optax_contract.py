@@ -25,12 +25,12 @@ from _models import (
     train,
 )
 from absl.testing import parameterized
+from dsbp_optax._spectral import find_states
 from jax import export
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import put_statistics
-from dsbp_optax._spectral import find_states
 from dsbp_optax._tap import make_riders
 
 STEPS = 12

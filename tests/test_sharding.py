@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dsbp_optax._spectral import find_states
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
-from dsbp_optax._spectral import find_states
 
 ROUTES = ("subspace", "whole", "inside")
 KINDS = ("auto", "explicit")

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dsbp_optax._spectral import find_states
 from flax import nnx
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
-from dsbp_optax._spectral import find_states
 
 D, M, RHO = 12, 16, 0.1
 PATH = "layer/kernel"

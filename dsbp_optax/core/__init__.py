@@ -1,0 +1,1 @@
+"""One transformation: plan, stacks, state, refresh, step. Knows no framework."""

@@ -1,0 +1,407 @@
+"""One refresh of all bases: from statistics to eigenpairs that are accepted or not.
+
+V, lambda <- solver(w past + (1 - w) C, V)          of each matrix
+accepted  =  orthonormal, finite, of full rank      else the last good basis stays
+R         =  V_new^T V_old                          carries moments over
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsbp_optax.core import layout, schedule, stacks
+from dsbp_optax.core.plan import Choices, Kernel
+from dsbp_optax.core.schedule import AutoInterval, Turn
+from dsbp_optax.core.stacks import Stack
+from dsbp_optax.core.state import Interval, Spectrum, where
+from dsbp_optax.core.statistics import (
+    Activations,
+    Covariance,
+    Sketch,
+    blend,
+    gradient_sketch,
+)
+from dsbp_optax.linalg import subspace
+from dsbp_optax.linalg.types import Array, Eigenpairs, Operator, is_zero
+
+T = TypeVar("T")
+
+#: The share of lambda_1 under which lambda_k counts as zero, in units of eps.
+_RANK_TOLERANCE = 32.0
+
+
+class Bases(NamedTuple):
+    """The bases of a state in the dtype of their linear algebra.
+
+    Attributes:
+      basis: name of a stack -> ``(n, d, k)``.
+      spectrum: name of a stack -> `Spectrum`.
+      interval: `Interval`, or empty.
+    """
+
+    basis: dict[str, Array]
+    spectrum: dict[str, Spectrum]
+    interval: Any
+
+
+class _Solved(NamedTuple):
+    """What the solver found of one matrix, and whether it may be accepted."""
+
+    basis: Array
+    eigenvalues: Array
+    residual: Array
+    trace: Array
+    weight: Array
+    done: Array
+    observed: Array
+    something: Array
+    good: Array
+
+
+def turn_of(asked: Choices, interval: Any, step: Array, instant: bool) -> Turn:
+    """Where a step stands.
+
+    Args:
+      asked: p and q.
+      interval: `Interval` of an adaptive p.
+      step: int32.
+      instant: whether all statistics are whole matrices, which take all iterations on
+        the first step of a window.
+    """
+    window = to_int(asked.basis.power_iterations) if not instant else 1
+    if isinstance(asked.every, AutoInterval):
+        return schedule.turn(step - interval.start, asked.every.shortest, window)
+    every = to_int(asked.every)
+    return schedule.turn(step % every, every, window)
+
+
+def is_instant(statistic: Any) -> bool:
+    """Whether one observation allows all q iterations at once."""
+    return isinstance(statistic, Activations | Covariance)
+
+
+def refreshed(
+    asked: Choices,
+    kernels: tuple[Kernel, ...],
+    held: Bases,
+    statistics: Mapping[str, Any],
+    gradients: Mapping[str, Array],
+    step: Array,
+    turn: Turn,
+    unsure: bool,
+) -> tuple[Bases, dict[str, Array]]:
+    """All bases after a step of a window of refreshes.
+
+    Bases with sketches (or with nothing, which use their gradient) take one power
+    iteration on each step of a window; those with a whole matrix take all of them on
+    the first. One whose gradients came as coordinates waits for a statistic.
+
+    Args:
+      asked: settings.
+      kernels: the plan.
+      held: before the step.
+      statistics: path of the owner -> statistic.
+      gradients: name of a stack of kernels -> ``(n, d, m)``, of those that came whole.
+      step: int32.
+      turn: where it stands.
+      unsure: whether sketches may be empty, and the gradient's is to stand in then.
+
+    Returns:
+      The bases, and name of a stack -> rotations ``(n, k, k)`` of coordinates.
+    """
+    basis, spectrum, rotations = {}, {}, {}
+    for stack in stacks.of_bases(kernels):
+        old, past = held.basis[stack.name], held.spectrum[stack.name]
+        whole = _gradients(kernels, stack.kernels, gradients)
+        solved = _solve(asked, stack, old, past, statistics, whole, turn, unsure)
+        accept = functools.partial(_accept, asked, stack.first.adaptive, step, turn)
+        new, after, rotation = jax.vmap(accept)(old, past, solved)
+        energy = [
+            jax.vmap(_energy)(new[rows], g) if g is not None else past.energy[rows]
+            for rows, g in whole
+        ]
+        spectrum[stack.name] = after._replace(energy=_joined(whole, energy))
+        basis[stack.name], rotations[stack.name] = new, rotation
+    interval = held.interval
+    if isinstance(asked.every, AutoInterval):
+        after_all = Bases(basis, spectrum, interval)
+        interval = _next_interval(asked, after_all, rotations, step, turn)
+    return Bases(basis, spectrum, interval), rotations
+
+
+def _gradients(
+    kernels: tuple[Kernel, ...],
+    owners: Sequence[Kernel],
+    gradients: Mapping[str, Array],
+) -> list[tuple[np.ndarray, Array | None]]:
+    """Which matrices of the owners lie in one stack of kernels, and their gradients.
+
+    None for a gradient that came as coordinates.
+    """
+    found = []
+    for home in stacks.of_kernels(kernels):
+        each = home.first.view.count
+        places = [i for i, one in enumerate(owners) if one in home.kernels]
+        if places:
+            index = np.arange(home.count)
+            rows = [index[home.rows(owners[i].path)] for i in places]
+            mine = np.concatenate([np.arange(i * each, (i + 1) * each) for i in places])
+            whole = gradients.get(home.name)
+            if whole is not None:
+                whole = _take(whole, np.concatenate(rows))
+            found.append((mine, whole))
+    return found
+
+
+def _joined(groups: Sequence[tuple[np.ndarray, Any]], parts: Sequence[T]) -> T:
+    """What was found of groups of rows, in the order of the rows."""
+    order = np.argsort(np.concatenate([rows for rows, _ in groups]))
+    return jax.tree.map(lambda *x: _take(jnp.concatenate(x), order), *parts)
+
+
+def _take(x: Array, rows: np.ndarray) -> Array:
+    return x if np.array_equal(rows, np.arange(len(x))) else x[rows]
+
+
+def _energy(basis: Array, gradient: Array) -> Array:
+    return subspace.captured_energy(subspace.project(basis, gradient), gradient)
+
+
+def _solve(
+    asked: Choices,
+    stack: Stack,
+    basis: Array,
+    past: Spectrum,
+    statistics: Mapping[str, Any],
+    whole: Sequence[tuple[np.ndarray, Array | None]],
+    turn: Turn,
+    unsure: bool,
+) -> _Solved:
+    """What the solver finds for each matrix, from whatever is known of it."""
+    index = np.arange(stack.count)
+    given = {one.path: statistics.get(one.path) for one in stack.kernels}
+    told = [one for one in stack.kernels if isinstance(given[one.path], Sketch)]
+    blind = [one for one in stack.kernels if given[one.path] is None]
+    groups: list[tuple[np.ndarray, Any]] = []
+    observed: list[Any] = []
+
+    def rows_of(some: Sequence[Kernel]) -> np.ndarray:
+        return np.concatenate([index[stack.rows(one.path)] for one in some])
+
+    def from_gradients(rows: np.ndarray) -> Sketch:
+        sketches = []
+        for mine, g in whole:
+            if g is None:
+                none = jnp.zeros(len(mine), basis.dtype)
+                sketches.append(Sketch(jnp.zeros_like(basis[mine]), none, none))
+            else:
+                sketches.append(jax.vmap(gradient_sketch)(g, basis[mine]))
+        return jax.tree.map(lambda x: _take(x, rows), _joined(whole, sketches))
+
+    if told:
+        rows = rows_of(told)
+        each = [_as_matrices(given[one.path], one) for one in told]
+        sketch = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
+        seen = jnp.ones(len(rows), jnp.int32)
+        if unsure:
+            empty = sketch.count == 0
+            sketch = jax.vmap(where)(empty, from_gradients(rows), sketch)
+            seen = jnp.where(empty, 0, 1)
+        groups.append((rows, sketch))
+        observed.append(seen)
+    if blind:
+        rows = rows_of(blind)
+        groups.append((rows, from_gradients(rows)))
+        observed.append(jnp.zeros(len(rows), jnp.int32))
+    for one in stack.kernels:
+        if is_instant(given[one.path]):
+            groups.append((rows_of([one]), _as_matrices(given[one.path], one)))
+            observed.append(jnp.ones(one.view.count, jnp.int32))
+
+    solved = []
+    deficient = stack.first.adaptive is not None
+    for (rows, statistic), seen in zip(groups, observed, strict=True):
+        run = functools.partial(_solve_one, asked, deficient)
+        held = jax.tree.map(lambda x, rows=rows: _take(x, rows), (basis, past))
+        found = jax.vmap(run)(*held, statistic, seen)
+        if is_instant(statistic):
+            first = turn.first
+            found = found._replace(
+                something=found.something & first, good=found.good & first
+            )
+        solved.append(found)
+    return _joined(groups, solved)
+
+
+def _as_matrices(statistic: Any, one: Kernel) -> Any:
+    """Arrays ``(count, ...)``: sketches come in kernel form."""
+    view = one.view
+    if isinstance(statistic, Sketch):
+        product, count, trace = (
+            layout.from_kernel_form(jnp.asarray(x).astype(one.dtype), view)
+            for x in (statistic.product, statistic.count, statistic.trace)
+        )
+        return Sketch(product, count[..., 0, 0], trace[..., 0, 0])
+    if isinstance(statistic, Covariance):
+        count = jnp.broadcast_to(jnp.asarray(statistic.count), view.batch_shape)
+        matrix = jnp.reshape(statistic.matrix, (-1, view.size, view.size))
+        return Covariance(matrix, count.reshape(-1))
+    return Activations(jnp.reshape(statistic.values, (view.count, -1, view.size)))
+
+
+def _solve_one(
+    asked: Choices,
+    deficient: bool,
+    basis: Array,
+    past: Spectrum,
+    statistic: Any,
+    observed: Array,
+) -> _Solved:
+    """What the solver finds of one matrix."""
+    settings, iterations = asked.basis, to_int(asked.basis.power_iterations)
+    operator = statistic.operator(basis)
+    decay = jnp.asarray(settings.decay, basis.dtype)
+    if not operator.exact:  # The steps of a window are one observation together.
+        decay = decay ** (1 / jnp.asarray(iterations, basis.dtype))
+    weight = decay * past.weight
+    total = weight + (1 - decay)
+    if not is_zero(settings.decay):
+        share = weight / total
+        operator = blend(operator, basis, past.eigenvalues, past.trace, share)
+    pairs = settings.solver(operator, basis, iterations)
+    return _Solved(
+        *pairs,
+        trace=jnp.asarray(operator.trace, basis.dtype),
+        weight=total,
+        done=jnp.asarray(iterations if operator.exact else 1, jnp.int32),
+        observed=observed,
+        something=operator.count != 0,
+        good=_usable(operator, pairs, deficient),
+    )
+
+
+def _usable(operator: Operator, pairs: Eigenpairs, deficient: bool) -> Array:
+    """Whether a refresh may replace the last good basis.
+
+    Refused: nothing observed, non-finite numbers, a second moment whose rank is
+    below that of the basis (unless `deficient`: an adaptive rank leaves out what
+    explains nothing), a zero one, and a basis that is not orthonormal.
+    """
+    eps = jnp.finfo(pairs.basis.dtype).eps
+    gram = subspace.rotation(pairs.basis, pairs.basis)
+    orthonormal = jnp.max(jnp.abs(gram - jnp.eye(len(gram)))) < jnp.sqrt(eps)
+    leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
+    full_rank = leading > 0
+    if not deficient:
+        full_rank &= last > _RANK_TOLERANCE * eps * leading
+    finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
+    finite &= jnp.isfinite(pairs.residual)
+    return (operator.count > 0) & finite & full_rank & orthonormal
+
+
+def _accept(
+    asked: Choices,
+    adaptive: tuple[int, float] | None,
+    step: Array,
+    turn: Turn,
+    old: Array,
+    past: Spectrum,
+    solved: _Solved,
+) -> tuple[Array, Spectrum, Array]:
+    """Basis, spectrum and rotation of one matrix; the old ones where refused."""
+    # What activations told in this window is not to be replaced by a gradient.
+    lately = (past.refreshed >= 0) & (
+        past.refreshed > step - to_int(asked.basis.power_iterations)
+    )
+    kept = (solved.observed == 0) & (past.activations > 0) & lately
+    good = solved.good & ~kept
+    fresh = past._replace(
+        eigenvalues=solved.eigenvalues,
+        trace=solved.trace,
+        weight=solved.weight,
+        residual=solved.residual,
+        iterations=past.iterations + solved.done,
+        activations=solved.observed,
+        refreshed=step,
+    )
+    failures = past.failures + jnp.where(solved.something & ~kept, 1, 0)
+    after = where(good, fresh, past._replace(failures=failures))
+    basis = jnp.where(good, solved.basis, old)
+    same = jnp.eye(old.shape[-1], dtype=old.dtype)
+    rotation = jnp.where(good, subspace.rotation(basis, old), same)
+    if adaptive is None:
+        return basis, after, rotation
+    told = turn.last & ((good | lately) & (after.refreshed >= 0))
+    chosen = schedule.next_rank(*adaptive, past.rank, after.eigenvalues, after.trace)
+    after = after._replace(rank=jnp.where(told, chosen, past.rank))
+    before, now = (in_use(x.rank, old.shape[-1]) for x in (past, after))
+    return basis, after, rotation * now[:, None] * before
+
+
+def in_use(rank: Array, size: int) -> Array:
+    """1 for the directions in use, 0 for the rest: ``(*n, size)``."""
+    return jnp.arange(size) < rank[..., None]
+
+
+def _next_interval(
+    asked: Choices,
+    held: Bases,
+    rotations: Mapping[str, Array],
+    step: Array,
+    turn: Turn,
+) -> Interval:
+    """What the bases' movement in a window says of the next one's distance."""
+    rule, past = asked.every, held.interval
+    window = to_int(asked.basis.power_iterations)
+    drifts, jitters, told, warm = [], [], [], []
+    for name, basis in held.basis.items():
+        spectrum = held.spectrum[name]
+        size = basis.shape[-1]
+        rank = jnp.full(len(basis), size) if spectrum.rank is None else spectrum.rank
+        whole = subspace.rotation(basis, past.reference[name].astype(basis.dtype))
+        drifts.append(jax.vmap(schedule.drift)(whole, rank))
+        jitters.append(jax.vmap(schedule.drift)(rotations[name], rank))
+        told.append(spectrum.refreshed > step - window)
+        warm.append(spectrum.iterations > window)
+    known = jnp.concatenate(told)
+    count = jnp.maximum(jnp.sum(known), 1)
+    drift, jitter = (
+        jnp.sum(jnp.where(known, jnp.concatenate(x), 0)) / count
+        for x in (drifts, jitters)
+    )
+    jitter = jnp.where(turn.first, 0, jitter)  # A window of one step has none.
+    decides = jnp.any(known) & jnp.any(jnp.concatenate(warm)) & (past.start > 0)
+    length = schedule.next_interval(rule, past.length, drift, jitter)
+    length = jnp.where(decides, length, past.length)
+    new = Interval(
+        start=jnp.maximum(past.start + length, step + 1),
+        length=length,
+        drift=jnp.where(jnp.any(known), drift, past.drift),
+        jitter=jnp.where(jnp.any(known), jitter, past.jitter),
+        reference={n: v.astype(jnp.bfloat16) for n, v in held.basis.items()},
+    )
+    return where(turn.last, new, past)
+
+
+def init_interval(asked: Choices, basis: Mapping[str, Array]) -> Any:
+    """`Interval` before the first window; empty where p is fixed."""
+    if not isinstance(asked.every, AutoInterval):
+        return ()
+    return Interval(
+        start=jnp.zeros([], jnp.int32),
+        length=jnp.asarray(asked.every.shortest, jnp.int32),
+        drift=jnp.zeros([]),
+        jitter=jnp.zeros([]),
+        reference={name: v.astype(jnp.bfloat16) for name, v in basis.items()},
+    )
+
+
+def to_int(value: Any) -> Any:
+    """Traced hyperparameters may arrive as floats."""
+    return value if isinstance(value, int) else jnp.asarray(value).astype(jnp.int32)

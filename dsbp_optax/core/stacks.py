@@ -1,0 +1,161 @@
+"""Kernels alike as one array of matrices, so that a program does not grow with depth.
+
+A *stack* holds the kernels that are read alike, of one rank and dtype: ``(n, d, m)``.
+Their bases lie in a stack too, together with those of all kernels of the same ``d`` and
+rank: ``(n, d, k)``. Kernels that are stacked already (scanned layers, experts) are a
+stack of their own, sharded along their first axis like the kernel. A stack bears the
+path of its first kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsbp_optax.core import layout
+from dsbp_optax.core.plan import Kernel
+from dsbp_optax.linalg.types import Array, PyTree, is_traced
+
+T = TypeVar("T")
+
+#: Numbers of a stack that are worked on at once: few launches where matrices are small,
+#: the temporaries of one matrix where they are large.
+_AT_ONCE = 2**20
+
+
+class Stack(NamedTuple):
+    """Kernels alike.
+
+    Attributes:
+      name: path of the first.
+      kernels: in the order of their matrices.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def first(self) -> Kernel:
+        """What all of them are like."""
+        return self.kernels[0]
+
+    @property
+    def count(self) -> int:
+        """Number of matrices."""
+        return len(self.kernels) * self.first.view.count
+
+    def rows(self, path: str) -> slice:
+        """Where the matrices of a kernel lie."""
+        index = [one.path for one in self.kernels].index(path)
+        each = self.first.view.count
+        return slice(index * each, (index + 1) * each)
+
+
+@functools.lru_cache(maxsize=512)
+def of_kernels(kernels: tuple[Kernel, ...]) -> tuple[Stack, ...]:
+    """The stacks of all kernels, with a basis or without."""
+    return _grouped(kernels, lambda one: (one.view, one.side, one.rank, one.dtype))
+
+
+@functools.lru_cache(maxsize=512)
+def of_bases(kernels: tuple[Kernel, ...]) -> tuple[Stack, ...]:
+    """The stacks of bases, of the kernels that own one."""
+    owners = tuple(one for one in kernels if one.rank and one.owner == one.path)
+    return _grouped(
+        owners, lambda one: (one.view.size, one.rank, one.dtype, one.adaptive)
+    )
+
+
+def _grouped(
+    kernels: Sequence[Kernel], alike: Callable[[Kernel], Any]
+) -> tuple[Stack, ...]:
+    found: dict[Any, list[Kernel]] = defaultdict(list)
+    for one in kernels:
+        found[alike(one), one.path if one.view.batch else ""].append(one)
+    return tuple(Stack(group[0].path, tuple(group)) for group in found.values())
+
+
+@functools.lru_cache(maxsize=512)
+def _places(stack: Stack, bases: tuple[Stack, ...]) -> tuple[str, tuple[int, ...]]:
+    """The stack of bases that a stack of kernels uses, and which of them."""
+    home = next(
+        one for one in bases for k in one.kernels if k.path == stack.first.owner
+    )
+    index = [
+        i for k in stack.kernels for i in range(*home.rows(k.owner).indices(10**9))
+    ]
+    return home.name, tuple(index)
+
+
+def of_stack(stack: Stack, bases: tuple[Stack, ...], held: Mapping[str, T]) -> T:
+    """What belongs to each matrix of a stack out of what the stacks of bases hold.
+
+    Args:
+      stack: of kernels.
+      bases: all stacks of bases.
+      held: name of a stack of bases -> tree of arrays ``(n, ...)``.
+    """
+    name, index = _places(stack, bases)
+    length = next(one.count for one in bases if one.name == name)
+    if index == tuple(range(length)):
+        return held[name]
+    if index == tuple(range(index[0], index[0] + len(index))):
+        return jax.tree.map(lambda x: x[index[0] : index[-1] + 1], held[name])
+    return jax.tree.map(lambda x: x[np.asarray(index)], held[name])
+
+
+def gather(leaves: Mapping[str, Any], stack: Stack) -> Array:
+    """The kernels of a stack as matrices ``(n, d, m)`` of its dtype."""
+    parts = [
+        jnp.asarray(leaves[one.path]).astype(stack.first.dtype) for one in stack.kernels
+    ]
+    whole = parts[0][None] if len(parts) == 1 else jnp.stack(parts)
+    return layout.to_matrices(whole, stack.first.view)
+
+
+def scatter(matrices: Array, stack: Stack) -> dict[str, Array]:
+    """Path -> kernel, the inverse of `gather`."""
+    whole = layout.from_matrices(matrices, stack.first.view)
+    return {one.path: whole[i] for i, one in enumerate(stack.kernels)}
+
+
+def each(
+    function: Callable[[Any, Any], Any], changed: PyTree, fixed: PyTree, numbers: int
+) -> PyTree:
+    """`function` of every matrix: ``(changed, fixed) -> changed``.
+
+    Small matrices are worked on together. Large ones in a loop over a few at a time,
+    which writes each result where its argument lay: the temporaries are those of one
+    launch.
+
+    Args:
+      function: of the parts of one matrix; keeps the shapes and dtypes of `changed`.
+      changed: tree of arrays ``(n, ...)``.
+      fixed: another.
+      numbers: of one matrix.
+    """
+    count = len(jax.tree.leaves(changed)[0])
+    together = jax.vmap(function)
+    fit = [n for n in range(1, count + 1) if count % n == 0 and n * numbers <= _AT_ONCE]
+    size = max(fit, default=1)
+    if size == count or not is_traced((changed, fixed)):
+        return together(changed, fixed)
+
+    def cut(x: Array, i: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * size, size)
+
+    def body(i: Array, changed: PyTree) -> PyTree:
+        parts = [jax.tree.map(lambda x: cut(x, i), tree) for tree in (changed, fixed)]
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0),
+            changed,
+            together(*parts),
+        )
+
+    return jax.lax.fori_loop(0, count // size, body, changed)

@@ -1,0 +1,399 @@
+"""The way of a gradient: one transformation, read from top to bottom.
+
+gradients  ->  stacks of matrices alike                          `stacks.gather`
+           ->  all of the step, or nothing where one is not finite      `gate`
+                 V, lambda <- refreshed, on q of every p steps    `refresh`
+                 update, moments <- rule(G, V, lambda, moments)   of each matrix
+           ->  updates shaped as the parameters                  `stacks.scatter`
+
+Every transformation of this package is this one with a `Rule` of its own: what is done
+with one ``d x m`` matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsbp_optax.core import layout, paths, plan, refresh, sharding, stacks, state
+from dsbp_optax.core.coordinates import refuse
+from dsbp_optax.core.gate import branch, gate
+from dsbp_optax.core.layout import Coordinates
+from dsbp_optax.core.plan import Choices, Kernel
+from dsbp_optax.core.refresh import Bases
+from dsbp_optax.core.stacks import Stack
+from dsbp_optax.core.state import Kind, SpectralState, cast_like
+from dsbp_optax.linalg.types import Array, PyTree, Scalar
+
+_NO_STATISTICS = (
+    "update: got no statistics=, expected those that an adapter's value_and_grad "
+    "returns; the metric is that of the gradients' own directions, which is worth "
+    "less. Remedy: tx.update(grads, state, params, statistics=statistics), or "
+    "statistics={} where this is meant."
+)
+
+
+class Seen(NamedTuple):
+    """What a rule is shown of one matrix beside its gradient.
+
+    Attributes:
+      basis: ``V (d, k)``, zero in directions that are not in use; None without one.
+      eigenvalues: ``(k,)``, or None.
+      trace: ``()``, or None.
+      activations: int32 ``()``, 1 where the basis comes from activations, or None.
+      iterations: int32 ``()``, power iterations done so far, or None.
+      coordinates: ``V^T G (k, m)`` where the gradient came so, else None.
+      kernel: ``W (d, m)`` where the rule asks for it, else None.
+      seed: uint32 ``()``, another for each matrix.
+      step: int32 ``()``.
+      fans: fan in and fan out.
+      window: q.
+      extra: further arguments of ``update``.
+    """
+
+    basis: Any
+    eigenvalues: Any
+    trace: Any
+    activations: Any
+    iterations: Any
+    coordinates: Any
+    kernel: Any
+    seed: Any
+    step: Any
+    fans: tuple[int, int]
+    window: Any
+    extra: Mapping[str, Any]
+
+
+class Rule(NamedTuple):
+    """What is done with one matrix.
+
+    Attributes:
+      init: (zeros ``(d, m)``, rank) -> state.
+      update: (gradient ``(d, m)``, `Seen`, state) -> (update ``(d, m)``, state); the
+        gradient is zero where it came as coordinates.
+      rotate: (state, ``R (k, k)``) -> state in the coordinates of another basis.
+      whole: who needs the whole gradient, in words, or None where coordinates do.
+      kernel: whether the rule wants the parameters.
+    """
+
+    init: Callable[[Array, int], PyTree]
+    update: Callable[[Array, Seen, PyTree], tuple[Array, PyTree]]
+    rotate: Callable[[PyTree, Array], PyTree] | None = None
+    whole: str | None = None
+    kernel: bool = False
+
+
+def transformation(
+    kind: Kind,
+    rule: Rule,
+    fallback: optax.GradientTransformationExtraArgs,
+    asked: Choices,
+    check: Callable[[Mapping[str, Any]], None] = lambda others: None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation that does `rule` with each kernel, `fallback` with the rest.
+
+    Args:
+      kind: of its state.
+      rule: of kernels.
+      fallback: on a flat dict by path.
+      asked: which parameters are kernels, and how their bases are kept.
+      check: raises for parameters that are no kernels, at ``init``.
+    """
+
+    def init(params: PyTree) -> SpectralState:
+        leaves, _ = paths.flatten(params)
+        if not leaves:
+            return state.empty_state()
+        decisions = plan.decide(params, asked, _memory(rule))
+        kernels = tuple(
+            one.kernel for _, one in sorted(decisions.items()) if one.kernel is not None
+        )
+        others = {p: x for p, x in leaves.items() if decisions[p].kernel is None}
+        check(others)
+        basis, spectrum = state.init_bases(stacks.of_bases(kernels), asked.basis.dtype)
+        counters = (jnp.zeros([], jnp.int32) for _ in range(2))
+        fresh = SpectralState(
+            *counters,
+            collect=jnp.ones([], jnp.int32),
+            basis=basis,
+            spectrum=spectrum,
+            interval=refresh.init_interval(asked, basis),
+            statistics={},
+            inner=_init_inner(rule, kernels),
+            fallback=fallback.init(others),
+            plan=plan.as_keys(kernels),
+            form={state.VERSION: {kind: {}}},
+        )
+        if asked.basis.statistics_in_state:
+            fresh = fresh._replace(statistics=state.empty_sketches(fresh))
+        return fresh
+
+    def update(
+        updates: PyTree,
+        held: SpectralState,
+        params: PyTree | None = None,
+        *,
+        statistics: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, SpectralState]:
+        leaves, treedef = paths.flatten(updates)
+        if not leaves:
+            return updates, held
+        state.check_version(held)
+        state.check_leaves(held, leaves)
+        if rule.whole is not None:
+            given = (p for p, x in leaves.items() if isinstance(x, Coordinates))
+            refuse(given, rule.whole)
+        blind = statistics is None and not held.statistics
+        if kind == "metric" and blind and held.basis:
+            warnings.warn(_NO_STATISTICS, stacklevel=2)
+        known = paths.known_paths(updates)
+        told = state.gather_statistics(statistics, held, known)
+        kernels = held.kernels
+        whole, given = _gathered(leaves, held)
+        others = _others(leaves, kernels)
+        there = None if params is None else paths.flatten(params)[0]
+        weights = _weights(rule, held, there)
+        rest = None if there is None else _others(there, kernels)
+
+        def take(operands: Any) -> Any:
+            held, whole, given, others = operands
+            bases, inner, given = _refreshed(
+                rule, asked, held, told, whole, given, statistics is None
+            )
+            changes = {}
+            for stack in held.stacks:
+                name = stack.name
+                changes[name], inner[name] = _changed(
+                    *(rule, asked, held, stack, bases, whole.get(name)),
+                    *(given.get(name), weights.get(name), inner[name], extra),
+                )
+            others, fell = fallback.update(others, held.fallback, rest, **extra)
+            count = optax.safe_increment(held.step)
+            collects = refresh.turn_of(asked, bases.interval, count, instant=False)
+            new = held._replace(
+                step=count,
+                collect=collects.now.astype(jnp.int32),
+                basis=bases.basis,
+                spectrum=bases.spectrum,
+                interval=bases.interval,
+                statistics=jax.tree.map(jnp.zeros_like, held.statistics),
+                inner=inner,
+                fallback=fell,
+            )
+            return (changes, cast_like(others, _others(leaves, kernels))), cast_like(
+                new, held
+            )
+
+        def skip(operands: Any) -> Any:
+            held, *_, others = operands
+            nothing = jax.tree.map(jnp.zeros_like, others)
+            changes = {
+                s.name: jnp.zeros(
+                    (s.count, s.first.view.size, s.first.view.other)
+                ).astype(s.first.dtype)
+                for s in held.stacks
+            }
+            new = held._replace(
+                skipped=held.skipped + 1,
+                statistics=jax.tree.map(jnp.zeros_like, held.statistics),
+            )
+            return (changes, nothing), new
+
+        arrived = whole, given, others
+        (changes, others), new = gate(take, skip, arrived, (held, *arrived))
+        done = dict(others)
+        for stack in held.stacks:
+            done |= stacks.scatter(changes[stack.name], stack)
+        return treedef.unflatten(
+            done[path].astype(jnp.result_type(*jax.tree.leaves(leaf)))
+            for path, leaf in leaves.items()
+        ), new
+
+    return optax.GradientTransformationExtraArgs(init, sharding.update_in_place(update))
+
+
+def _refreshed(
+    rule: Rule,
+    asked: Choices,
+    held: SpectralState,
+    told: Mapping[str, Any],
+    whole: Mapping[str, Array],
+    given: Mapping[str, Array],
+    unsure: bool,
+) -> tuple[Bases, dict[str, Any], dict[str, Array]]:
+    """Bases, states of rules and coordinates after what this step refreshes."""
+    kernels, bases = held.kernels, held.bases
+    dtypes = {one.name: one.first.dtype for one in bases}
+    wide = {name: v.astype(dtypes[name]) for name, v in held.basis.items()}
+    before = Bases(wide, dict(held.spectrum), held.interval)
+    if not bases:
+        return before, dict(held.inner), dict(given)
+    owners = [one.path for stack in bases for one in stack.kernels]
+    instant = all(refresh.is_instant(told.get(path)) for path in owners)
+    turn = refresh.turn_of(asked, held.interval, held.step, instant)
+
+    def now(operands: Any) -> Any:
+        before, inner, given = operands
+        after, rotations = refresh.refreshed(
+            asked, kernels, before, told, whole, held.step, turn, unsure
+        )
+        inner, given = dict(inner), dict(given)
+        for stack in held.stacks:
+            if not stack.first.rank:
+                continue
+            rotation = stacks.of_stack(stack, bases, rotations)
+            if rule.rotate is not None:
+                inner[stack.name] = jax.vmap(rule.rotate)(inner[stack.name], rotation)
+            if stack.name in given:
+                given[stack.name] = jnp.matmul(rotation, given[stack.name])
+        return cast_like((after, inner, given), operands)
+
+    operands = before, dict(held.inner), dict(given)
+    done: tuple[Bases, Any, Any] = branch(turn.now, now, lambda x: x, operands)
+    return done
+
+
+def _changed(
+    rule: Rule,
+    asked: Choices,
+    held: SpectralState,
+    stack: Stack,
+    bases: Bases,
+    whole: Array | None,
+    given: Array | None,
+    weights: Array | None,
+    inner: PyTree,
+    extra: Mapping[str, Any],
+) -> tuple[Array, PyTree]:
+    """The rule's update and state of all matrices of a stack."""
+    first, count = stack.first, stack.count
+    shape = (count, first.view.size, first.view.other)
+    known: dict[str, Any] = dict.fromkeys(Seen._fields)
+    if first.rank:
+        basis = stacks.of_stack(stack, held.bases, bases.basis)
+        spectrum = stacks.of_stack(stack, held.bases, bases.spectrum)
+        if spectrum.rank is not None:
+            basis = basis * refresh.in_use(spectrum.rank, first.rank)[:, None, :]
+        known |= {"basis": basis, "eigenvalues": spectrum.eigenvalues}
+        known |= {name: getattr(spectrum, name) for name in _OF_SPECTRUM}
+    seeds = [plan.seed(one.path) + i for one in stack.kernels for i in range(_per(one))]
+    known |= {"coordinates": given, "kernel": weights}
+    known["seed"] = jnp.asarray(seeds, jnp.uint32)
+    arrays = {name: x for name, x in known.items() if x is not None}
+    fixed = {
+        "step": held.step,
+        "fans": first.fans,
+        "window": refresh.to_int(asked.basis.power_iterations),
+        "extra": extra,
+    }
+
+    def one(changed: Any, arrays: Any) -> Any:
+        gradient, state = changed
+        seen = Seen(**{**dict.fromkeys(Seen._fields), **arrays, **fixed})
+        return cast_like(rule.update(gradient, seen, state), changed)
+
+    if whole is None:
+        whole = jnp.zeros(shape, first.dtype)
+    changed = stacks.each(one, (whole, inner), arrays, shape[1] * shape[2])
+    update, inner = changed
+    return update, inner
+
+
+_OF_SPECTRUM = ("trace", "activations", "iterations")
+
+
+def _per(one: Kernel) -> int:
+    return one.view.count
+
+
+def _gathered(
+    leaves: Mapping[str, Any], held: SpectralState
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Gradients of the stacks: whole ones, and those that came as coordinates.
+
+    A stack of which any came so is taken in coordinates.
+    """
+    whole, given = {}, {}
+    for stack in held.stacks:
+        some = [isinstance(leaves[one.path], Coordinates) for one in stack.kernels]
+        if not any(some):
+            whole[stack.name] = stacks.gather(leaves, stack)
+            continue
+        basis = stacks.of_stack(stack, held.bases, held.basis)
+        parts = []
+        for one in stack.kernels:
+            leaf, rows = leaves[one.path], stack.rows(one.path)
+            if isinstance(leaf, Coordinates):
+                values = layout.to_coordinates(leaf.values, one.view)
+                parts.append(values.astype(one.dtype))
+            else:
+                alone = stacks.gather(leaves, Stack(one.path, (one,)))
+                parts.append(jnp.einsum("ndk,ndm->nkm", basis[rows], alone))
+        given[stack.name] = jnp.concatenate(parts)
+    return whole, given
+
+
+def _others(leaves: Mapping[str, Any], kernels: tuple[Kernel, ...]) -> dict[str, Array]:
+    known = {one.path for one in kernels}
+    return {p: jnp.asarray(x) for p, x in leaves.items() if p not in known}
+
+
+def _weights(
+    rule: Rule, held: SpectralState, leaves: Mapping[str, Any] | None
+) -> dict[str, Array]:
+    """The parameters as stacks, for a rule that wants them."""
+    if not rule.kernel:
+        return {}
+    if leaves is None:
+        raise ValueError(
+            "the spectral sharpness term needs the parameters. Remedy: call "
+            "tx.update(updates, state, params)."
+        )
+    return {s.name: stacks.gather(leaves, s) for s in held.stacks if s.first.rank}
+
+
+def _init_inner(rule: Rule, kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:
+    """The state of the rule of each matrix: all of a stack begin alike."""
+    found = {}
+    for stack in stacks.of_kernels(kernels):
+        first = stack.first
+        zeros = jnp.zeros((first.view.size, first.view.other), first.dtype)
+        one = rule.init(zeros, first.rank)
+        found[stack.name] = jax.tree.map(
+            lambda x, n=stack.count: jnp.broadcast_to(x, (n, *jnp.shape(x))) + 0, one
+        )
+    return found
+
+
+def _memory(rule: Rule) -> Callable[[layout.Shape, int, Any], int]:
+    """Bytes that a rule keeps for a matrix of this shape at that rank."""
+
+    @functools.cache
+    def count(shape: layout.Shape, rank: int, dtype: Any) -> int:
+        return plan.bytes_of(lambda: rule.init(jnp.zeros(shape, dtype), rank))
+
+    return count
+
+
+def of_matrix(tx: optax.GradientTransformation) -> Rule:
+    """`tx` run on each matrix by itself: norms and counters are those of a matrix."""
+    wrapped = optax.with_extra_args_support(tx)
+
+    def update(g: Array, seen: Seen, held: PyTree) -> tuple[Array, PyTree]:
+        changed, held = wrapped.update(g, held, None, **seen.extra)
+        return changed, held
+
+    return Rule(lambda zeros, rank: wrapped.init(zeros), update)
+
+
+def value_at(value: optax.ScalarOrSchedule, step: Array) -> Scalar:
+    """A number, or what a schedule says at a step."""
+    return value(step) if callable(value) else value

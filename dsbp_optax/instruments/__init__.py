@@ -1,0 +1,1 @@
+"""Read-only figures of optimizers, losses and training runs."""

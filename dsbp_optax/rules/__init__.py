@@ -1,0 +1,1 @@
+"""What is done with a matrix: the metric, the projection, moments, the sharpness."""

@@ -1,0 +1,186 @@
+"""Where the arrays of a state lie on a mesh.
+
+Every array of a state is sharded along the axes that it shares with its kernels, and
+never along the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsbp_optax.core import checks, paths, stacks
+from dsbp_optax.core.layout import Shape
+from dsbp_optax.core.plan import Kernel
+from dsbp_optax.core.sharding import padded
+from dsbp_optax.core.stacks import Stack
+from dsbp_optax.core.state import SpectralState
+from dsbp_optax.linalg.types import PyTree
+
+
+def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
+    """Shardings of an optimizer state that follow those of the parameters.
+
+    Bases and moments are sharded along the axes that they share with their kernels,
+    never along the rank; a stack lies as most of its kernels do. What has the shape of
+    a parameter is sharded like it, all else is replicated.
+
+    Args:
+      opt_state: any nest of optax states, or its shapes.
+      params: the parameters, or `jax.ShapeDtypeStruct`s, with a
+        `jax.sharding.NamedSharding` each.
+
+    Returns:
+      A tree of `jax.sharding.NamedSharding`, shaped as `opt_state`, for
+      `jax.device_put` and the ``in_shardings`` and ``out_shardings`` of `jax.jit`.
+
+    Raises:
+      ValueError: when no parameter has a `NamedSharding`, or a mesh does not divide
+        the axes that it splits.
+
+    Cost: none; shapes only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, dsbp_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> kernel = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("data")))
+      >>> tx = dsbp_optax.dsbp_adamw(1e-3)
+      >>> shapes = jax.eval_shape(tx.init, {"kernel": kernel})
+      >>> places = dsbp_optax.state_shardings(shapes, {"kernel": kernel})
+      >>> state = jax.jit(tx.init, out_shardings=places)({"kernel": kernel})
+      >>> tuple(state[0].basis["kernel"].sharding.spec)
+      (None, 'data', None)
+    """
+    leaves, _ = paths.flatten(params)
+    given = {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}
+    known = {p: s for p, s in given.items() if isinstance(s, NamedSharding)}
+    if not known:
+        raise ValueError(
+            f"state_shardings: got parameters ({checks.some(leaves)}) without a "
+            "NamedSharding, expected one each. Remedy: jax.device_put(params, "
+            "shardings) first, or pass jax.ShapeDtypeStruct(..., sharding=...)."
+        )
+    mesh = next(iter(known.values())).mesh
+    specs = {
+        path: padded(known[path].spec if path in known else (), len(leaf.shape))
+        for path, leaf in leaves.items()
+    }
+    for path, leaf in leaves.items():
+        _check_divides(path, tuple(leaf.shape), specs[path], mesh)
+
+    def like_parameter(keys: Any, leaf: Any) -> NamedSharding:
+        path = _owner(keys, leaves)
+        fits = path is not None and tuple(leaf.shape) == tuple(leaves[path].shape)
+        return NamedSharding(mesh, PartitionSpec(*(specs[path] if fits else ())))
+
+    def visit(keys: Any, node: Any) -> Any:
+        if not isinstance(node, SpectralState):
+            return like_parameter(keys, node)
+        places = jax.tree_util.tree_map_with_path(
+            lambda more, leaf: like_parameter((*keys, *more), leaf), node
+        )
+        if not isinstance(node.basis, Mapping):
+            return places
+
+        def place(stack: Stack, leaf: Any) -> NamedSharding:
+            votes = (_spec(leaf.shape, one, specs[one.path]) for one in stack.kernels)
+            ((spec, _),) = Counter(votes).most_common(1)
+            return NamedSharding(mesh, PartitionSpec(*spec))
+
+        def each(held: Any, some: Sequence[Stack]) -> Any:
+            return {
+                one.name: jax.tree.map(lambda x, s=one: place(s, x), held[one.name])
+                for one in some
+            }
+
+        statistics = {
+            path: jax.tree.map(
+                lambda x, p=path: _kernel_form(x, leaves[p], specs[p]), y
+            )
+            for path, y in node.statistics.items()
+        }
+        interval = places.interval
+        if node.interval:
+            reference = each(node.interval.reference, node.bases)
+            interval = interval._replace(reference=reference)
+        return places._replace(
+            basis=each(node.basis, node.bases),
+            spectrum=each(node.spectrum, node.bases),
+            inner=each(node.inner, stacks.of_kernels(node.kernels)),
+            interval=interval,
+            statistics=jax.tree.map(
+                lambda spec: NamedSharding(mesh, spec),
+                statistics,
+                is_leaf=lambda x: isinstance(x, PartitionSpec),
+            ),
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        visit, opt_state, is_leaf=lambda x: isinstance(x, SpectralState)
+    )
+
+
+def _spec(shape: Shape, one: Kernel, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of an array ``(n, ...)`` of a stack: along what is as long as in the kernel."""
+    view = one.view
+    first = _merged(spec, view.batch) if view.batch else None
+    rest = tuple(shape[1:])
+    if len(rest) != 2:
+        return (first, *(None for _ in rest))
+    sides = ((view.size, view.rows), (view.other, view.columns))
+    if one.rank in rest:  # coordinates, or a basis: which axis is the rank's
+        ranked = 1 if rest == (view.size, one.rank) else 0
+        if rest[ranked] == one.rank and rest[1 - ranked] == sides[ranked][0]:
+            other = _merged(spec, sides[ranked][1])
+            pair = (other, None) if ranked else (None, other)
+            if ranked == 0:
+                pair = (None, _merged(spec, view.columns))
+            return (first, *pair)
+    pairs = zip(rest, sides, strict=True)
+    return (
+        first,
+        *(_merged(spec, axes) if n == length else None for n, (length, axes) in pairs),
+    )
+
+
+def _kernel_form(array: Any, kernel: Any, spec: tuple[Any, ...]) -> PartitionSpec:
+    pairs = zip(array.shape[:-1], kernel.shape, spec, strict=True)
+    return PartitionSpec(*(s if n == d and n > 1 else None for n, d, s in pairs), None)
+
+
+def _merged(spec: tuple[Any, ...], axes: Shape) -> Any:
+    """Of several axes read as one: that of the first, if the others are whole."""
+    first, *others = (spec[axis] for axis in axes)
+    return None if any(s is not None for s in others) else first
+
+
+def _owner(keys: Sequence[Any], paths: Mapping[str, Any]) -> str | None:
+    """The parameter that a leaf of a state belongs to: named, or by its place."""
+    for key in keys:
+        name = getattr(key, "key", None)
+        if isinstance(name, str) and name in paths:
+            return name
+    whole = paths.path_string(keys)
+    fits = [path for path in paths if whole == path or whole.endswith(f"/{path}")]
+    return max(fits, key=len, default=None)
+
+
+def _check_divides(path: str, shape: Shape, spec: tuple[Any, ...], mesh: Any) -> None:
+    """Raise for an axis that cannot be split into equal parts."""
+    for axis, (length, names) in enumerate(zip(shape, spec, strict=True)):
+        split = () if names is None else names if isinstance(names, tuple) else (names,)
+        parts = math.prod(mesh.shape[name] for name in split)
+        if length % parts:
+            whole = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
+            raise ValueError(
+                f"state_shardings: got '{path}' of shape {shape} with axis {axis} over "
+                f"{split} of the mesh {dict(mesh.shape)}, expected a length that the "
+                f"{parts} devices divide. Remedy: leave that axis whole, {whole}, or "
+                f"make it {length + -length % parts} long."
+            )

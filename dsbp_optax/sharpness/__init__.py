@@ -1,0 +1,1 @@
+"""Wrappers that train where the loss is sharp, inside the eigenbases."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsbp_optax.instruments.curvature import Density
 from dsbp_optax.instruments.snapshot import Snapshot
 from dsbp_optax.instruments.surface import Surface
-from dsbp_optax.instruments.curvature import Density
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from dsbp_optax.capture.tap import Rider
 
+from dsbp_optax.capture.tap import Rider
 from dsbp_optax.core import checks, paths, plan, refresh, sharding, state
 from dsbp_optax.core.layout import Coordinates, MatrixView, Shape, to_kernel_form
 from dsbp_optax.core.schedule import Turn

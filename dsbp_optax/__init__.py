@@ -48,7 +48,6 @@ from dsbp_optax._residual import (
     scale_residual_by_column,
     sign_residual,
 )
-from dsbp_optax._resize import resize_state
 from dsbp_optax._sam import SubspaceSamState, subspace_sam
 from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
 from dsbp_optax._sharding import state_shardings
@@ -117,7 +116,6 @@ __all__ = [
     "randomized_svd",
     "residual_adam",
     "residual_momentum",
-    "resize_state",
     "scale_by_activation_metric",
     "scale_by_orthogonalization",
     "scale_by_quantized_adam",

@@ -138,8 +138,7 @@ def _check_array(path: str, got: Entry, want: Entry, basis: bool) -> None:
         raise ValueError(
             f"checkpoint: the basis '{path}' has rank {got.shape[-1]}, expected "
             f"{want.shape[-1]}. Remedy: restore with an optimizer of rank "
-            f"{got.shape[-1]}, then dsbp_optax.resize_state(opt_state, params, "
-            f"rank={want.shape[-1]})."
+            f"{got.shape[-1]}, or init again."
         )
     if got.shape != want.shape:
         raise ValueError(

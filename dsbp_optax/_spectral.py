@@ -20,8 +20,7 @@ from dsbp_optax._types import Array, PyTree, compute_dtype
 T = TypeVar("T")
 
 #: Of the states below: their fields, and what the arrays in them mean. A change of
-#: either is a new number, and `_resize` the place to read the one before: a function
-#: from the old fields to the new ones, called where `check_version` would raise.
+#: either is a new number.
 VERSION = "1"
 #: Times a gradient may grow in a moment before squares are no longer finite.
 _ROOM = 2.0**10

@@ -79,7 +79,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "project_gradients",
         "Coordinates",
     ),
-    "Checkpoints and meshes": ("check_checkpoint", "resize_state", "state_shardings"),
+    "Checkpoints and meshes": ("check_checkpoint", "state_shardings"),
     "Eigensolvers": (
         "power_iteration",
         "randomized_svd",

@@ -42,11 +42,8 @@ from dsbp_optax._recipes import (
 )
 from dsbp_optax._residual import (
     Residual,
-    error_feedback,
     normalize_residual,
     scale_residual,
-    scale_residual_by_column,
-    sign_residual,
 )
 from dsbp_optax._sam import SubspaceSamState, subspace_sam
 from dsbp_optax._schedule import AutoInterval, AutoRank, RankFraction
@@ -106,7 +103,6 @@ __all__ = [
     "dsbp_muon",
     "dsbp_sgd",
     "eigh",
-    "error_feedback",
     "evaluation_params",
     "normalize_residual",
     "orthogonalize",
@@ -122,8 +118,6 @@ __all__ = [
     "scale_by_quantized_momentum",
     "scale_by_spectral_projection",
     "scale_residual",
-    "scale_residual_by_column",
-    "sign_residual",
     "state_shardings",
     "subspace_adamw",
     "subspace_msam",

@@ -71,8 +71,7 @@ def complement() -> Filter:
     Protects what the leading directions carry, as in continual learning. Wants a
     residual rule with a size of its own: `scale_residual`, `residual_momentum`,
     `residual_adam`. Beside one that goes by the update in the eigenbasis, which is zero
-    here (`normalize_residual`, `scale_residual_by_column`, `sign_residual`), or that
-    keeps the residual for later (`error_feedback`), kernels stand still.
+    here (`normalize_residual`), kernels stand still.
 
     Returns:
       A filter for ``scale_by_spectral_projection(spectral_filter=...)``.

@@ -839,8 +839,8 @@ def _residual_rule(
         if choice not in _BITS:
             raise ValueError(
                 f"residual: got {choice!r}, expected one of {sorted(_BITS)}, a number "
-                "of at least 0, a rule such as dsbp_optax.sign_residual(), or None to "
-                "drop it."
+                "of at least 0, a rule such as dsbp_optax.scale_residual(1.0), or None "
+                "to drop it."
             )
         return moments(_BITS[choice])
     if isinstance(choice, Residual) or callable(choice):

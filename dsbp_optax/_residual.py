@@ -67,13 +67,11 @@ class Residual(NamedTuple):
     Attributes:
       init: zeros shaped as the matrix -> state of one kernel.
       update: (`Outside`, state) -> (`Contribution`, state).
-      feedback: state -> matrix added to the gradient before its projection, or None.
       stateless: whether a cold layer may pass its gradient through in place of it.
     """
 
     init: Callable[[Array], PyTree]
     update: Callable[[Outside, PyTree], tuple[Contribution, PyTree]]
-    feedback: Callable[[PyTree], Array] | None = None
     stateless: bool = False
 
 
@@ -161,104 +159,6 @@ def normalize_residual(fraction: Scalar = 0.5) -> Factor:
         return jnp.where(significant, share * jnp.sqrt(ratio), 0)
 
     return factor
-
-
-def scale_residual_by_column(growth: Scalar = 1.01) -> Residual:
-    """The residual, each column scaled as the subspace update was, growth limited.
-
-        s_j = |u_j| / |P_j|
-
-    Scales each column of the residual as the inner optimizer scaled that column's
-    coordinates; the norm of the result grows by at most `growth` a step.
-
-    Args:
-      growth: largest ratio of the residual's norms in consecutive steps; may be
-        traced.
-
-    Returns:
-      A rule for ``scale_by_spectral_projection(residual=...)``.
-
-    Cost: one number of state and one reduction over the gradient for each kernel.
-
-    Reference: Fira, arXiv 2410.01623.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.scale_by_adam(), residual=dsbp_optax.scale_residual_by_column())
-    """
-
-    def update(seen: Outside, last: Array) -> tuple[Contribution, Array]:
-        rows = -1 if seen.flipped else -2
-
-        def energies(matrix: Array) -> Array:
-            return jnp.sum(matrix * matrix, axis=rows, keepdims=True)
-
-        inside, whole = energies(seen.coordinates), energies(seen.matrix)
-        ratio = energies(seen.update) / jnp.where(inside > 0, inside, 1)
-        factor = jnp.sqrt(jnp.where(inside > 0, ratio, 0))
-        outside = jnp.maximum(whole - inside, 0) * factor**2
-        norm = jnp.sqrt(jnp.sum(outside, axis=(-2, -1), keepdims=True))
-        bound = jnp.where(last > 0, growth * last, norm)
-        limited = jnp.minimum(norm, bound)
-        factor = factor * limited / jnp.where(norm > 0, norm, 1)
-        return Contribution(factor), limited
-
-    return Residual(lambda matrix: squared_norm(matrix), update)
-
-
-def sign_residual(fraction: Scalar = 0.5) -> Residual:
-    """The sign of the residual, at `fraction` of the subspace update's RMS.
-
-    Args:
-      fraction: RMS of the residual's part, as a share of the lifted update's; may be
-        traced.
-
-    Returns:
-      A rule for ``scale_by_spectral_projection(residual=...)``.
-
-    Cost: one more lift, ``2 d k m`` FLOPs; no state.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.scale_by_adam(), residual=dsbp_optax.sign_residual(0.5))
-    """
-
-    def update(seen: Outside, state: PyTree) -> tuple[Contribution, PyTree]:
-        size = seen.matrix.shape[-1] * seen.matrix.shape[-2]
-        rms = jnp.sqrt(squared_norm(seen.update) / size)
-        share = jnp.asarray(fraction, rms.dtype)
-        return Contribution(addition=share * rms * jnp.sign(seen.residual())), state
-
-    return Residual(lambda matrix: (), update)
-
-
-def error_feedback() -> Residual:
-    """What a step left out is added to the gradient of the next, before projection.
-
-        G <- G + e,   e <- G - V V^T G
-
-    Nothing is lost, it comes late: once the basis turns towards it.
-
-    Returns:
-      A rule for ``scale_by_spectral_projection(residual=...)``.
-
-    Cost: ``d m`` numbers of state for each kernel, which undoes the saving.
-
-    Reference: LDAdam, arXiv 2410.16103.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.scale_by_adam(), residual=dsbp_optax.error_feedback())
-    """
-
-    def update(seen: Outside, state: PyTree) -> tuple[Contribution, PyTree]:
-        del state
-        return Contribution(), seen.residual()
-
-    return Residual(lambda matrix: matrix, update, lambda state: state)
 
 
 def pass_through(update: Array, coordinates: Array, energy: Array) -> Array:

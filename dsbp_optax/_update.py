@@ -175,7 +175,7 @@ def _begin(
         rule.choices, refresh_step, state, updates, statistics, fields, moments
     )
     inner = _transport.restore(widened, step.moments, paths, rule.transport)
-    return _with_feedback(rule, step, state), inner
+    return step, inner
 
 
 def _sharpness(
@@ -185,18 +185,6 @@ def _sharpness(
     if _eigenbasis.is_zero(rule.sharpness):
         return {}
     return sharpness_rows(rule.sharpness, step, params, count)
-
-
-def _with_feedback(rule: Rule, step: Step, state: SpectralProjectionState) -> Step:
-    """The step with what earlier ones left out added to its gradients."""
-    feedback = rule.residual.feedback
-    if feedback is None:
-        return step
-    fed = {
-        path: matrix + feedback(state.residual[path])
-        for path, matrix in step.matrices.items()
-    }
-    return step._replace(matrices=fed)
 
 
 def _init_residual(

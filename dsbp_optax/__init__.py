@@ -14,7 +14,7 @@ import importlib
 from types import ModuleType
 
 from dsbp_optax import diagnostics
-from dsbp_optax._basis import eigh, power_iteration, randomized_svd
+from dsbp_optax._basis import eigh, power_iteration
 from dsbp_optax._checkpoint import check_checkpoint
 from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
 from dsbp_optax._coordinates import project_gradients
@@ -62,7 +62,6 @@ from dsbp_optax._statistics import (
     add_statistics,
     sum_statistics,
 )
-from dsbp_optax._transport import carry_adam_second_moment
 from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
 
 __version__ = "0.2.0"
@@ -93,7 +92,6 @@ __all__ = [
     "SubspaceSamState",
     "add_spectral_sharpness",
     "add_statistics",
-    "carry_adam_second_moment",
     "check_checkpoint",
     "clip_by_norm_growth",
     "complement",
@@ -109,7 +107,6 @@ __all__ = [
     "power_iteration",
     "project_gradients",
     "put_statistics",
-    "randomized_svd",
     "residual_adam",
     "residual_momentum",
     "scale_by_activation_metric",

@@ -125,43 +125,6 @@ def eigh(operator: Operator, basis: Array, iterations: Scalar) -> Eigenpairs:
     return rayleigh_ritz(operator, vectors[:, ::-1][:, :rank])
 
 
-def randomized_svd(
-    operator: Operator,
-    basis: Array,
-    iterations: Scalar,
-    *,
-    oversampling: int = 8,
-    seed: int = 0,
-) -> Eigenpairs:
-    """Randomised range finder with oversampling, warm-started from `basis`.
-
-    Args:
-      operator: must be `exact`; a sketch is refused.
-      basis: ``(d, k)``, the previous basis, part of the test matrix.
-      iterations: number of power steps; may be traced.
-      oversampling: extra random test vectors, at most ``d - k`` are used.
-      seed: of the random test vectors.
-
-    Returns:
-      `Eigenpairs`.
-
-    Raises:
-      TypeError: when the operator is a sketch.
-
-    Cost: as `power_iteration` with rank ``k + oversampling``.
-
-    Reference: Halko, Martinsson, Tropp, "Finding structure with randomness",
-    2011, arXiv 0909.4061.
-    """
-    _require_exact(operator, "randomized_svd")
-    size, rank = basis.shape
-    extra = min(oversampling, size - rank)
-    noise = jax.random.normal(jax.random.key(seed), (size, extra), basis.dtype)
-    start = orthonormalize(jnp.concatenate([basis, noise], axis=1))
-    wide = power_iteration(operator, start, iterations)
-    return rayleigh_ritz(operator, wide.basis[:, :rank])
-
-
 def _require_exact(operator: Operator, solver: str) -> None:
     if not operator.exact:
         raise TypeError(

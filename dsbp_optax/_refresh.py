@@ -22,7 +22,7 @@ Layers: TypeAlias = dict[str, Layer]
 RefreshStep: TypeAlias = Callable[..., tuple[Layers, list[Moments]]]
 
 #: Gradients that come as coordinates turn with the basis like a first moment.
-_GIVEN = Field("first", "given", -1)
+_GIVEN = Field("first", "given")
 #: What a refresh is told that holds no arrays.
 _STATIC = ("views", "ranks", "kinds", "owners")
 
@@ -347,7 +347,7 @@ def _refresh_group(
         if path not in seen:
             done, turned = _adapt.keep_observed(rules, path, layer, done, turned, now)
         new[path], turned = _adapt.adapt(rules, path, layer, done, turned, now)
-        rotation = Rotation(turned, view.flipped, now.step)
+        rotation = Rotation(turned, view.flipped)
         rotations |= dict.fromkeys(kernels, rotation)
     turned_moments = rotate(kinds, moments, rotations)
     return _spectral.cast_like((new, turned_moments), (group, moments))

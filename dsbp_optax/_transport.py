@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from dsbp_optax import _subspace
-from dsbp_optax._types import Array, PyTree, Scalar
+from dsbp_optax._types import Array, PyTree
 
 #: Path -> moment of one field of the inner state.
 Moments: TypeAlias = dict[str, Array]
@@ -24,17 +24,13 @@ class Rotation(NamedTuple):
     Attributes:
       matrix: ``R = V_new^T V_old (*batch, k, k)``.
       flipped: whether the moments are ``(*batch, m, k)``.
-      step: int32, updates that the moments have seen.
     """
 
     matrix: Array
     flipped: bool
-    step: Array
 
 
-#: (moment, rotation, field -> moment of the same state) -> moment
-Custom: TypeAlias = Callable[[Array, Rotation, Mapping[str, Array]], Array]
-Kind: TypeAlias = Literal["first", "second", "invariant", "reset"] | Custom
+Kind: TypeAlias = Literal["first", "second", "invariant", "reset"]
 Table: TypeAlias = Mapping[tuple[str, str], Kind]
 Additions: TypeAlias = Table | Literal["reset"] | None
 
@@ -45,12 +41,10 @@ class Field(NamedTuple):
     Attributes:
       kind: how it follows the basis.
       name: of the field.
-      owner: number of the state that it belongs to.
     """
 
     kind: Kind
     name: str
-    owner: int
 
 
 #: (state type, field) -> how it follows the basis.
@@ -84,51 +78,12 @@ TABLE: Table = {
     ("ScaleBySimplifiedAdEMAMixState", "n"): "second",
 }
 
-_RULES: Mapping[str, Custom] = {
-    "first": lambda m, by, _: _subspace.rotate_first_moment(by.matrix, m, by.flipped),
-    "second": lambda v, by, _: _subspace.rotate_second_moment(by.matrix, v, by.flipped),
-    "invariant": lambda m, by, _: m,
-    "reset": lambda m, by, _: jnp.zeros_like(m),
+_RULES: Mapping[Kind, Callable[[Array, Rotation], Array]] = {
+    "first": lambda m, by: _subspace.rotate_first_moment(by.matrix, m, by.flipped),
+    "second": lambda v, by: _subspace.rotate_second_moment(by.matrix, v, by.flipped),
+    "invariant": lambda m, by: m,
+    "reset": lambda m, by: jnp.zeros_like(m),
 }
-
-
-def carry_adam_second_moment(b1: Scalar = 0.9, b2: Scalar = 0.999) -> Custom:
-    """LDAdam's rule for Adam's second moment: mean and variance turn apart.
-
-        v <- |(R * R) (v' - m'^2) + (R m')^2|,   m', v' bias-corrected
-
-    The variance is taken as uncorrelated between coordinates; the mean turns exactly.
-
-    Args:
-      b1: decay of Adam's first moment.
-      b2: decay of its second moment.
-
-    Returns:
-      A rule for ``transport={("ScaleByAdamState", "nu"): ...}``.
-
-    Cost: two products with ``R`` on refresh steps.
-
-    Reference: LDAdam, arXiv 2410.16103.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> nu = ("ScaleByAdamState", "nu")
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     optax.scale_by_adam(),
-      ...     transport={nu: dsbp_optax.carry_adam_second_moment()})
-    """
-
-    def carry(nu: Array, by: Rotation, held: Mapping[str, Array]) -> Array:
-        seen = jnp.maximum(by.step, 1).astype(nu.dtype)
-        first, second = 1 - b1**seen, 1 - b2**seen
-        mean, square = held["mu"].astype(nu.dtype) / first, nu / second
-        variance = _subspace.rotate_second_moment(
-            by.matrix, square - mean * mean, by.flipped
-        )
-        turned = _subspace.rotate_first_moment(by.matrix, mean, by.flipped)
-        return second * jnp.abs(variance + turned * turned)
-
-    return carry
 
 
 def split(
@@ -164,13 +119,7 @@ def rotate(
     def turned(field: Field, path: str, moment: Array) -> Array:
         if path not in rotations:
             return moment
-        rule = _RULES[field.kind] if isinstance(field.kind, str) else field.kind
-        siblings = {
-            other.name: held[path]
-            for other, held in zip(fields, moments, strict=True)
-            if other.owner == field.owner and path in held
-        }
-        return rule(moment, rotations[path], siblings).astype(moment.dtype)
+        return _RULES[field.kind](moment, rotations[path]).astype(moment.dtype)
 
     return [
         {path: turned(field, path, moment) for path, moment in held.items()}
@@ -207,10 +156,9 @@ def make_table(additions: Additions) -> Table:
             "{('StateType', 'field'): kind}."
         )
     for pair, kind in (additions or {}).items():
-        if not (callable(kind) or kind in _RULES):
+        if kind not in _RULES:
             raise ValueError(
-                f"transport[{pair}]: got {kind!r}, expected one of {sorted(_RULES)} "
-                "or a function (moment, rotation, moments of the same state)."
+                f"transport[{pair}]: got {kind!r}, expected one of {sorted(_RULES)}."
             )
     return {**TABLE, **(additions or {})}
 
@@ -227,29 +175,26 @@ def _map_moments(
     paths: frozenset[str],
 ) -> PyTree:
     """`carry` at every dict of moments inside a state of tuples and named tuples."""
-    owners = 0
 
-    def visit(node: PyTree, where: tuple[str, str], owner: int) -> PyTree:
-        nonlocal owners
+    def visit(node: PyTree, where: tuple[str, str]) -> PyTree:
         if isinstance(node, Mapping) and paths & node.keys():
             if where not in table:
                 raise ValueError(_unknown(where))
-            return carry(Field(table[where], where[1], owner), node)
+            return carry(Field(table[where], where[1]), node)
         if isinstance(node, tuple) and hasattr(node, "_fields"):
-            owners += 1
-            mine, kind = owners, type(node).__name__
+            kind = type(node).__name__
             values = (
-                visit(child, (kind, field), mine)
+                visit(child, (kind, field))
                 for field, child in zip(node._fields, node, strict=True)
             )
             return type(node)(*values)
         if isinstance(node, tuple | list):
-            return type(node)(visit(child, where, owner) for child in node)
+            return type(node)(visit(child, where) for child in node)
         if isinstance(node, Mapping):
-            return {k: visit(v, where, owner) for k, v in node.items()}
+            return {k: visit(v, where) for k, v in node.items()}
         return node
 
-    return visit(node, ("", ""), owners)
+    return visit(node, ("", ""))
 
 
 def _unknown(where: tuple[str, str]) -> str:
@@ -257,6 +202,5 @@ def _unknown(where: tuple[str, str]) -> str:
         f"the inner optimizer keeps {'.'.join(where)} for each kernel, and how it "
         "follows a change of basis is not known. Remedy: pass transport="
         f"{{{where!r}: 'first'}} (a mean of gradients), 'second' (a mean of squares), "
-        "'invariant' (not in coordinates), 'reset' (start again at zero), or a "
-        "function (moment, rotation, moments of the same state) -> moment."
+        "'invariant' (not in coordinates) or 'reset' (start again at zero)."
     )

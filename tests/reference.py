@@ -62,7 +62,6 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "normalize_residual",
         "scale_residual",
         "Residual",
-        "carry_adam_second_moment",
     ),
     "Rank, interval, axes": ("RankFraction", "AutoRank", "AutoInterval", "Axes"),
     "Statistics and gradients": (
@@ -77,14 +76,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Coordinates",
     ),
     "Checkpoints and meshes": ("check_checkpoint", "state_shardings"),
-    "Eigensolvers": (
-        "power_iteration",
-        "randomized_svd",
-        "eigh",
-        "Solver",
-        "Operator",
-        "Eigenpairs",
-    ),
+    "Eigensolvers": ("power_iteration", "eigh", "Solver", "Operator", "Eigenpairs"),
     "States": (
         "ActivationMetricState",
         "SpectralProjectionState",

@@ -560,21 +560,7 @@ def test_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite() -> None:
 
 def rotation(seed: int = 0, k: int = K) -> _transport.Rotation:
     matrix = jnp.linalg.qr(draw(k, k, seed=seed))[0]
-    return _transport.Rotation(matrix, False, jnp.asarray(50))
-
-
-def test_ldadam_turns_mean_and_variance_apart() -> None:
-    b1, b2 = 0.9, 0.99
-    by, mean = rotation(), draw(K, M, seed=1)
-    variance = draw(K, M, seed=2) ** 2
-    f1, f2 = 1 - b1**50, 1 - b2**50
-    held = {"mu": mean * f1, "nu": (variance + mean**2) * f2}
-    got = dsbp_optax.carry_adam_second_moment(b1, b2)(held["nu"], by, held)
-    r = np.asarray(by.matrix)
-    expected = f2 * ((r * r) @ np.asarray(variance) + (r @ np.asarray(mean)) ** 2)
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
-    plain = _subspace.rotate_second_moment(by.matrix, held["nu"])
-    assert float(jnp.abs(plain - got).max()) > 1e-2, "the two rules differ"
+    return _transport.Rotation(matrix, False)
 
 
 def test_no_mass_of_a_second_moment_is_lost_to_the_complement() -> None:
@@ -596,14 +582,12 @@ KINDS = {
     "first": lambda m, r: r @ m,
     "invariant": lambda m, r: m,
     "reset": lambda m, r: 0 * m,
-    "custom": lambda m, r: m * 2,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_the_table(kind) -> None:
-    given = (lambda m, by, held: 2 * held["trace"]) if kind == "custom" else kind
-    table = _transport.make_table({("TraceState", "trace"): given})
+    table = _transport.make_table({("TraceState", "trace"): kind})
     state = optax.TraceState(trace={"a": draw(K, M), "b": draw(3)})
     fields, moments = _transport.split(state, frozenset({"a"}), table)
     by = rotation()
@@ -613,14 +597,6 @@ def test_every_kind_of_the_table(kind) -> None:
         done.trace["a"], KINDS[kind](state.trace["a"], by.matrix), atol=1e-6
     )
     np.testing.assert_array_equal(done.trace["b"], state.trace["b"])
-
-
-def test_moments_of_two_states_are_not_mixed() -> None:
-    inner = optax.chain(optax.scale_by_adam(), optax.trace(0.9), optax.scale_by_adam())
-    state = inner.init({"a": jnp.ones((K, M))})
-    fields, _ = _transport.split(state, frozenset({"a"}), _transport.TABLE)
-    assert [f.name for f in fields] == ["mu", "nu", "trace", "mu", "nu"]
-    assert len({f.owner for f in fields}) == 3
 
 
 def test_reset_starts_the_moments_of_a_layer_anew() -> None:

@@ -126,25 +126,6 @@ def subspaces(
     return found
 
 
-def zero_coordinates(
-    states: Sequence[BasisState], leaves: Mapping[str, Any]
-) -> dict[str, Array]:
-    """Zeros shaped as the coordinates of every projected kernel, by path.
-
-    Args:
-      states: of `with_bases` or `projections`.
-      leaves: parameters by path.
-    """
-    found = {}
-    for state in states:
-        for path, owner in _spectral.owners_of(state).items():
-            _spectral.check_path(path, leaves)
-            form, trace = state.basis[owner].shape, state.spectrum[owner].trace
-            view = _layout.view_of(jnp.shape(leaves[path]), form, trace.shape)
-            found[path] = jnp.zeros(view.coordinate_shape(form[-1]), trace.dtype)
-    return found
-
-
 def scaled_to(
     radius: Array, parts: Mapping[str, Array], joined: Mapping[str, Array] | None = None
 ) -> dict[str, Array]:

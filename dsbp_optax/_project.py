@@ -110,8 +110,8 @@ def scale_by_spectral_projection(
       project_cold: whether to project before the first window of q iterations is
         complete; otherwise gradients pass through unprojected until then.
       transport: additions to the table of how moments follow the basis,
-        ``{("StateType", "field"): "first" | "second" | "invariant" | "reset"}`` or a
-        function; "reset" starts all moments of a layer anew at each refresh.
+        ``{("StateType", "field"): "first" | "second" | "invariant" | "reset"}``;
+        "reset" starts all moments of a layer anew at each refresh.
       moment_dtype: dtype that moments in coordinates are stored in, None for that
         of the inner optimizer; bfloat16 is rounded stochastically; float16, whose
         range is too short, is refused.

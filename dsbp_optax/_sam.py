@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from dsbp_optax import (
-    _checks,
     _coordinates,
     _layout,
     _perturb,
     _sharding,
-    _spectral,
 )
 from dsbp_optax._layout import Coordinates
 from dsbp_optax._perturb import Subspace
@@ -25,7 +23,6 @@ from dsbp_optax._types import Array, PyTree, compute_dtype
 #: (parameters, 0) -> gradients, as `optax.contrib.sam` takes it; see `subspace_sam` for
 #: gradients in coordinates.
 GradFn: TypeAlias = Callable[[PyTree, Any], PyTree]
-Parts: TypeAlias = dict[str, Array]
 
 _WHO = "subspace_sam"
 
@@ -35,13 +32,10 @@ class SubspaceSamState(NamedTuple):
 
     Attributes:
       step: int32, updates seen.
-      change: path -> how the last ascent changed the gradient, ``V^T (G' - G)`` over
-        the norm of all ``V^T G``; empty where every step takes a second gradient.
       optimizer: state of the wrapped optimizer.
     """
 
     step: Array
-    change: dict[str, Array]
     optimizer: PyTree
 
 
@@ -51,7 +45,6 @@ class Rule(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     radius: optax.ScalarOrSchedule
     adaptive: bool
-    every: int
     unprojected: bool
 
 
@@ -60,7 +53,6 @@ def subspace_sam(
     radius: optax.ScalarOrSchedule = 0.05,
     *,
     adaptive: bool = False,
-    every: int = 1,
     unprojected: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimisation whose ascent lies in the eigenbases.
@@ -73,8 +65,6 @@ def subspace_sam(
       radius: rho, length of the ascent over all parameters; a number or a schedule.
       adaptive: whether each coordinate is scaled by that of the parameters, as ASAM
         does; a sensible radius is then larger by a factor of about ten.
-      every: steps from one second gradient to the next. Between them the change of
-        the gradient in the subspace is used again, scaled with the gradient.
       unprojected: whether parameters without a basis take part, in full space.
 
     Returns:
@@ -88,13 +78,11 @@ def subspace_sam(
     Raises:
       ValueError: without `grad_fn`, without parameters, or without an eigenbasis.
 
-    Cost: one more gradient every `every` steps, and ``4 d k m`` FLOPs a kernel; one
-    temporary set of parameters and gradients, ``k m`` numbers a kernel of each where
-    gradients are coordinates. State: none, or ``k m`` numbers a
-    kernel with `every` above 1.
+    Cost: one more gradient a step, and ``4 d k m`` FLOPs a kernel; one temporary set
+    of parameters and gradients, ``k m`` numbers a kernel of each where gradients are
+    coordinates.
 
-    Reference: Foret et al., SAM, arXiv 2010.01412; Kwon et al., ASAM, 2102.11600; Liu
-    et al., LookSAM, 2203.02714.
+    Reference: Foret et al., SAM, arXiv 2010.01412; Kwon et al., ASAM, 2102.11600.
 
     Example:
       >>> import jax, jax.numpy as jnp, dsbp_optax
@@ -105,9 +93,8 @@ def subspace_sam(
       >>> updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
     """
     _perturb.check_radius(_WHO, radius)
-    _checks.check_integer(f"{_WHO}: every", every, 1)
     wrapped = optax.with_extra_args_support(optimizer)
-    rule = Rule(wrapped, radius, adaptive, every, unprojected)
+    rule = Rule(wrapped, radius, adaptive, unprojected)
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, rule),
         lambda updates, state, params=None, **extra: _update(
@@ -118,10 +105,8 @@ def subspace_sam(
 
 def _init(rule: Rule, params: PyTree) -> SubspaceSamState:
     held = rule.optimizer.init(params)
-    leaves, _ = _layout.flatten_with_paths(params)
-    zeros = _perturb.zero_coordinates(_perturb.with_bases(held, _WHO), leaves)
-    change = zeros if rule.every > 1 else {}
-    return SubspaceSamState(jnp.zeros([], jnp.int32), change, held)
+    _perturb.with_bases(held, _WHO)
+    return SubspaceSamState(jnp.zeros([], jnp.int32), held)
 
 
 def _update(
@@ -150,28 +135,10 @@ def _update(
         radius,
     )
 
-    def fresh(change: Parts) -> tuple[PyTree, Parts]:
-        there = grad_fn(away, steps if given else 0)
-        there = jax.tree.map(lambda g, u: g.astype(u.dtype), there, updates)
-        if change:
-            seen = there, updates, before, params
-            new = _sharding.in_place(_relative_change, change, *seen)
-            change = _spectral.select(_spectral.all_finite(new), new, change)
-        return there, change
-
-    def again(change: Parts) -> tuple[PyTree, Parts]:
-        held = updates, change, before, params
-        return _sharding.in_place(_changed, updates, *held), change
-
-    if rule.every == 1:
-        used, change = fresh(state.change)
-    else:
-        due = state.step % rule.every == 0
-        used, change = jax.lax.cond(due, fresh, again, state.change)
-    changes, held = rule.optimizer.update(used, before, params, **extra)
-    if change:
-        change = _sharding.in_place(_turned, change, change, before, held, params)
-    return changes, SubspaceSamState(optax.safe_increment(state.step), change, held)
+    there = grad_fn(away, steps if given else 0)
+    there = jax.tree.map(lambda g, u: g.astype(u.dtype), there, updates)
+    changes, held = rule.optimizer.update(there, before, params, **extra)
+    return changes, SubspaceSamState(optax.safe_increment(state.step), held)
 
 
 def _uphill(
@@ -193,34 +160,6 @@ def _uphill(
 def _spaces(held: PyTree, params: PyTree) -> dict[str, Subspace]:
     leaves, _ = _layout.flatten_with_paths(params)
     return _perturb.subspaces(_perturb.with_bases(held, _WHO), leaves)
-
-
-def _relative_change(
-    there: PyTree, updates: PyTree, held: PyTree, params: PyTree
-) -> Parts:
-    """``V^T (G' - G)`` over the norm of all ``V^T G``."""
-    spaces = _spaces(held, params)
-    inside = _divided(there, spaces, unprojected=False)
-    gradient = _divided(updates, spaces, unprojected=False)
-    size = optax.tree.norm(gradient)
-    size = jnp.where(size > 0, size, 1)
-    return {path: (part - gradient[path]) / size for path, part in inside.items()}
-
-
-def _changed(updates: PyTree, change: Parts, held: PyTree, params: PyTree) -> PyTree:
-    """The gradients, changed as the last ascent changed them."""
-    spaces = _spaces(held, params)
-    size = optax.tree.norm(_divided(updates, spaces, unprojected=False))
-    parts = {path: size * part for path, part in change.items()}
-    given = _coordinates.find(updates)
-    short = {path: spaces[path].held(parts.pop(path)) for path in given}
-    return _perturb.add(updates, {**_perturb.lifted(parts, spaces), **short})
-
-
-def _turned(change: Parts, before: PyTree, after: PyTree, params: PyTree) -> Parts:
-    """`change` in the bases of the state after the step."""
-    old, new = _spaces(before, params), _spaces(after, params)
-    return {path: new[path].project(old[path].lift(x)) for path, x in change.items()}
 
 
 def _divided(

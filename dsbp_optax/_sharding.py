@@ -21,8 +21,8 @@ from dsbp_optax._types import Array, PyTree
 
 T = TypeVar("T")
 
-#: Fields of states that hold coordinates of projected kernels.
-_INSIDE = ("inner", "change")
+#: Field of states that holds coordinates of projected kernels.
+_INSIDE = ("inner",)
 
 
 def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:

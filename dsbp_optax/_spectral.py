@@ -294,12 +294,6 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 
-def select(condition: Array, new: T, old: T) -> T:
-    """`new` where the condition holds, else `old`, dtypes kept."""
-    chosen: T = _eigenbasis.where(condition, cast_like(new, old), old)
-    return chosen
-
-
 def cast_like(new: T, old: T) -> T:
     """`new` in the dtypes of `old`; random keys, which cannot be cast, as they are."""
     cast: T = jax.tree.map(

@@ -628,7 +628,7 @@ def test_a_head_of_one_output_is_trained_by_the_papers_rule() -> None:
     def loss(params: Any, x: Any) -> Any:
         return jnp.mean((head.apply({"params": params}, x) - 1) ** 2)
 
-    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp(0.1, 2, sharpness=0.5), 0.0, every=2)
+    tx = dsbp_optax.subspace_sam(dsbp_optax.dsbp(0.1, 2, sharpness=0.5), 0.0)
     state = dsbp_optax.linen.warm_start(loss, params, x, opt_state=tx.init(params))
 
     @jax.jit

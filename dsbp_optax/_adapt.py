@@ -4,7 +4,6 @@ Applies the rules of `_schedule` to layers in kernel form: the groups that take 
 and each layer's interval and rank after a window.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -38,13 +37,11 @@ class Now(NamedTuple):
 
     Attributes:
       step: int32 ``()``.
-      offset: by which their windows after the first are late.
       length: steps of a window.
       last: whether a window ends with this step.
     """
 
     step: Array
-    offset: Any
     length: Any
     last: Array
 
@@ -69,7 +66,7 @@ def check_schedules(rules: Rules, layers: Mapping[str, Layer]) -> None:
     for path, layer in layers.items():
         auto = isinstance(refresh.every, AutoInterval)
         expected = {
-            "collect": auto or (refresh.stagger or 1) > 1,
+            "collect": auto,
             "interval": auto,
             "rank": path in rules.ranks,
         }
@@ -78,9 +75,8 @@ def check_schedules(rules: Rules, layers: Mapping[str, Layer]) -> None:
         if got != expected:
             raise ValueError(
                 f"the state's schedule of '{path}': got {_kept(got)}, expected "
-                f"{_kept(expected)}. Remedy: restore a state of the same update_every, "
-                "stagger and rank, build the optimizer with those of the state, or "
-                "init again."
+                f"{_kept(expected)}. Remedy: restore a state of the same update_every "
+                "and rank, build the optimizer with those of the state, or init again."
             )
 
 
@@ -98,45 +94,34 @@ def plan_groups(
     """The groups of a step, none of them empty.
 
     A layer with an adaptive interval is a group of its own. Others are with those
-    of the same place in the order, and of the same kind: all iterations on the first
-    step of a window (whole matrices), or one on each.
+    of the same kind: all iterations on the first step of a window (whole matrices),
+    or one on each.
 
     Args:
       rules: of the refresh.
-      layers: all of them; a place does not depend on who comes along.
+      layers: all of them.
       waiting: those that cannot be refreshed in this step.
       statistics: path -> statistic.
       step: int32.
     """
-    refresh, places = rules.refresh, _places(rules, layers)
-    members: dict[tuple[int, bool, str], set[str]] = {}
+    refresh = rules.refresh
+    members: dict[tuple[bool, str], set[str]] = {}
     for path in layers.keys() - waiting:
         spread = not _eigenbasis.is_instant(statistics.get(path))
         alone = path if isinstance(refresh.every, AutoInterval) else ""
-        members.setdefault((places[path], spread, alone), set()).add(path)
+        members.setdefault((spread, alone), set()).add(path)
     groups = []
     every, window = _period(refresh), _eigenbasis.to_int(refresh.iterations)
-    for (place, spread, alone), paths in sorted(members.items()):
-        offset = _schedule.offset(place, max(places.values()) + 1, every, window)
+    for (spread, alone), paths in sorted(members.items()):
         length = window if spread else 1
         if alone:
             start = jnp.max(layers[alone].schedule.start)
             turn = _schedule.auto_turn(step, start, length)
         else:
-            turn = _schedule.fixed_turn(step, every, length, offset)
-        now = Now(step, offset, length, turn.last)
+            turn = _schedule.fixed_turn(step, every, length)
+        now = Now(step, length, turn.last)
         groups.append(Group(frozenset(paths), turn.now, now))
     return groups
-
-
-def _places(rules: Rules, layers: Mapping[str, Layer]) -> dict[str, int]:
-    """Path -> place in the order, by the cost of a sketch, ``d k``."""
-    costs = {}
-    for path, layer in layers.items():
-        view = rules.views[path]
-        costs[path] = math.prod(view.batch_shape) * view.size * layer.basis.shape[-1]
-    groups = min(rules.refresh.stagger or 1, len(costs))
-    return _schedule.balanced_groups(costs, groups)
 
 
 def _period(refresh: Refresh) -> Any:
@@ -291,9 +276,8 @@ def _set_interval(
 
 
 def _set_start(schedule: Schedule, now: Now) -> Schedule:
-    """The next window's start; the first one is followed by the layer's offset."""
-    late = jnp.where(schedule.start == 0, now.offset, 0)
-    start = schedule.start + schedule.interval + late
+    """The next window's start."""
+    start = schedule.start + schedule.interval
     return schedule._replace(start=jnp.maximum(start, now.step + 1))
 
 
@@ -310,18 +294,12 @@ def note_collects(
     rules: Rules, layers: Mapping[str, Layer], groups: list[Group], step: Array
 ) -> dict[str, Layer]:
     """`layers`, told whether the next step's statistics of each will be used."""
-    refresh, noted = rules.refresh, dict(layers)
-    window = _eigenbasis.to_int(refresh.iterations)
-    for path, offset in (
-        (p, group.now.offset) for group in groups for p in group.paths
-    ):
+    noted = dict(layers)
+    if not isinstance(rules.refresh.every, AutoInterval):
+        return noted
+    for path in (path for group in groups for path in group.paths):
         schedule = layers[path].schedule
-        if schedule is None or schedule.collect is None:
-            continue
-        if isinstance(refresh.every, AutoInterval):
-            turn = _schedule.auto_turn(step + 1, layers[path].schedule.start, 1)
-        else:
-            turn = _schedule.fixed_turn(step + 1, _period(refresh), window, offset)
+        turn = _schedule.auto_turn(step + 1, schedule.start, 1)
         flag = jnp.broadcast_to(turn.now, schedule.collect.shape).astype(jnp.int32)
         noted[path] = layers[path]._replace(schedule=schedule._replace(collect=flag))
     return noted

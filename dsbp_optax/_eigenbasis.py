@@ -67,7 +67,7 @@ class Schedule(NamedTuple):
 
     Attributes:
       collect: int32, 1 if the next step's statistics of this layer will be used, else
-        0; where layers take turns.
+        0; where each has an interval of its own.
       start: int32, first step of the current window, or of the next one.
       interval: int32, steps from one window's start to the next one's.
       drift: of the basis in the last window that refreshed it, see `AutoInterval`;
@@ -97,7 +97,6 @@ class Refresh(NamedTuple):
       solver: the eigensolver.
       centered: whether the covariance proper is used, not the second moment.
       decay: gamma in [0, 1), share of the past in the statistic; may be traced.
-      stagger: number of groups of layers that take turns; None for one.
     """
 
     every: Every
@@ -105,7 +104,6 @@ class Refresh(NamedTuple):
     solver: Solver
     centered: bool
     decay: Scalar
-    stagger: int | None = None
 
 
 class Layer(NamedTuple):
@@ -131,14 +129,6 @@ def check_refresh(refresh: Refresh) -> Refresh:
             f"solver: got {refresh.solver!r}, expected a function (operator, basis, "
             "iterations) -> Eigenpairs, such as dsbp_optax.power_iteration."
         )
-    if isinstance(refresh.stagger, jax.Array):
-        raise TypeError(
-            "stagger: got an array or traced value, expected a Python integer, since "
-            "it sets which layers share a branch. Remedy: optax.inject_hyperparams(f, "
-            "static_args=('stagger',))."
-        )
-    if refresh.stagger is not None:
-        _checks.check_integer("stagger", refresh.stagger, 1)
     return refresh._replace(every=interval or refresh.every)
 
 
@@ -185,10 +175,9 @@ def _init_schedule(
     basis: Array, filled: Any, refresh: Refresh, rule: AutoRank | None
 ) -> Schedule | None:
     schedule, interval = Schedule(), _schedule.auto_interval(refresh.every)
-    if interval is not None or (refresh.stagger or 1) > 1:
-        schedule = schedule._replace(collect=filled(1, jnp.int32))
     if interval is not None:
         schedule = schedule._replace(
+            collect=filled(1, jnp.int32),
             start=filled(0, jnp.int32),
             interval=filled(interval.shortest, jnp.int32),
             drift=filled(0, basis.dtype),

@@ -99,7 +99,6 @@ def scale_by_activation_metric(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     basis_dtype: Any = "bfloat16",
@@ -131,7 +130,6 @@ def scale_by_activation_metric(
       solver: as there.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -163,7 +161,7 @@ def scale_by_activation_metric(
     """
     refresh = Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay, stagger),
+        *(centered, decay),
     )
     choices = Choices(rank, side, axes, "always", _share.check_share(share))
     rule = make_rule(

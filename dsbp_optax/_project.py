@@ -50,7 +50,6 @@ def scale_by_spectral_projection(
     sharpness: optax.ScalarOrSchedule = 0.0,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     project: When = "auto",
@@ -96,9 +95,6 @@ def scale_by_spectral_projection(
         schedule. Acts where the basis comes from activations.
       centered: use the covariance about the mean, not the second moment.
       decay: gamma in [0, 1), share of the past kept in the statistic.
-      stagger: number of groups of layers, equally dear to refresh, that take turns
-        after the first window, so that no step pays for all: group g of n is ``g p /
-        n`` steps late. None: all together.
       axes: which axes of a kernel are inputs, outputs, stacked: a mapping from
         glob pattern to `Axes`, or a callable ``(path, shape) -> Axes | None``.
       share: groups of kernels with one and the same input, which keep one basis:
@@ -148,7 +144,7 @@ def scale_by_spectral_projection(
       >>> updates, state = tx.update(params, state, params)
     """
     solver = solver or _basis.power_iteration
-    refresh = Refresh(update_every, power_iterations, solver, centered, decay, stagger)
+    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
     groups = _share.check_share(share)
     rule = Rule(
         inner=_probe.as_transformation("inner", inner),

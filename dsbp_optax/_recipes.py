@@ -152,7 +152,6 @@ def dsbp_sgd(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = "bfloat16",
@@ -187,7 +186,6 @@ def dsbp_sgd(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -231,7 +229,6 @@ def dsbp_sgd(
         solver=solver,
         centered=centered,
         decay=decay,
-        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback,
@@ -262,7 +259,6 @@ def dsbp_adamw(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     basis_dtype: Any = "bfloat16",
@@ -299,7 +295,6 @@ def dsbp_adamw(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -327,7 +322,7 @@ def dsbp_adamw(
     """
     refresh = _eigenbasis.Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay, stagger),
+        *(centered, decay),
     )
     return _metric_recipe(
         Choices(rank, side, axes, "always", _share.check_share(share)),
@@ -361,7 +356,6 @@ def subspace_adamw(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = "bfloat16",
@@ -402,7 +396,6 @@ def subspace_adamw(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -443,7 +436,6 @@ def subspace_adamw(
         solver=solver,
         centered=centered,
         decay=decay,
-        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback,
@@ -476,7 +468,6 @@ def dsbp_muon(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     basis_dtype: Any = "bfloat16",
@@ -516,7 +507,6 @@ def dsbp_muon(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -545,7 +535,7 @@ def dsbp_muon(
     _checks.check_number("momentum", momentum, 0.0, 1.0)
     refresh = _eigenbasis.Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay, stagger),
+        *(centered, decay),
     )
     return _metric_recipe(
         Choices(rank, side, axes, "always", _share.check_share(share)),
@@ -580,7 +570,6 @@ def subspace_muon(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
     moment_dtype: Any = "bfloat16",
@@ -622,7 +611,6 @@ def subspace_muon(
       solver: eigensolver, None for block power iteration.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: number of groups of layers that take turns to refresh.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
         adapter's ``find_shared_inputs``.
@@ -667,7 +655,6 @@ def subspace_muon(
         solver=solver,
         centered=centered,
         decay=decay,
-        stagger=stagger,
         axes=axes,
         share=share,
         fallback=fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),

@@ -8,7 +8,6 @@ Both adaptive rules have a dead band, so that noise changes nothing.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -186,45 +185,22 @@ def auto_interval(every: Any) -> AutoInterval | None:
     return every if isinstance(every, AutoInterval) else None
 
 
-def fixed_turn(step: Array, every: Any, window: Any, offset: Any = 0) -> Turn:
+def fixed_turn(step: Array, every: Any, window: Any) -> Turn:
     """The turn of a layer whose windows begin at 0 and then every p steps.
 
     Args:
       step: int32 ``()``.
       every: p, an integer.
       window: q, the length of a window.
-      offset: by which all windows but the first are late, below p.
     """
-    phase = (step - offset) % every
-    now, last = phase < window, phase == jnp.minimum(window, every) - 1
-    if isinstance(offset, int) and offset == 0:
-        return Turn(now, last)
-    cold, begun = step < window, step >= every + offset
-    return Turn(cold | (begun & now), (step == window - 1) | (begun & last))
+    phase = step % every
+    return Turn(phase < window, phase == jnp.minimum(window, every) - 1)
 
 
 def auto_turn(step: Array, start: Array, window: Any) -> Turn:
     """The turn of a layer whose window begins at `start` and lasts `window` steps."""
     now = step >= start
     return Turn(now, now & (step >= start + window - 1))
-
-
-def offset(group: int, groups: int, every: Any, window: Any) -> Any:
-    """``round(group p / groups)``, below p; 0 where every step refreshes anyway."""
-    if group == 0:
-        return 0
-    late = jnp.minimum((2 * group * every + groups) // (2 * groups), every - 1)
-    return jnp.where(jnp.less(window, every), late, 0).astype(jnp.int32)
-
-
-def balanced_groups(costs: Mapping[str, int], groups: int) -> dict[str, int]:
-    """Path -> group, dearest first, each into the group with the least so far."""
-    loads = [0] * groups
-    found = {}
-    for path in sorted(costs, key=lambda path: (-costs[path], path)):
-        found[path] = loads.index(min(loads))
-        loads[found[path]] += costs[path]
-    return found
 
 
 def drift(rotation: Array, rank: Any) -> Array:

@@ -63,7 +63,6 @@ def add_spectral_sharpness(
     solver: Solver | None = None,
     centered: bool = False,
     decay: Scalar = 0.0,
-    stagger: int | None = None,
     axes: AxesRule | None = None,
     statistics_in_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,7 +83,6 @@ def add_spectral_sharpness(
       solver: as in `scale_by_spectral_projection`.
       centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
-      stagger: as in `scale_by_spectral_projection`.
       axes: as in `scale_by_spectral_projection`.
       statistics_in_state: reserve a place for `put_statistics`.
 
@@ -107,7 +105,7 @@ def add_spectral_sharpness(
     """
     solver = solver or _basis.power_iteration
     refresh = _eigenbasis.check_refresh(
-        Refresh(update_every, power_iterations, solver, centered, decay, stagger)
+        Refresh(update_every, power_iterations, solver, centered, decay)
     )
     rule = Rule(
         sharpness=_checks.check_number("sharpness", sharpness, 0.0),

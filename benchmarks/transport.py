@@ -22,10 +22,8 @@ _B1, _B2, _EPS = 0.9, 0.99, 1e-8
 _MEMORY = 400
 
 _ADAM = "ScaleByAdamState"
-_CARRY = dsbp_optax.carry_adam_second_moment(_B1, _B2)
 VARIANTS: dict[str, Any] = {
     "carried": None,
-    "carried as LDAdam": {(_ADAM, "nu"): _CARRY},
     "reset": "reset",
     "left as they are": {(_ADAM, "mu"): "invariant", (_ADAM, "nu"): "invariant"},
 }

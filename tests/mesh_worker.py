@@ -174,7 +174,6 @@ def sharpness_aware_on_explicit() -> dict[str, Any]:
     inner = dsbp_optax.subspace_adamw(1e-2, rank=4, update_every=2, **WHOLE)
     wrappers = {
         "subspace_sam": dsbp_optax.subspace_sam(inner, 0.5),
-        "every second": dsbp_optax.subspace_sam(inner, 0.5, every=2),
         "subspace_msam": dsbp_optax.subspace_msam(inner, 0.5),
     }
     seen = {"up/kernel": dsbp_optax.Activations(INPUTS)}

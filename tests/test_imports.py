@@ -75,7 +75,6 @@ LEVELS = {
     "_inner": 7,
     "_msam": 7,
     "_sam": 7,
-    "_resize": 8,
     "_update": 8,
     "_project": 9,
     "_recipes": 10,

@@ -25,11 +25,7 @@ from dsbp_optax import (
 
 pytestmark = pytest.mark.usefixtures("optimized")
 D, K, N = 24, 4, 60
-SOLVERS = {
-    "power_iteration": dsbp_optax.power_iteration,
-    "eigh": dsbp_optax.eigh,
-    "randomized_svd": dsbp_optax.randomized_svd,
-}
+SOLVERS = {"power_iteration": dsbp_optax.power_iteration, "eigh": dsbp_optax.eigh}
 
 
 def orthonormal(rng: np.random.Generator, d: int, k: int) -> np.ndarray:

@@ -170,11 +170,8 @@ RULES = {
     "none": None,
     "scaled": dsbp_optax.scale_residual(3.0),
     "normalised": dsbp_optax.normalize_residual(0.5),
-    "by column": dsbp_optax.scale_residual_by_column(),
-    "sign": dsbp_optax.sign_residual(0.5),
     "momentum": dsbp_optax.residual_momentum(0.9, 32),
     "adam": dsbp_optax.residual_adam(bits=32),
-    "feedback": dsbp_optax.error_feedback(),
 }
 
 
@@ -187,73 +184,18 @@ def test_both_orientations_of_a_kernel_give_one_update(name) -> None:
     np.testing.assert_allclose(left, right, atol=1e-5)
 
 
-def test_column_scaling_is_fira_with_its_limiter() -> None:
-    rule = dsbp_optax.scale_residual_by_column(1.01)
-    state, last = rule.init(jnp.zeros((D, M))), None
-    limited = 0
-    for step in range(6):
-        now = seen(seed=7 * step)
-        got, state = total(rule, state, now)
-        v, g, u = (
-            np.asarray(x, np.float64) for x in (now.basis, now.matrix, now.update)
-        )
-        p = v.T @ g
-        outside = (g - v @ p) * np.linalg.norm(u, axis=0) / np.linalg.norm(p, axis=0)
-        norm = np.linalg.norm(outside)
-        if last is not None and norm > 1.01 * last:
-            outside, norm = outside * 1.01 * last / norm, 1.01 * last
-            limited += 1
-        last = norm
-        np.testing.assert_allclose(got, v @ u + outside, rtol=2e-4, atol=2e-4)
-        unlimited = dsbp_optax.scale_residual_by_column(1e9)
-        loose, _ = total(unlimited, unlimited.init(jnp.zeros((D, M))), now)
-        assert (np.abs(loose - got).max() > 1e-3) == (
-            norm < np.linalg.norm(loose - v @ u) - 1e-3
-        )
-    assert limited, "the limiter must act"
-
-
-def test_sign_and_shares_have_the_size_they_say() -> None:
+def test_a_share_has_the_size_it_says() -> None:
     now = seen()
     lifted = _subspace.lift(now.basis, now.update)
-    for name in ("sign", "normalised"):
-        rule = _residual.as_residual(RULES[name])
-        got, _ = total(rule, rule.init(jnp.zeros((D, M))), now)
-        ratio = jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)
-        assert abs(float(ratio) - 0.5) < 1e-3, name
+    rule = _residual.as_residual(RULES["normalised"])
+    got, _ = total(rule, rule.init(jnp.zeros((D, M))), now)
+    ratio = jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)
+    assert abs(float(ratio) - 0.5) < 1e-3
     unscaled = _residual.as_residual(RULES["momentum"])
     got, _ = total(unscaled, unscaled.init(jnp.zeros((D, M))), now)
     assert (
         abs(float(jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)) - 0.5) > 0.1
     )
-
-
-def test_error_feedback_loses_nothing_when_the_basis_turns() -> None:
-    """What was applied plus what is held back is the sum of the gradients."""
-
-    def held_back(residual: Any) -> float:
-        tx = dsbp_optax.scale_by_spectral_projection(
-            rank=K,
-            update_every=2,
-            power_iterations=1,
-            residual=residual,
-            project="always",
-            project_cold=True,
-        )
-        params = make_params()
-        state, applied, given = tx.init(params), 0.0, 0.0
-        for step in range(7):
-            grads = gradients(step)
-            updates, state = jax.jit(tx.update)(
-                grads, state, statistics=statistics(step)
-            )
-            applied = applied + updates["layer"]["kernel"]
-            given = given + grads["layer"]["kernel"]
-        kept = state.residual.get("layer/kernel", 0.0)
-        return float(jnp.abs(applied + kept - given).max())
-
-    assert held_back(dsbp_optax.error_feedback()) < 1e-4
-    assert held_back(None) > 0.1
 
 
 def outside(matrix: Any) -> _residual.Outside:
@@ -618,21 +560,7 @@ def test_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite() -> None:
 
 def rotation(seed: int = 0, k: int = K) -> _transport.Rotation:
     matrix = jnp.linalg.qr(draw(k, k, seed=seed))[0]
-    return _transport.Rotation(matrix, False, jnp.asarray(50))
-
-
-def test_ldadam_turns_mean_and_variance_apart() -> None:
-    b1, b2 = 0.9, 0.99
-    by, mean = rotation(), draw(K, M, seed=1)
-    variance = draw(K, M, seed=2) ** 2
-    f1, f2 = 1 - b1**50, 1 - b2**50
-    held = {"mu": mean * f1, "nu": (variance + mean**2) * f2}
-    got = dsbp_optax.carry_adam_second_moment(b1, b2)(held["nu"], by, held)
-    r = np.asarray(by.matrix)
-    expected = f2 * ((r * r) @ np.asarray(variance) + (r @ np.asarray(mean)) ** 2)
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
-    plain = _subspace.rotate_second_moment(by.matrix, held["nu"])
-    assert float(jnp.abs(plain - got).max()) > 1e-2, "the two rules differ"
+    return _transport.Rotation(matrix, False)
 
 
 def test_no_mass_of_a_second_moment_is_lost_to_the_complement() -> None:
@@ -654,14 +582,12 @@ KINDS = {
     "first": lambda m, r: r @ m,
     "invariant": lambda m, r: m,
     "reset": lambda m, r: 0 * m,
-    "custom": lambda m, r: m * 2,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_the_table(kind) -> None:
-    given = (lambda m, by, held: 2 * held["trace"]) if kind == "custom" else kind
-    table = _transport.make_table({("TraceState", "trace"): given})
+    table = _transport.make_table({("TraceState", "trace"): kind})
     state = optax.TraceState(trace={"a": draw(K, M), "b": draw(3)})
     fields, moments = _transport.split(state, frozenset({"a"}), table)
     by = rotation()
@@ -671,14 +597,6 @@ def test_every_kind_of_the_table(kind) -> None:
         done.trace["a"], KINDS[kind](state.trace["a"], by.matrix), atol=1e-6
     )
     np.testing.assert_array_equal(done.trace["b"], state.trace["b"])
-
-
-def test_moments_of_two_states_are_not_mixed() -> None:
-    inner = optax.chain(optax.scale_by_adam(), optax.trace(0.9), optax.scale_by_adam())
-    state = inner.init({"a": jnp.ones((K, M))})
-    fields, _ = _transport.split(state, frozenset({"a"}), _transport.TABLE)
-    assert [f.name for f in fields] == ["mu", "nu", "trace", "mu", "nu"]
-    assert len({f.owner for f in fields}) == 3
 
 
 def test_reset_starts_the_moments_of_a_layer_anew() -> None:

@@ -141,7 +141,7 @@ def rule(
     projection = dsbp_optax.scale_by_spectral_projection(
         optax.trace(MOMENTUM),
         rank=rank,
-        side=side,
+        basis=dsbp_optax.Basis(side=side),
         update_every=period,
         spectral_filter=dsbp_optax.whiten(exponent),
         residual=scaled if kept is None else kept,

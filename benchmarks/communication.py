@@ -88,7 +88,7 @@ def compile_step(
         1e-3,
         rank=rank,
         update_every=PERIOD,
-        power_iterations=WINDOW,
+        basis=dsbp_optax.Basis(power_iterations=WINDOW),
     )
     differentiate = ROUTES[route](workload.loss)
 

@@ -63,9 +63,8 @@ def rule(rank: int) -> optax.GradientTransformationExtraArgs:
         rank=rank,
         clip=None,
         update_every=PERIOD,
-        power_iterations=WINDOW,
+        basis=dsbp_optax.Basis(power_iterations=WINDOW, dtype=None),
         moment_dtype=None,
-        basis_dtype=None,
     )
 
 

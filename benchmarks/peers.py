@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from dsbp_optax._eigenbasis import Refresh
-from dsbp_optax._plan import Choices
 
 import dsbp_optax
 from benchmarks.kernels import is_kernel, map_kernels, path_of
-from dsbp_optax import _metric
+from dsbp_optax.core.plan import Choices
+from dsbp_optax.rules import metric
 
 #: Decays of every Adam: the auxiliary one, AdamW and those in few bits.
 _B1, _B2 = 0.9, 0.95
@@ -214,7 +214,7 @@ def _coarse_muon(bits: int) -> optax.GradientTransformation:
 NO_BASIS, OWN_ENERGIES, TRUE_ENERGIES = 1, 2, 3
 
 
-def _muon_in_metric(bits: int = 5, rank: Any = _metric.SHARE) -> Build:
+def _muon_in_metric(bits: int = 5, rank: Any = metric.SHARE) -> Build:
     """`dsbp_optax.dsbp_muon`; a variant takes one part of the metric away."""
 
     def build(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
@@ -228,14 +228,14 @@ def _muon_in_metric(bits: int = 5, rank: Any = _metric.SHARE) -> Build:
 def _adam_in_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
     """`dsbp_optax.dsbp_adamw`, likewise."""
     adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
-    metric = control(_metric.LARGE_SHARE, variant, adam, None, 0.5, "both")
+    metric = control(metric.LARGE_SHARE, variant, adam, None, 0.5, "both")
     return assemble(metric, rate, aux_rate, decay)
 
 
 def _adam_before_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
     """The metric behind Adam alone, its whole exponent there."""
     adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
-    metric = control(_metric.LARGE_SHARE, variant, None, None, 1.0, "after")
+    metric = control(metric.LARGE_SHARE, variant, None, None, 1.0, "after")
     return assemble(optax.chain(adam, metric), rate, aux_rate, decay)
 
 
@@ -262,7 +262,7 @@ def control(
         random = jnp.linalg.qr(jax.random.normal(key, basis.shape, basis.dtype))[0]
         return jnp.where(variant == TRUE_ENERGIES, random, basis)
 
-    rule = _metric.make_rule(
+    rule = metric.make_rule(
         inner,
         direction,
         jnp.where(variant == NO_BASIS, 0.0, exponent),
@@ -273,7 +273,7 @@ def control(
         "bfloat16",
         False,
     )
-    return _metric.activation_metric(rule._replace(directions=directions))
+    return metric.activation_metric(rule._replace(directions=directions))
 
 
 def _with_controls(contender: Contender) -> list[Contender]:

@@ -90,7 +90,7 @@ def period_average(rounds: int) -> list[Row]:
         "optax.sgd": optax.sgd(0.1),
         "dsbp": dsbp_optax.dsbp(0.01, update_every=PERIOD, power_iterations=WINDOW),
         "dsbp_sgd": dsbp_optax.dsbp_sgd(
-            0.1, update_every=PERIOD, power_iterations=WINDOW
+            0.1, update_every=PERIOD, basis=dsbp_optax.Basis(power_iterations=WINDOW)
         ),
     }
     loops = _training_loops(optimizers)

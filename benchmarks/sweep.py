@@ -22,7 +22,7 @@ import dsbp_optax
 from benchmarks import kernels
 from benchmarks.peers import Contender
 from benchmarks.workloads import cosine
-from dsbp_optax import _gate
+from dsbp_optax.core import gate
 
 #: Evaluations along a run, the last one at its end.
 EVALUATIONS = 12
@@ -186,11 +186,11 @@ def step_of(task: Task, contender: Contender) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _no_gate() -> Iterator[None]:
     """The package's test for finite gradients, answered: `step_of` has made it."""
-    token = _gate.TESTED.set(True)
+    token = gate.TESTED.set(True)
     try:
         yield
     finally:
-        _gate.TESTED.reset(token)
+        gate.TESTED.reset(token)
 
 
 def group_of(

@@ -485,9 +485,10 @@ def dsbp(
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
     """
-    basis = Basis(side="output") if basis is None else basis
-    if basis.power_iterations is None:
-        basis = dataclasses.replace(basis, power_iterations=power_iterations)
+    basis = basis or Basis()
+    given = {"side": "output", "power_iterations": power_iterations}
+    missing = {k: v for k, v in given.items() if getattr(basis, k) is None}
+    basis = dataclasses.replace(basis, **missing)
     tx = scale_by_spectral_projection(
         rank=rank,
         update_every=update_every,

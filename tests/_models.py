@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from dsbp_optax._spectral import STATES, find_states, split_layers
 
 import dsbp_optax
 from dsbp_optax import Activations, Sketch
+from dsbp_optax.core.state import STATES, find_states, split_layers
 
 KERNELS = ("first/kernel", "second/kernel")
 TABLE, WIDTH, HIDDEN, OUT = 5, 16, 12, 8

@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
-from dsbp_optax import _spectral
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles much, runs little
@@ -58,7 +57,7 @@ ROUTES = {
 
 def moments(state: Any) -> dict[str, dict[str, Any]]:
     """The first moments of kernels, by path and name of the array."""
-    (spectral,) = _spectral.find_states(state)
+    (spectral,) = state.find_states(state)
     if isinstance(spectral, dsbp_optax.SpectralProjectionState):
         return {path: {"whole": x} for path, x in spectral.inner.mu.items()}
     beside = not spectral.inner
@@ -114,7 +113,7 @@ def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
         before = jax.tree.map(jax.typeof, state)
         step = jax.jit(stepper(route, explicit), out_shardings=outs)
         _, state, losses = train(step, params, state, x)
-    (spectral,) = _spectral.find_states(state)
+    (spectral,) = state.find_states(state)
     arrays = [a for a in jax.tree.leaves(state) if a.ndim]
     return {
         "losses": losses,

@@ -15,12 +15,17 @@ from flax.core import freeze
 from networks import NETWORKS, Network, ScanNet, batch, init
 
 import dsbp_optax
-from dsbp_optax import Activations, Axes, Sketch, _layout
+from dsbp_optax import Activations, Axes, Sketch
+from dsbp_optax.core import layout
 
 
 def optimizer(side: str = "input", **kwargs: Any) -> Any:
     return dsbp_optax.scale_by_spectral_projection(
-        optax.trace(0.9), rank=2, side=side, project="always", **kwargs
+        optax.trace(0.9),
+        rank=2,
+        basis=dsbp_optax.Basis(side=side),
+        project="always",
+        **kwargs,
     )
 
 
@@ -511,7 +516,10 @@ def test_projection_and_sharpness_collect_side_by_side() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)
     tx = optax.chain(
-        dsbp_optax.add_spectral_sharpness(0.1, rank=3, side="output"), optimizer()
+        dsbp_optax.add_spectral_sharpness(
+            0.1, rank=3, basis=dsbp_optax.Basis(side="output")
+        ),
+        optimizer(),
     )
     state = tx.init(params)
     collect = dsbp_optax.linen.value_and_grad(loss_of(network.linen))
@@ -533,7 +541,7 @@ def test_projection_and_sharpness_collect_side_by_side() -> None:
 def test_warm_start_makes_all_iterations_on_the_first_batch() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)
-    tx = dsbp_optax.dsbp(0.1, rank=2, side="input")
+    tx = dsbp_optax.dsbp(0.1, rank=2, basis=dsbp_optax.Basis(side="input"))
     collect = dsbp_optax.linen.value_and_grad(loss_of(network.linen))
     cold = tx.init(params)
     warm = dsbp_optax.linen.warm_start(
@@ -656,10 +664,10 @@ def test_a_head_of_one_output_is_trained_by_the_papers_rule() -> None:
 )
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_side_of_length_one_is_read_off_a_state(shape, axes, side) -> None:
-    view = _layout.matrix_view(shape, axes, side)
-    form = _layout.kernel_form_shape(view, True, 1)[:-1]
-    stacked = _layout.kernel_form_shape(view, False, 1)[:-1]
-    found = _layout.view_of(shape, form, stacked)
+    view = layout.matrix_view(shape, axes, side)
+    form = layout.kernel_form_shape(view, True, 1)[:-1]
+    stacked = layout.kernel_form_shape(view, False, 1)[:-1]
+    found = layout.view_of(shape, form, stacked)
     assert (found.size, found.other) == (view.size, view.other)
     assert found.coordinate_shape(1) == view.coordinate_shape(1)
 

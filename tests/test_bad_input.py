@@ -24,12 +24,12 @@ from _models import (
     train,
 )
 from dsbp_optax._known import known_paths
-from dsbp_optax._spectral import map_states
 from flax import nnx
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
-from dsbp_optax._tap import make_riders
+from dsbp_optax.capture.tap import make_riders
+from dsbp_optax.core.state import map_states
 
 FIRST = KERNELS[0]
 FACTORIES: dict[str, Callable[..., Any]] = {

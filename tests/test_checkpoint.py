@@ -10,7 +10,6 @@ import pytest
 from _models import make_params
 
 import dsbp_optax
-from dsbp_optax import _spectral
 
 SMALL = {"update_every": 4, "power_iterations": 2}
 OPTIMIZERS = {
@@ -61,7 +60,7 @@ def test_states_of_another_version_are_refused_at_trace_time() -> None:
     for name in ("muon", "sharpness beside"):
         tx, state = OPTIMIZERS[name](2), example(name, 2)
         for wrong, said in (({"0": {}}, "version 0, exp"), ({}, "version none, exp")):
-            old = _spectral.map_states(lambda s, v=wrong: s._replace(version=v), state)
+            old = state.map_states(lambda s, v=wrong: s._replace(version=v), state)
             with pytest.raises(ValueError, match=f"{said}.*Remedy"):
                 update(tx, old)
             assert jax.tree.structure(old) != jax.tree.structure(state)

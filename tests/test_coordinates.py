@@ -410,14 +410,16 @@ def test_the_direction_of_coordinates_is_that_of_the_lifted_matrix(side, shape) 
     """The polar factor of ``V u`` is V times that of u, at ``k / d`` of the cost."""
     direction = dsbp_optax.orthogonalize()
     tx = dsbp_optax.scale_by_spectral_projection(
-        rank=4, side=side, direction=direction, project="always"
+        rank=4, basis=dsbp_optax.Basis(side=side), direction=direction, project="always"
     )
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
     state = tx.init(params)
     held = project_gradients(params, state)
     got, _ = jax.jit(tx.update)(held, state, params)
-    plain = dsbp_optax.scale_by_spectral_projection(rank=4, side=side, project="always")
+    plain = dsbp_optax.scale_by_spectral_projection(
+        rank=4, basis=dsbp_optax.Basis(side=side), project="always"
+    )
     lifted, _ = plain.update(held, plain.init(params), params)
     expected = direction(lifted["kernel"], *shape[-2:])
     np.testing.assert_allclose(got["kernel"], expected, rtol=1e-3, atol=1e-4)

@@ -63,7 +63,7 @@ def test_halves_of_a_batch_reproduce_strong_directions_and_not_noise() -> None:
 
 def test_angles_of_stacked_kernels() -> None:
     axes = {"*": dsbp_optax.Axes(batch=(0,), inputs=(1,), outputs=(2,))}
-    tx = dsbp_optax.dsbp_sgd(0.1, rank=2, axes=axes)
+    tx = dsbp_optax.dsbp_sgd(0.1, rank=2, basis=dsbp_optax.Basis(axes=axes))
     states = []
     for seed in (0, 1):
         kernel = jax.random.normal(jax.random.key(seed), (3, D, M))

@@ -15,21 +15,20 @@ from test_subspace_gradient import differentiated, exact_adamw, warm
 import dsbp_optax
 from dsbp_optax import (
     Coordinates,
-    _coordinates,
-    _layout,
-    _perturb,
     project_gradients,
 )
+from dsbp_optax.core import coordinates, paths
+from dsbp_optax.sharpness import subspace
 
 RHO = 0.3
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    return _layout.flatten_with_paths(tree)[0]
+    return paths.flatten(tree)[0]
 
 
 def random_steps(params: Any, state: Any) -> dict[str, Coordinates]:
-    grads = _coordinates.find(project_gradients(params, state))
+    grads = coordinates.find(project_gradients(params, state))
     rng = np.random.default_rng(5)
     return {
         path: Coordinates(jnp.asarray(rng.normal(size=x.values.shape), jnp.float32))
@@ -39,9 +38,9 @@ def random_steps(params: Any, state: Any) -> dict[str, Coordinates]:
 
 def formed(params: Any, state: Any, steps: dict[str, Coordinates]) -> Any:
     """The parameters with ``K + V S`` in the place of K."""
-    spaces = _perturb.subspaces(_perturb.projections(state, "test"), flat(params))
+    spaces = subspace.subspaces(subspace.projections(state, "test"), flat(params))
     lifts = {p: spaces[p].lift(spaces[p].project(s)) for p, s in steps.items()}
-    return _perturb.add(params, lifts)
+    return subspace.add(params, lifts)
 
 
 def close(got: Any, expected: Any) -> None:
@@ -193,7 +192,7 @@ def test_no_second_set_of_kernels_is_held() -> None:
                     return jax.grad(loss_fn)(there, x)
                 return collect(there, x, opt_state=state, displacement=step)[1]
 
-            return grads, grad_fn(params, _coordinates.find(grads)), seen
+            return grads, grad_fn(params, coordinates.find(grads)), seen
 
         compiled = jax.jit(step).lower(params, jax.eval_shape(tx.init, params))
         memory = compiled.compile().memory_analysis()

@@ -18,10 +18,9 @@ from dsbp_optax import (
     Covariance,
     Sketch,
     _eigenbasis,
-    _layout,
-    _statistics,
-    _subspace,
 )
+from dsbp_optax.core import layout, statistics
+from dsbp_optax.linalg import subspace
 
 pytestmark = pytest.mark.usefixtures("optimized")
 D, K, N = 24, 4, 60
@@ -147,8 +146,8 @@ def test_update_does_not_see_order_and_sign_of_the_basis(
     grads = {"kernel": jnp.asarray(rng.normal(size=(D, 10)), jnp.float32)}
     moment = jnp.asarray(rng.normal(size=(K, 10)), jnp.float32)
     other = basis[:, jnp.asarray(order)] * jnp.where(jnp.asarray(flips), -1.0, 1.0)
-    rotation = _subspace.rotation(other, basis)
-    carried = _subspace.rotate_first_moment(rotation, moment)
+    rotation = subspace.rotation(other, basis)
+    carried = subspace.rotate_first_moment(rotation, moment)
     plain = one_update(basis, moment, params, grads)
     np.testing.assert_allclose(
         one_update(other, carried, params, grads), plain, rtol=1e-4, atol=1e-5
@@ -164,7 +163,7 @@ def test_the_two_sides_transpose_into_each_other() -> None:
     a = rng.normal(size=(N, D)).astype(np.float32)
 
     def run(weight: Any, gradient: Any, side: str, start: Any) -> Any:
-        tx = dsbp_optax.dsbp(0.1, rank=K, side=side)
+        tx = dsbp_optax.dsbp(0.1, rank=K, basis=dsbp_optax.Basis(side=side))
         params = {"kernel": jnp.asarray(weight)}
         state = tx.init(params)
         state = optax.tree.set(state, basis={"kernel": start})
@@ -204,7 +203,7 @@ def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
             dsbp_optax.scale_by_spectral_projection,
             rank=K,
             centered=centered,
-            decay=decay,
+            basis=dsbp_optax.Basis(decay=decay),
             update_every=100,
             project="always",
         )
@@ -233,7 +232,10 @@ def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
 def run_short(params: Any, a: Any, centered: bool) -> Any:
     """One iteration too few: what the law must reject."""
     tx = dsbp_optax.scale_by_spectral_projection(
-        rank=K, power_iterations=2, centered=centered, project="always"
+        rank=K,
+        basis=dsbp_optax.Basis(power_iterations=2),
+        centered=centered,
+        project="always",
     )
     state = tx.init(params)
     statistics = {"kernel": Activations(a)}
@@ -254,7 +256,7 @@ def test_full_rank_is_the_identity(rank: int) -> None:
             grads, tx.init(params), params, statistics={"kernel": Activations(a)}
         )
         np.testing.assert_allclose(updates["kernel"], grads["kernel"], atol=2e-5)
-    tx = dsbp_optax.dsbp(1.0, rank=D - 1, side="input")
+    tx = dsbp_optax.dsbp(1.0, rank=D - 1, basis=dsbp_optax.Basis(side="input"))
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert float(jnp.abs(updates["kernel"] + grads["kernel"]).max()) > 1e-2
 
@@ -264,7 +266,7 @@ def test_full_rank_is_the_identity(rank: int) -> None:
 def test_principal_angles_of_a_planted_rotation(seed: int, radians: float) -> None:
     rng = np.random.default_rng(seed)
     left = orthonormal(rng, D, K)
-    angles = _subspace.principal_angles(
+    angles = subspace.principal_angles(
         jnp.asarray(left, jnp.float32),
         jnp.asarray(nearby(rng, left, radians), jnp.float32),
     )
@@ -280,15 +282,15 @@ def test_moments_follow_the_basis() -> None:
     moment = jnp.asarray(rng.normal(size=(K, 10)), jnp.float32)
     for flipped in (False, True):
         held = moment.T if flipped else moment
-        carried = _subspace.rotate_first_moment(
-            _subspace.rotation(new, old), held, flipped
+        carried = subspace.rotate_first_moment(
+            subspace.rotation(new, old), held, flipped
         )
-        before = _subspace.lift(old, held, flipped)
-        after = _subspace.lift(new, carried, flipped)
+        before = subspace.lift(old, held, flipped)
+        after = subspace.lift(new, carried, flipped)
         np.testing.assert_allclose(before, after, atol=1e-5)
-        assert float(jnp.abs(_subspace.lift(new, held, flipped) - before).max()) > 1e-2
-        second = _subspace.rotate_second_moment(
-            _subspace.rotation(new, old), held**2, flipped
+        assert float(jnp.abs(subspace.lift(new, held, flipped) - before).max()) > 1e-2
+        second = subspace.rotate_second_moment(
+            subspace.rotation(new, old), held**2, flipped
         )
         assert bool((second >= 0).all())
         np.testing.assert_allclose(second.sum(), (held**2).sum(), rtol=1e-4)
@@ -325,7 +327,10 @@ def test_decay_is_right_on_the_first_step_and_averages_after() -> None:
     one, two = np.diag(4.0 ** -np.arange(6.0)), np.diag(4.0 ** -np.arange(6.0))
     two[0, 0], two[1, 1] = 0.1, 5.0
     tx = dsbp_optax.scale_by_spectral_projection(
-        rank=3, decay=0.75, update_every=1, power_iterations=30, project="always"
+        rank=3,
+        basis=dsbp_optax.Basis(decay=0.75, power_iterations=30),
+        update_every=1,
+        project="always",
     )
     params = {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
     state = tx.init(params)
@@ -346,7 +351,7 @@ def test_centering_removes_the_mean() -> None:
     rng = np.random.default_rng(12)
     a = jnp.asarray(rng.normal(size=(N, D)) + 3.0)
     basis = jnp.asarray(orthonormal(rng, D, D), jnp.float32)
-    operator = _statistics.center(Activations(a).operator(basis))
+    operator = statistics.center(Activations(a).operator(basis))
     dense = operator.matmul(jnp.eye(D))
     np.testing.assert_allclose(dense, np.cov(a.T, bias=True), atol=1e-3)
     np.testing.assert_allclose(operator.trace, np.trace(dense), rtol=1e-3)
@@ -356,17 +361,17 @@ def test_centering_removes_the_mean() -> None:
 
 def test_views_and_kernel_form_are_inverses() -> None:
     shape = (2, 3, 5, 4, 6)
-    axes = _layout.check_axes("p", shape, dsbp_optax.Axes((1, 3), (2, 4), (0,)))
+    axes = layout.check_axes("p", shape, dsbp_optax.Axes((1, 3), (2, 4), (0,)))
     kernel = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     for side in ("input", "output"):
-        view = _layout.matrix_view(shape, axes, side)
-        matrices = _layout.to_matrices(kernel, view)
+        view = layout.matrix_view(shape, axes, side)
+        matrices = layout.to_matrices(kernel, view)
         assert matrices.shape == (2, *view.matrix_shape)
-        np.testing.assert_array_equal(_layout.from_matrices(matrices, view), kernel)
+        np.testing.assert_array_equal(layout.from_matrices(matrices, view), kernel)
         basis = jnp.arange(2.0 * view.size * 3).reshape(2, view.size, 3)
-        held = _layout.to_kernel_form(basis, view)
-        assert held.shape == _layout.kernel_form_shape(view, True, 3)
-        np.testing.assert_array_equal(_layout.from_kernel_form(held, view), basis)
+        held = layout.to_kernel_form(basis, view)
+        assert held.shape == layout.kernel_form_shape(view, True, 3)
+        np.testing.assert_array_equal(layout.from_kernel_form(held, view), basis)
 
 
 def test_a_basis_follows_from_the_path_alone() -> None:
@@ -381,7 +386,9 @@ def test_refresh_takes_place_when_it_should() -> None:
     """q sketches in each period of p; whole matrices once a period."""
     rng = np.random.default_rng(13)
     params = {"kernel": jnp.asarray(rng.normal(size=(D, 10)), jnp.float32)}
-    tx = dsbp_optax.dsbp(rank=K, update_every=5, power_iterations=2, side="input")
+    tx = dsbp_optax.dsbp(
+        rank=K, update_every=5, power_iterations=2, basis=dsbp_optax.Basis(side="input")
+    )
     for form, expected in (
         (lambda b: sketch(rng.normal(size=(N, D)), b), [1, 2, 2, 2, 2, 3, 4, 4]),
         (

@@ -11,13 +11,13 @@ import metric_oracle as oracle
 import numpy as np
 import optax
 import pytest
-from dsbp_optax._spectral import find_states
 from metric_oracle import Rule
 from versions import x64
 
 import dsbp_optax
 from benchmarks import peers
 from dsbp_optax import Activations, Covariance, Sketch
+from dsbp_optax.core.state import find_states
 
 STEPS, RANK = 7, 3
 #: Kernel shape, axes of the inputs, of the outputs, stacked ones, name of its layer.
@@ -233,7 +233,9 @@ def test_a_direction_weaker_than_the_rest_is_not_lengthened() -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (16, 12))}
     given = {"kernel": Activations(samples)}
     for rank, same in ((RANK, True), (16, False)):
-        tx = dsbp_optax.scale_by_activation_metric(rank=rank, solver=weakest, **OFTEN)
+        tx = dsbp_optax.scale_by_activation_metric(
+            rank=rank, basis=dsbp_optax.Basis(solver=weakest), **OFTEN
+        )
         updates, state = jax.jit(tx.update)(params, tx.init(params), statistics=given)
         assert only(state).spectrum["kernel"].activations.all()
         gap = float(jnp.abs(updates["kernel"] - params["kernel"]).max())
@@ -347,7 +349,7 @@ def drop_statistics() -> Any:
 def test_with_a_whole_basis_it_preconditions_by_the_second_moment(where, power) -> None:
     """One factor is ``(C + g I)^(-1/2)``, two of them its square, up to length."""
     tx = dsbp_optax.scale_by_activation_metric(
-        where=where, rank=D, power_iterations=8, basis_dtype=None
+        where=where, rank=D, basis=dsbp_optax.Basis(power_iterations=8, dtype=None)
     )
     samples = draw_samples(np.random.default_rng(2), 40, D, 1.5)
     (got,) = run(tx, {PATH: Activations(jnp.asarray(samples, jnp.float32))}, 1)
@@ -367,7 +369,7 @@ def test_with_a_whole_basis_it_preconditions_by_the_second_moment(where, power) 
 
 
 def test_order_and_signs_of_the_columns_do_not_matter() -> None:
-    tx = dsbp_optax.dsbp_muon(1.0, rank=RANK, basis_dtype=None)
+    tx = dsbp_optax.dsbp_muon(1.0, rank=RANK, basis=dsbp_optax.Basis(dtype=None))
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     _, state = update(gradients(0), state, PARAMS, statistics=GIVEN)
     order, signs = np.asarray([2, 0, 1]), jnp.asarray([1.0, -1.0, -1.0])

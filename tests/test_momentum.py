@@ -9,11 +9,12 @@ import metric_oracle as oracle
 import numpy as np
 import optax
 import pytest
-from dsbp_optax._momentum import storage
 from versions import x64
 
 import dsbp_optax
-from dsbp_optax import QuantizedAdamState, QuantizedMomentumState, _quantization
+from dsbp_optax import QuantizedAdamState, QuantizedMomentumState
+from dsbp_optax.linalg import quantize
+from dsbp_optax.rules.moments import storage
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 #: Least mean square of the error of uniform levels for a normal variable (Max, 1960).
@@ -455,4 +456,4 @@ def test_restored_states_of_something_else_are_named(name) -> None:
 def test_the_levels_are_the_best_uniform_ones() -> None:
     """Widths of levels that the oracle has too."""
     for bits, width in oracle.WIDTHS.items():
-        assert _quantization.STEPS[bits] == width
+        assert quantize.STEPS[bits] == width

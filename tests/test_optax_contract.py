@@ -25,13 +25,13 @@ from _models import (
     train,
 )
 from absl.testing import parameterized
-from dsbp_optax._spectral import find_states
 from jax import export
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import put_statistics
-from dsbp_optax._tap import make_riders
+from dsbp_optax.capture.tap import make_riders
+from dsbp_optax.core.state import find_states
 
 STEPS = 12
 every_case = pytest.mark.parametrize("name", list(CASES))

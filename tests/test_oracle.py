@@ -66,7 +66,7 @@ def run_planted(
         rule.update_every,
         rule.power_iterations,
         rule.sharpness,
-        side=side,
+        basis=dsbp_optax.Basis(side=side),
     )
     state = tx.init(params)
     weights = matrices(jax.tree.leaves(params)[0], rows, columns, stacked)
@@ -178,7 +178,7 @@ def run_network(name: str, side: str, dtype: Any) -> float:
     network = NETWORKS[name]
     params = init(network, dtype)
     rule = Rule(0.02, 0.1, 8, 3)
-    tx = dsbp_optax.dsbp(0.02, 2, 8, 3, 0.1, side=side)
+    tx = dsbp_optax.dsbp(0.02, 2, 8, 3, 0.1, basis=dsbp_optax.Basis(side=side))
     state = tx.init(params)
 
     def loss_fn(params: Any, x: Any) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import dsbp_optax
-from dsbp_optax import Activations, _pac_bayes, diagnostics
+from dsbp_optax import Activations, diagnostics
+from dsbp_optax.instruments import pac_bayes
 
 N = 400
 
@@ -38,7 +39,7 @@ def test_kl_is_the_closed_form_at_the_best_scale(noise: float, distance: float) 
 
 def test_the_binary_kl_is_inverted() -> None:
     for share, nats in [(0.0, 0.1), (0.1, 0.02), (0.5, 0.3), (0.9, 0.001), (0.3, 0.0)]:
-        p = float(_pac_bayes.invert_binary_kl(share, nats))
+        p = float(pac_bayes.invert_binary_kl(share, nats))
         kl = sum(
             a * math.log(a / b) for a, b in ((share, p), (1 - share, 1 - p)) if a > 0
         )

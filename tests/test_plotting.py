@@ -14,7 +14,9 @@ from dsbp_optax import Activations, diagnostics, plotting
 def history() -> Any:
     """Snapshots of two layers over some steps."""
     rng = np.random.default_rng(0)
-    tx = dsbp_optax.dsbp_sgd(0.1, rank=3, update_every=1, power_iterations=3)
+    tx = dsbp_optax.dsbp_sgd(
+        0.1, rank=3, update_every=1, basis=dsbp_optax.Basis(power_iterations=3)
+    )
     names = ("first", "second")
     params = {name: {"kernel": jnp.ones((16, 12))} for name in names}
     state, shots = tx.init(params), []

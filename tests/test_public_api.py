@@ -46,7 +46,7 @@ MAIN = (
     dsbp_optax.nnx.value_and_grad,
 )
 MAIN_SECTIONS = ("Args", "Returns", "Raises", "Cost", "Example")
-STATISTICS = "dsbp_optax._statistics"
+STATISTICS = "dsbp_optax.core.statistics"
 #: A docstring may send its reader to the one that lists the fields.
 ELSEWHERE = "fields as in `"
 

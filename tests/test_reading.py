@@ -13,7 +13,8 @@ from flax import nnx
 from test_adapters import assert_same, explicit, optimizer
 
 import dsbp_optax
-from dsbp_optax import Axes, _infer, project_gradients
+from dsbp_optax import Axes, project_gradients
+from dsbp_optax.core import infer
 from dsbp_optax.diagnostics import explain
 
 D, N, K, H, L, F, E = 32, 4, 2, 8, 3, 48, 5
@@ -88,7 +89,7 @@ def test_what_is_told_is_read_in_silence(layers: Any, name: str, axes: Axes) -> 
         update = jax.jit(tx.update)(params, tx.init(params), params)[0]
         return jnp.sqrt(jnp.mean(update["block"][name]["kernel"] ** 2))
 
-    told = dsbp_optax.dsbp_muon(1.0, axes={path: axes})
+    told = dsbp_optax.dsbp_muon(1.0, basis=dsbp_optax.Basis(axes={path: axes}))
     views = [view_of(tx, params, path) for tx in (dsbp_optax.dsbp_muon(1.0), told)]
     assert views[0] == views[1]
     np.testing.assert_allclose(size(dsbp_optax.dsbp_muon(1.0)), size(told), rtol=1e-5)
@@ -104,7 +105,7 @@ def test_what_is_told_is_read_in_silence(layers: Any, name: str, axes: Axes) -> 
     ],
 )
 def test_what_is_not_told_is_a_guess(path: str, shape: Any, bias: Any) -> None:
-    assert not _infer.infer_axes(path, shape, bias).sure
+    assert not infer.infer_axes(path, shape, bias).sure
 
 
 def test_neighbours_without_a_stack_make_one_a_guess() -> None:
@@ -114,7 +115,7 @@ def test_neighbours_without_a_stack_make_one_a_guess() -> None:
         ({"out": (L, N, H, D)}, True),
         ({"out": (L, N, H, D), "stem": (7, 7, N, F)}, False),
     ]:
-        found = _infer.infer_axes(name, shape, None, beside)
+        found = infer.infer_axes(name, shape, None, beside)
         assert found == (Axes((1,), (2, 3), (0,)), sure)
 
 
@@ -139,11 +140,13 @@ def test_a_guess_is_said_once_with_every_kernel_and_the_remedy() -> None:
     told = eval(re.search(r"axes=(\{.*\})", text)[1])  # what the warning says to write
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dsbp_optax.dsbp_muon(0.1, axes=told).init(params)
+        dsbp_optax.dsbp_muon(0.1, basis=dsbp_optax.Basis(axes=told)).init(params)
         shown = str(explain(dsbp_optax.dsbp_muon(0.1), params))
     assert shown.count("axes guessed") == 2
     assert f"axes guessed, {D} stacked {N} x {H} matrices" in shown
-    assert "guessed" not in str(explain(dsbp_optax.dsbp_muon(0.1, axes=told), params))
+    assert "guessed" not in str(
+        explain(dsbp_optax.dsbp_muon(0.1, basis=dsbp_optax.Basis(axes=told)), params)
+    )
 
 
 # ---------------------------------------------------------------- what layers say

@@ -13,7 +13,7 @@ import pytest
 from versions import x64
 
 import dsbp_optax
-from dsbp_optax import _spectral, diagnostics
+from dsbp_optax import diagnostics
 
 SMALL = {"rank": 2, "update_every": 4, "power_iterations": 2}
 RECIPES = {
@@ -182,7 +182,7 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
 
     def held(tx: Any) -> int:
         state = jax.eval_shape(tx.init, params)
-        (spectral,) = _spectral.find_states(state)
+        (spectral,) = state.find_states(state)
         figures = diagnostics.metrics(_zeros(state))
         large = [x for x in jax.tree.leaves(state) if x.size > 64]
         whole = diagnostics.state_bytes(large)
@@ -276,6 +276,6 @@ def test_parameters_in_float64(way: str, name: str) -> None:
             params, state, loss = step(params, state, x)
             losses.append(float(loss))
     assert params["kernel"].dtype == jnp.float64
-    (spectral,) = _spectral.find_states(state)
+    (spectral,) = state.find_states(state)
     assert spectral.basis["kernel"].dtype == jnp.bfloat16
     assert losses[-1] < losses[0]

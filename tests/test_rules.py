@@ -16,15 +16,10 @@ import pytest
 import dsbp_optax
 from dsbp_optax import (
     Activations,
-    _filter,
-    _orthogonal,
-    _precision,
-    _quantization,
-    _residual,
-    _spectral,
-    _subspace,
-    _transport,
 )
+from dsbp_optax.core import state
+from dsbp_optax.linalg import newton_schulz, precision, quantize, subspace
+from dsbp_optax.rules import filters, residual, transport
 
 D, M, K = 24, 16, 4
 RNG = np.random.default_rng(0)
@@ -74,7 +69,7 @@ def run(tx: Any, steps: int = 8) -> list[Any]:
 
 
 def _is_ours(state: Any) -> bool:
-    from dsbp_optax._spectral import find_states
+    from dsbp_optax.core.state import find_states
 
     return bool(find_states(state))
 
@@ -147,18 +142,18 @@ def test_with_an_exact_residual_subspace_muon_is_muon() -> None:
 # --- residual rules against their formulas
 
 
-def seen(seed: int = 0, flipped: bool = False) -> _residual.Outside:
+def seen(seed: int = 0, flipped: bool = False) -> residual.Outside:
     v, g, u = basis(seed + 1), draw(D, M, seed=seed + 2), draw(K, M, seed=seed + 3)
     p = v.T @ g
     pair = (u.T, p.T) if flipped else (u, p)
     g = g.T if flipped else g
-    return _residual.Outside(*pair, _subspace.squared_norm(g), g, v, flipped)
+    return residual.Outside(*pair, subspace.squared_norm(g), g, v, flipped)
 
 
-def total(rule: Any, state: Any, step: _residual.Outside) -> tuple[Any, Any]:
+def total(rule: Any, state: Any, step: residual.Outside) -> tuple[Any, Any]:
     """``V u`` plus what the rule adds, as a ``(d, m)`` matrix."""
     added, state = rule.update(step, state)
-    whole = _subspace.lift(step.basis, step.update, step.flipped)
+    whole = subspace.lift(step.basis, step.update, step.flipped)
     if added.factor is not None:
         whole = whole + added.factor * step.residual()
     if added.addition is not None:
@@ -177,7 +172,7 @@ RULES = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_both_orientations_of_a_kernel_give_one_update(name) -> None:
-    rule = _residual.as_residual(RULES[name])
+    rule = residual.as_residual(RULES[name])
     straight, turned = seen(), seen(flipped=True)
     left, _ = total(rule, rule.init(jnp.zeros((D, M))), straight)
     right, _ = total(rule, rule.init(jnp.zeros((M, D))), turned)
@@ -186,24 +181,24 @@ def test_both_orientations_of_a_kernel_give_one_update(name) -> None:
 
 def test_a_share_has_the_size_it_says() -> None:
     now = seen()
-    lifted = _subspace.lift(now.basis, now.update)
-    rule = _residual.as_residual(RULES["normalised"])
+    lifted = subspace.lift(now.basis, now.update)
+    rule = residual.as_residual(RULES["normalised"])
     got, _ = total(rule, rule.init(jnp.zeros((D, M))), now)
     ratio = jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)
     assert abs(float(ratio) - 0.5) < 1e-3
-    unscaled = _residual.as_residual(RULES["momentum"])
+    unscaled = residual.as_residual(RULES["momentum"])
     got, _ = total(unscaled, unscaled.init(jnp.zeros((D, M))), now)
     assert (
         abs(float(jnp.linalg.norm(got - lifted) / jnp.linalg.norm(lifted)) - 0.5) > 0.1
     )
 
 
-def outside(matrix: Any) -> _residual.Outside:
+def outside(matrix: Any) -> residual.Outside:
     """A kernel whose whole gradient lies outside the basis."""
     size, width = matrix.shape
     nothing = jnp.zeros((K, width))
     energy = jnp.sum(matrix**2)[None, None]
-    return _residual.Outside(
+    return residual.Outside(
         nothing, nothing, energy, matrix, jnp.zeros((size, K)), flipped=False
     )
 
@@ -273,30 +268,28 @@ def test_quantisation_error_is_that_of_the_best_uniform_levels(
     bits, error, rows
 ) -> None:
     x = draw(rows, 64, seed=9)
-    held = _quantization.quantize(x, bits)
-    got = float(
-        jnp.sum((_quantization.dequantize(held, bits) - x) ** 2) / jnp.sum(x * x)
-    )
+    held = quantize.quantize(x, bits)
+    got = float(jnp.sum((quantize.dequantize(held, bits) - x) ** 2) / jnp.sum(x * x))
     assert held.codes.dtype == jnp.uint8
     assert held.codes.shape[0] in range(rows * bits // 8, rows * bits // 8 + 3)
-    assert held.codes.shape == _quantization.empty(x, bits).codes.shape
+    assert held.codes.shape == quantize.empty(x, bits).codes.shape
     assert got < 1.15 * error
     assert got > 0.8 * error, "a smaller error is not possible: the test is wrong"
 
 
 def test_quantised_zeros_stay_zero_and_scale_carries() -> None:
     x = jnp.zeros((16, 3))
-    assert not _quantization.dequantize(_quantization.quantize(x, 4), 4).any()
-    assert not _quantization.dequantize(_quantization.empty(x, 4), 4).any()
+    assert not quantize.dequantize(quantize.quantize(x, 4), 4).any()
+    assert not quantize.dequantize(quantize.empty(x, 4), 4).any()
     y = draw(64, 3)
-    one, big = (_quantization.quantize(c * y, 4) for c in (1, 2**20))
+    one, big = (quantize.quantize(c * y, 4) for c in (1, 2**20))
     np.testing.assert_array_equal(one.codes, big.codes)
     np.testing.assert_allclose(2**20 * one.rows, big.rows, rtol=1e-5)
     np.testing.assert_allclose(one.scale, big.scale, rtol=1e-5)
-    stacked = _quantization.quantize(jnp.stack([y, 2 * y]), 2)
+    stacked = quantize.quantize(jnp.stack([y, 2 * y]), 2)
     np.testing.assert_array_equal(
-        _quantization.dequantize(stacked, 2)[0],
-        _quantization.dequantize(_quantization.quantize(y, 2), 2),
+        quantize.dequantize(stacked, 2)[0],
+        quantize.dequantize(quantize.quantize(y, 2), 2),
     )
 
 
@@ -335,9 +328,9 @@ def test_whitening_is_its_formula_and_amplifies_nothing() -> None:
 def test_the_rest_of_a_spectrum_is_its_mean_and_never_negative() -> None:
     full = np.linspace(5, 1, D)
     values, trace = jnp.asarray(full[:K]), jnp.asarray([full.sum()])
-    rest = _filter.remaining_mean(values, trace, D)
+    rest = filters.remaining_mean(values, trace, D)
     np.testing.assert_allclose(rest, [full[K:].mean()], rtol=1e-5)
-    stale = _filter.remaining_mean(values, jnp.asarray([full[:K].sum() * 0.9]), D)
+    stale = filters.remaining_mean(values, jnp.asarray([full[:K].sum() * 0.9]), D)
     assert float(stale[0]) > 0
 
 
@@ -345,7 +338,7 @@ def test_the_rest_of_a_spectrum_is_its_mean_and_never_negative() -> None:
 def test_the_filter_acts_on_the_coordinates_of_either_side(side) -> None:
     tx = dsbp_optax.scale_by_spectral_projection(
         rank=K,
-        side=side,
+        basis=dsbp_optax.Basis(side=side),
         spectral_filter=dsbp_optax.whiten(1.0),
         residual=dsbp_optax.scale_residual(1.0),
         project="always",
@@ -391,7 +384,7 @@ def test_complement_protects_the_basis() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_what_is_left_beside_complement(name) -> None:
     """As its docstring says: some rules go by the update in the basis, now zero."""
-    step, rule = seen(), _residual.as_residual(RULES[name])
+    step, rule = seen(), residual.as_residual(RULES[name])
     step = step._replace(update=jnp.zeros_like(step.update))
     got, _ = total(rule, rule.init(jnp.zeros((D, M))), step)
     assert bool(got.any()) == (name in {"scaled", "momentum", "adam"})
@@ -403,7 +396,7 @@ def test_what_is_left_beside_complement(name) -> None:
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16), (3, 8, 24)])
 def test_newton_schulz_keeps_the_singular_vectors(shape) -> None:
     x = draw(*shape)
-    y = _orthogonal.newton_schulz(x)
+    y = newton_schulz.newton_schulz(x)
     values = np.linalg.svd(np.asarray(y), compute_uv=False)
     assert values.min() > 0.6
     assert values.max() < 1.25
@@ -440,7 +433,7 @@ def test_half_precision_is_orthogonalised_at_every_scale(dtype, scale) -> None:
 
 def test_newton_schulz_of_zero_is_zero_with_a_finite_derivative() -> None:
     zero = jnp.zeros((4, 6))
-    assert not _orthogonal.newton_schulz(zero).any()
+    assert not newton_schulz.newton_schulz(zero).any()
     for scale in ("muon", "adam"):
         direction = dsbp_optax.orthogonalize(scale=scale)
         assert jnp.isfinite(direction(zero, 4, 6)).all()
@@ -450,7 +443,7 @@ def test_the_two_scales_of_an_orthogonalised_update() -> None:
     x = draw(16, 64)
     muon = dsbp_optax.orthogonalize()(x, 16, 64)
     adam = dsbp_optax.orthogonalize(scale="adam")(x, 16, 64)
-    np.testing.assert_allclose(muon, 2 * _orthogonal.newton_schulz(x), rtol=1e-5)
+    np.testing.assert_allclose(muon, 2 * newton_schulz.newton_schulz(x), rtol=1e-5)
     assert abs(float(jnp.sqrt(jnp.mean(adam**2))) - 0.2) < 0.03
     with pytest.raises(ValueError, match="scale: got 'lion'"):
         dsbp_optax.orthogonalize(scale="lion")
@@ -520,7 +513,7 @@ def test_half_precision_storage_changes_little(name) -> None:
         make(moment_dtype=dtype, basis_dtype=dtype) for dtype in (jnp.bfloat16, None)
     )
     whole, low = run(full, 12), run(half, 12)
-    (state,) = _spectral.find_states(half.init(make_params()))
+    (state,) = state.find_states(half.init(make_params()))
     assert state.basis["layer/kernel"].dtype == jnp.bfloat16
     kept = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.shape == (8, M)}
     assert kept == {"bfloat16"}
@@ -541,7 +534,7 @@ def test_stochastic_rounding_is_unbiased_where_nearest_stands_still() -> None:
         return float(jax.lax.scan(step, start, keys)[0].astype(jnp.float32).mean())
 
     exact = 1 - 0.1 * (1 - 1e-3) ** 2000
-    stored = average(lambda x, key: _precision.store(x, jnp.bfloat16, key))
+    stored = average(lambda x, key: precision.store(x, jnp.bfloat16, key))
     nearest = average(lambda x, key: x.astype(jnp.bfloat16))
     assert abs(stored - exact) < 2e-3
     assert abs(nearest - exact) > 5e-2
@@ -549,30 +542,30 @@ def test_stochastic_rounding_is_unbiased_where_nearest_stands_still() -> None:
 
 def test_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite() -> None:
     x = jnp.asarray([0.0, 1.0, -2.5, jnp.inf, -jnp.inf, 3.0e38])
-    got = _precision.store(x, jnp.bfloat16, jax.random.key(0))
+    got = precision.store(x, jnp.bfloat16, jax.random.key(0))
     np.testing.assert_array_equal(got[:5].astype(jnp.float32), x[:5])
     assert jnp.isfinite(got[5])
-    assert _precision.store(x, jnp.float16, jax.random.key(0)).dtype == jnp.float16
+    assert precision.store(x, jnp.float16, jax.random.key(0)).dtype == jnp.float16
 
 
 # --- transport
 
 
-def rotation(seed: int = 0, k: int = K) -> _transport.Rotation:
+def rotation(seed: int = 0, k: int = K) -> transport.Rotation:
     matrix = jnp.linalg.qr(draw(k, k, seed=seed))[0]
-    return _transport.Rotation(matrix, False)
+    return transport.Rotation(matrix, False)
 
 
 def test_no_mass_of_a_second_moment_is_lost_to_the_complement() -> None:
     moment = draw(K, M, seed=3) ** 2
     turned_away = jnp.full((K, K), 1e-9)
-    got = _subspace.rotate_second_moment(turned_away, moment)
+    got = subspace.rotate_second_moment(turned_away, moment)
     np.testing.assert_allclose(got, jnp.broadcast_to(moment.mean(0), (K, M)), rtol=1e-6)
-    assert not _subspace.rotate_second_moment(jnp.zeros((K, K)), moment).any()
+    assert not subspace.rotate_second_moment(jnp.zeros((K, K)), moment).any()
     half = rotation().matrix * jnp.sqrt(0.5)
-    carried = _subspace.rotate_second_moment(half, moment)
+    carried = subspace.rotate_second_moment(half, moment)
     np.testing.assert_allclose(carried.sum(0), moment.sum(0), rtol=1e-4)
-    flipped = _subspace.rotate_second_moment(half, moment.T, flipped=True)
+    flipped = subspace.rotate_second_moment(half, moment.T, flipped=True)
     np.testing.assert_allclose(flipped.T, carried, rtol=1e-5)
     bare = (half * half) @ moment
     assert float(jnp.abs(bare.sum(0) / moment.sum(0) - 0.5).max()) < 1e-4
@@ -587,12 +580,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_the_table(kind) -> None:
-    table = _transport.make_table({("TraceState", "trace"): kind})
+    table = transport.make_table({("TraceState", "trace"): kind})
     state = optax.TraceState(trace={"a": draw(K, M), "b": draw(3)})
-    fields, moments = _transport.split(state, frozenset({"a"}), table)
+    fields, moments = transport.split(state, frozenset({"a"}), table)
     by = rotation()
-    turned = _transport.rotate(fields, moments, {"a": by})
-    done = _transport.restore(state, turned, frozenset({"a"}), table)
+    turned = transport.rotate(fields, moments, {"a": by})
+    done = transport.restore(state, turned, frozenset({"a"}), table)
     np.testing.assert_allclose(
         done.trace["a"], KINDS[kind](state.trace["a"], by.matrix), atol=1e-6
     )
@@ -605,7 +598,7 @@ def test_reset_starts_the_moments_of_a_layer_anew() -> None:
             optax.trace(0.9),
             rank=K,
             update_every=2,
-            power_iterations=1,
+            basis=dsbp_optax.Basis(power_iterations=1),
             transport=transport,
             project="always",
             project_cold=True,
@@ -645,7 +638,7 @@ def test_inner_optimizers_of_optax_and_their_moments(name) -> None:
         TABLED[name],
         rank=K,
         update_every=3,
-        power_iterations=1,
+        basis=dsbp_optax.Basis(power_iterations=1),
         fallback=optax.identity(),
     )
     for updates in run(tx, 5):

@@ -20,10 +20,10 @@ from dsbp_optax import (
     AutoRank,
     RankFraction,
     Sketch,
-    _schedule,
-    _subspace,
 )
+from dsbp_optax.core import schedule
 from dsbp_optax.diagnostics import explain, metrics
+from dsbp_optax.linalg import subspace
 
 D, M, K = 16, 6, 6
 Covariances = Mapping[str, np.ndarray]
@@ -185,7 +185,7 @@ def test_interval_has_a_dead_band() -> None:
     bare = AutoInterval(4, 32, low=0.1, high=0.1 + 1e-9)
     for rule, expected in ((RULE, True), (bare, False)):
         count = flutters(
-            lambda p, x, r=rule: _schedule.next_interval(r, jnp.asarray(p), x), noise
+            lambda p, x, r=rule: schedule.next_interval(r, jnp.asarray(p), x), noise
         )
         assert (count == 0) == expected
 
@@ -231,7 +231,7 @@ def test_drift_is_that_of_the_principal_angles(sketched: bool) -> None:
         new = np.asarray(only(stream.state).basis["a"][:, 0], np.float64)
         along = new.T @ basis @ along
         if int(scalar(stream.schedule("a").start)) != start and start:
-            angles = _subspace.principal_angles(jnp.asarray(before), jnp.asarray(new))
+            angles = subspace.principal_angles(jnp.asarray(before), jnp.asarray(new))
             exact = np.mean(np.sin(np.asarray(angles)) ** 2)
             got = float(scalar(stream.schedule("a").drift))
             np.testing.assert_allclose(got, exact, atol=4e-3)
@@ -258,7 +258,7 @@ def test_noise_of_small_batches_is_no_drift() -> None:
         intervals.append(int(scalar(schedule.interval)))
     assert max(intervals[:160]) == 32
     assert np.median(drifts[40:160]) > RULE.high
-    moves = _schedule.move(np.array(drifts[40:160]), np.array(jitters[40:160]))
+    moves = schedule.move(np.array(drifts[40:160]), np.array(jitters[40:160]))
     assert np.median(moves) < RULE.low
     assert intervals[-1] == 4
 
@@ -283,9 +283,9 @@ def test_what_saw_nothing_decides_nothing() -> None:
 def test_needed_rank_of_a_planted_spectrum() -> None:
     values, trace = jnp.array([4.0, 2.0, 1.0, 0.5, 0.0]), jnp.array([8.0])
     for missing, expected in ((0.6, 1), (0.5, 1), (0.25, 2), (0.2, 3), (0.05, 5)):
-        assert int(_schedule.needed_rank(values, trace, missing)) == expected
+        assert int(schedule.needed_rank(values, trace, missing)) == expected
     stack = jnp.stack([values, values[::-1] * 0 + 1])
-    rank = _schedule.needed_rank(stack, jnp.array([[8.0], [5.0]]), 0.25)
+    rank = schedule.needed_rank(stack, jnp.array([[8.0], [5.0]]), 0.25)
     np.testing.assert_array_equal(rank, [2, 4])
 
 
@@ -299,11 +299,11 @@ def test_rank_has_a_dead_band() -> None:
 
     def adaptive(rank: int, x: np.ndarray) -> int:
         total = jnp.asarray([x.sum()])
-        return int(_schedule.next_rank(rule, jnp.asarray(rank), jnp.asarray(x), total))
+        return int(schedule.next_rank(rule, jnp.asarray(rank), jnp.asarray(x), total))
 
     def bare(_: int, x: np.ndarray) -> int:
         total = jnp.asarray([x.sum()])
-        return int(_schedule.needed_rank(jnp.asarray(x), total, 1 - rule.share))
+        return int(schedule.needed_rank(jnp.asarray(x), total, 1 - rule.share))
 
     assert flutters(adaptive, noisy) == 0
     assert flutters(bare, noisy) > 5
@@ -575,7 +575,10 @@ def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
     model, rng = Network(), np.random.default_rng(6)
     tx = optax.chain(
         dsbp_optax.scale_by_spectral_projection(
-            rank=2, update_every=every, power_iterations=2, project="always"
+            rank=2,
+            update_every=every,
+            basis=dsbp_optax.Basis(power_iterations=2),
+            project="always",
         ),
         optax.sgd(0.05),
     )

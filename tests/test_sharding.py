@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dsbp_optax._spectral import find_states
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
+from dsbp_optax.core.state import find_states
 
 ROUTES = ("subspace", "whole", "inside")
 KINDS = ("auto", "explicit")
@@ -201,7 +201,9 @@ def test_moments_in_few_bits_are_sharded_as_their_kernel(bits) -> None:
     }
     moments = dsbp_optax.scale_by_quantized_adam(bits=bits)
     axes = {"scan": dsbp_optax.Axes((1,), (2,), (0,))}
-    metric = functools.partial(dsbp_optax.scale_by_activation_metric, rank=4, axes=axes)
+    metric = functools.partial(
+        dsbp_optax.scale_by_activation_metric, rank=4, basis=dsbp_optax.Basis(axes=axes)
+    )
     for tx in (moments, optax.chain(moments, metric()), metric(inner=moments)):
         held = jax.eval_shape(tx.init, params)
         places = dsbp_optax.state_shardings(held, params)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dsbp_optax._spectral import find_states
 from flax import nnx
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
+from dsbp_optax.core.state import find_states
 
 D, M, RHO = 12, 16, 0.1
 PATH = "layer/kernel"
@@ -47,7 +47,7 @@ def projection(inner: Any = None, rank: int = 4, **more: Any) -> Any:
             inner,
             rank=rank,
             update_every=4,
-            power_iterations=2,
+            basis=dsbp_optax.Basis(power_iterations=2),
             project="always",
             **more,
         ),
@@ -277,10 +277,12 @@ def test_convolutions_and_stacks_are_read_as_by_the_optimizer() -> None:
         tx = dsbp_optax.scale_by_spectral_projection(
             optax.trace(0.9),
             rank=2,
-            side=side,
+            basis=dsbp_optax.Basis(
+                side=side,
+                axes={"scan*": dsbp_optax.Axes(batch=(0,), inputs=(1,), outputs=(2,))},
+            ),
             project="always",
             project_cold=True,
-            axes={"scan*": dsbp_optax.Axes(batch=(0,), inputs=(1,), outputs=(2,))},
         )
         wrapped = dsbp_optax.subspace_msam(tx, RHO)
         updates, state = wrapped.update(params, wrapped.init(params))

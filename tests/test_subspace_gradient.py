@@ -13,7 +13,8 @@ from networks import NETWORKS, ScanNet, batch, init
 from test_adapters import assert_same, loss_of, nnx_twin, optimizer
 
 import dsbp_optax
-from dsbp_optax import _coordinates, project_gradients
+from dsbp_optax import project_gradients
+from dsbp_optax.core import coordinates
 
 
 def warm(tx: Any, params: Any, loss_fn: Any, x: Any) -> Any:
@@ -39,7 +40,7 @@ def both(loss_fn: Any, params: Any, state: Any, *args: Any, **kwargs: Any) -> An
 
 def held(grads: Any) -> set[str]:
     """Paths of the gradients that came as coordinates."""
-    return {*_coordinates.find(grads)}
+    return {*coordinates.find(grads)}
 
 
 def exact_adamw() -> Any:
@@ -49,9 +50,8 @@ def exact_adamw() -> Any:
         rank=2,
         clip=None,
         update_every=4,
-        power_iterations=1,
+        basis=dsbp_optax.Basis(power_iterations=1, dtype=None),
         moment_dtype=None,
-        basis_dtype=None,
     )
 
 

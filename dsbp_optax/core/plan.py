@@ -57,8 +57,8 @@ class Basis:
 
     Attributes:
       side: the side of a kernel that carries its basis, "input" (the activations that
-        enter the layer) or "output" (the paper's); per path if wished: a mapping from
-        glob pattern, or a callable ``(path, shape) -> side``.
+        enter the layer) or "output"; per path if wished: a mapping from glob pattern,
+        or a callable ``(path, shape) -> side``. None: "input", for `dsbp` "output".
       axes: which axes of a kernel face the layer's input, which its output and along
         which it is stacked, where names and shapes are misread: a mapping from glob
         pattern to `Axes`, a callable ``(path, shape) -> Axes | None``, or what an
@@ -87,7 +87,7 @@ class Basis:
       >>> tx = dsbp_optax.dsbp_muon(0.02, rank=16, basis=basis)
     """
 
-    side: PerPath[Side] = "input"
+    side: PerPath[Side] | None = None
     axes: AxesRule | None = None
     share: Sequence[Sequence[str]] = ()
     power_iterations: Scalar | None = None
@@ -98,7 +98,7 @@ class Basis:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "share", paths.check_groups(self.share))
-        if not _per_path(self.side):
+        if self.side is not None and not _per_path(self.side):
             checks.check_side(self.side)
         if self.power_iterations is not None:
             checks.check_integer("power_iterations", self.power_iterations, 1)
@@ -183,8 +183,9 @@ def choices(
     power_iterations: int,
     dtype: Any,
     when: When,
+    side: Side = "input",
 ) -> Choices:
-    """What was asked for, checked; the last three are a transformation's own."""
+    """What was asked for, checked; the last four are a transformation's own."""
     basis = Basis() if basis is None else basis
     if not isinstance(basis, Basis):
         raise TypeError(
@@ -195,6 +196,8 @@ def choices(
         basis = dataclasses.replace(basis, power_iterations=power_iterations)
     if basis.dtype is None:
         basis = dataclasses.replace(basis, dtype=dtype)
+    if basis.side is None:
+        basis = dataclasses.replace(basis, side=side)
     if not _per_path(rank):
         check_rank(rank)
     if when not in ("auto", "always", "never"):
@@ -311,7 +314,7 @@ def _candidate(
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if (reason := _no_kernel(path, leaf, asked)) is not None:
         return Decision(False, reason)
-    side = paths.resolve(asked.basis.side, path, shape, "input")
+    side = paths.resolve(cast(Any, asked.basis.side), path, shape, "input")
     axes, sure = _reading(path, shape, shapes, asked)
     view = layout.matrix_view(shape, axes, checks.check_side(side, path))
     rank = paths.resolve(asked.rank, path, shape, None)

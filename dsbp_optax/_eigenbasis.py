@@ -24,7 +24,6 @@ from dsbp_optax._statistics import (
     Gradient,
     Sketch,
     blend,
-    center,
 )
 from dsbp_optax._types import Array, Eigenpairs, Operator, Scalar, Solver
 
@@ -95,14 +94,12 @@ class Refresh(NamedTuple):
       iterations: q, power iterations of a refresh; may be traced. A sketch gives
         one a step, over q consecutive steps.
       solver: the eigensolver.
-      centered: whether the covariance proper is used, not the second moment.
       decay: gamma in [0, 1), share of the past in the statistic; may be traced.
     """
 
     every: Every
     iterations: Scalar
     solver: Solver
-    centered: bool
     decay: Scalar
 
 
@@ -238,7 +235,6 @@ def _refresh_matrix(
     """The same for one matrix: basis ``(d, k)``, no stacking axes."""
     basis, past = layer.basis, layer.spectrum
     operator = statistic.operator(basis)
-    operator = center(operator) if refresh.centered else operator
     weight = refresh.decay * past.weight[0, 0]
     total = weight + (1 - jnp.asarray(refresh.decay, basis.dtype))
     share = weight / total
@@ -284,7 +280,7 @@ def usable(operator: Operator, pairs: Eigenpairs, deficient: bool = False) -> Ar
     if not deficient:
         full_rank &= last > _RANK_TOLERANCE * eps * leading
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
-    finite &= jnp.isfinite(operator.mean).all() & jnp.isfinite(pairs.residual)
+    finite &= jnp.isfinite(pairs.residual)
     return (operator.count > 0) & finite & full_rank & orthonormal
 
 
@@ -330,19 +326,6 @@ def check_statistic(path: str, given: Any, view: MatrixView, rank: int) -> Any:
     return statistic
 
 
-def check_means(statistics: Mapping[str, Any], refresh: Refresh) -> None:
-    """What is to be centered must know the mean of its samples."""
-    for path, statistic in statistics.items():
-        bare = isinstance(statistic, Covariance) and statistic.total is None
-        if bare and refresh.centered:
-            raise ValueError(
-                f"statistics['{path}']: got a Covariance without total, expected one "
-                "with it, since the optimizer was told centered=True. Remedy: "
-                "Covariance(matrix, count, total), total the sum of the samples; or "
-                "centered=False, if the matrix is already about the mean."
-            )
-
-
 def _shapes(statistic: Any, view: MatrixView, rank: int) -> dict[str, list[Any]]:
     """The shapes that each field of a statistic may have; None stands for any n."""
     form, batch, d = _layout.kernel_form_shape, view.batch_shape, view.size
@@ -353,13 +336,9 @@ def _shapes(statistic: Any, view: MatrixView, rank: int) -> dict[str, list[Any]]
                 "product": [form(view, True, rank)],
                 "count": [one],
                 "trace": [one],
-                "total": [form(view, True, 1)],
             }
         case Covariance():
-            whole = {"matrix": [(*batch, d, d)], "count": [(), batch]}
-            return (
-                whole if statistic.total is None else whole | {"total": [(*batch, d)]}
-            )
+            return {"matrix": [(*batch, d, d)], "count": [(), batch]}
     return {"values": [(*batch, None, d)]}
 
 
@@ -384,20 +363,15 @@ def _check_array(where: str, array: Any, allowed: list[tuple[int | None, ...]]) 
 def _as_matrices(statistic: Any, view: MatrixView) -> Any:
     """Canonical ``(*batch, ...)`` arrays: sketches come in kernel form."""
     if isinstance(statistic, Sketch):
-        product, count, trace, total = (
+        product, count, trace = (
             _layout.from_kernel_form(x, view)
-            for x in (
-                statistic.product,
-                statistic.count,
-                statistic.trace,
-                statistic.total,
-            )
+            for x in (statistic.product, statistic.count, statistic.trace)
         )
-        return Sketch(product, count[..., 0, 0], trace[..., 0, 0], total[..., 0])
+        return Sketch(product, count[..., 0, 0], trace[..., 0, 0])
     if isinstance(statistic, Covariance):
         shape = view.batch_shape
         count = jnp.broadcast_to(jnp.asarray(statistic.count), shape)
-        return Covariance(statistic.matrix, count, statistic.total)
+        return Covariance(statistic.matrix, count)
     return statistic
 
 

@@ -97,7 +97,6 @@ def scale_by_activation_metric(
     update_every: Every = 20,
     power_iterations: Scalar = 2,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -128,7 +127,6 @@ def scale_by_activation_metric(
       update_every: p, steps between refreshes, as there.
       power_iterations: q, power iterations a refresh, as there.
       solver: as there.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -161,7 +159,7 @@ def scale_by_activation_metric(
     """
     refresh = Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay),
+        decay,
     )
     choices = Choices(rank, side, axes, "always", _share.check_share(share))
     rule = make_rule(

@@ -48,7 +48,6 @@ def scale_by_spectral_projection(
     direction: Direction | None = None,
     fallback: optax.GradientTransformation | None = None,
     sharpness: optax.ScalarOrSchedule = 0.0,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -93,7 +92,6 @@ def scale_by_spectral_projection(
         parameters; like `inner` it gives an ascent direction.
       sharpness: beta, weight of ``lambda_1 / tr(C) e_1 e_1^T W``; a number or a
         schedule. Acts where the basis comes from activations.
-      centered: use the covariance about the mean, not the second moment.
       decay: gamma in [0, 1), share of the past kept in the statistic.
       axes: which axes of a kernel are inputs, outputs, stacked: a mapping from
         glob pattern to `Axes`, or a callable ``(path, shape) -> Axes | None``.
@@ -144,7 +142,7 @@ def scale_by_spectral_projection(
       >>> updates, state = tx.update(params, state, params)
     """
     solver = solver or _basis.power_iteration
-    refresh = Refresh(update_every, power_iterations, solver, centered, decay)
+    refresh = Refresh(update_every, power_iterations, solver, decay)
     groups = _share.check_share(share)
     rule = Rule(
         inner=_probe.as_transformation("inner", inner),

@@ -66,7 +66,6 @@ def dsbp(
     *,
     side: PerPath[Side] = "output",
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     statistics_in_state: bool = False,
@@ -93,7 +92,6 @@ def dsbp(
       sharpness: beta, a number or a schedule; acts where activations were observed.
       side: "output" is the paper's; the other rules take "input".
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       statistics_in_state: reserve a place for `put_statistics`.
@@ -123,7 +121,6 @@ def dsbp(
             power_iterations=power_iterations,
             solver=solver,
             sharpness=sharpness,
-            centered=centered,
             decay=decay,
             axes=axes,
             project="always",
@@ -150,7 +147,6 @@ def dsbp_sgd(
     mask: Mask = None,
     fallback: Fallback = None,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -184,7 +180,6 @@ def dsbp_sgd(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: transformation for parameters that are no kernels; None: the same.
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -227,7 +222,6 @@ def dsbp_sgd(
         update_every=update_every,
         power_iterations=power_iterations,
         solver=solver,
-        centered=centered,
         decay=decay,
         axes=axes,
         share=share,
@@ -257,7 +251,6 @@ def dsbp_adamw(
     power_iterations: Scalar = 2,
     fallback: Fallback = None,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -293,7 +286,6 @@ def dsbp_adamw(
       power_iterations: q, power iterations a refresh.
       fallback: transformation for parameters that are no kernels, in place of Adam.
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -322,7 +314,7 @@ def dsbp_adamw(
     """
     refresh = _eigenbasis.Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay),
+        decay,
     )
     return _metric_recipe(
         Choices(rank, side, axes, "always", _share.check_share(share)),
@@ -354,7 +346,6 @@ def subspace_adamw(
     power_iterations: Scalar = 5,
     fallback: Fallback = None,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -394,7 +385,6 @@ def subspace_adamw(
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -434,7 +424,6 @@ def subspace_adamw(
         update_every=update_every,
         power_iterations=power_iterations,
         solver=solver,
-        centered=centered,
         decay=decay,
         axes=axes,
         share=share,
@@ -466,7 +455,6 @@ def dsbp_muon(
     power_iterations: Scalar = 2,
     fallback: Fallback = None,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -505,7 +493,6 @@ def dsbp_muon(
       power_iterations: q, power iterations a refresh.
       fallback: transformation for parameters that are no kernels, in place of Adam.
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -535,7 +522,7 @@ def dsbp_muon(
     _checks.check_number("momentum", momentum, 0.0, 1.0)
     refresh = _eigenbasis.Refresh(
         *(update_every, power_iterations, solver or _basis.power_iteration),
-        *(centered, decay),
+        decay,
     )
     return _metric_recipe(
         Choices(rank, side, axes, "always", _share.check_share(share)),
@@ -568,7 +555,6 @@ def subspace_muon(
     power_iterations: Scalar = 5,
     fallback: Fallback = None,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     share: Sequence[Sequence[str]] = (),
@@ -609,7 +595,6 @@ def subspace_muon(
       power_iterations: q, power iterations a refresh.
       fallback: transformation for parameters that are no kernels, in place of Adam.
       solver: eigensolver, None for block power iteration.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
       share: groups of kernels with one input, which keep one basis, see an
@@ -653,7 +638,6 @@ def subspace_muon(
         update_every=update_every,
         power_iterations=power_iterations,
         solver=solver,
-        centered=centered,
         decay=decay,
         axes=axes,
         share=share,

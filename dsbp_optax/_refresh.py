@@ -272,7 +272,6 @@ def refresh_layers(
     if not layers.keys() - waiting:
         return layers, moments
     _adapt.check_schedules(rules, layers)
-    _eigenbasis.check_means(statistics, rules.refresh)
     groups = _adapt.plan_groups(rules, layers, waiting, statistics, step)
     if not taken:
         return _adapt.note_collects(rules, layers, groups, step), moments

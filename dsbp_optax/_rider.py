@@ -44,7 +44,7 @@ class Rider:
     """What is differentiated beside a kernel, in kernel form.
 
     The value of `count` says whether this step collects; its cotangent counts the
-    samples. The cotangents of the others are ``Y``, ``|A|^2`` and the sum of samples,
+    samples. The cotangents of the others are ``Y`` and ``|A|^2``,
     that of `coordinates`, where there are any, the kernel's gradient in the basis.
     `displaced` says that the coordinates S are not zero: the kernel stands for
     ``K + V S``.
@@ -53,7 +53,6 @@ class Rider:
     basis: Array
     count: Array
     trace: Array
-    total: Array
     coordinates: Array | None = None
     displaced: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -119,13 +118,13 @@ def sketch_if_asked(
 def sketch_layer(
     apply: Callable[[Array, Array], Array], batch: int, x: Array, rider: Rider
 ) -> Rider:
-    """``Y = L_x^T(L_x(V))``, the number of samples, ``|A|^2`` and the sum of samples.
+    """``Y = L_x^T(L_x(V))``, the number of samples and ``|A|^2``.
 
     Args:
       apply: the layer's linear map.
       batch: leading stacked axes of kernel and output.
       x: the layer's input, of any dtype.
-      rider: basis ``(*batch, *inputs, k)`` and three arrays of width 1.
+      rider: basis ``(*batch, *inputs, k)`` and two arrays of width 1.
 
     Returns:
       The cotangents in the place of what they are the cotangents of.
@@ -133,18 +132,14 @@ def sketch_layer(
     basis = rider.basis
     x = jax.lax.stop_gradient(x).astype(basis.dtype)
     z = apply(x, basis)
-    one = jnp.ones((*z.shape[:-1], 1), basis.dtype)
-    wide = jnp.concatenate([basis, basis[..., :1]], axis=-1)
-    transpose = jax.linear_transpose(lambda kernel: apply(x, kernel), wide)
-    (both,) = transpose(jnp.concatenate([z, one], axis=-1))
+    (product,) = jax.linear_transpose(lambda kernel: apply(x, kernel), basis)(z)
     squares = apply(x * x, jnp.ones_like(basis[..., :1]))
     trace = jnp.sum(squares, axis=tuple(range(batch, squares.ndim)))
     samples = z.size // (z.shape[-1] * max(1, trace.size))
     # Under the user's `vmap` cotangents are summed over samples, constants are not.
     count = jnp.where(jnp.isnan(trace), samples, samples).astype(rider.count.dtype)
     return Rider(
-        basis=both[..., :-1],
+        basis=product,
         count=count.reshape(rider.count.shape),
         trace=trace.reshape(rider.trace.shape),
-        total=both[..., -1:],
     )

@@ -85,8 +85,8 @@ class AutoRank:
     Attributes:
       most: greatest rank, which sets the shapes.
       least: smallest rank.
-      share: of the trace, in (0, 1). The second moment is not centered unless the
-        optimizer is told so: one direction, the mean, often holds most of it.
+      share: of the trace, in (0, 1). The second moment is not centered: one
+        direction, the mean, often holds most of it.
 
     Example:
       >>> import dsbp_optax

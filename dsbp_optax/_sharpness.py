@@ -61,7 +61,6 @@ def add_spectral_sharpness(
     update_every: Every = 100,
     power_iterations: Scalar = 5,
     solver: Solver | None = None,
-    centered: bool = False,
     decay: Scalar = 0.0,
     axes: AxesRule | None = None,
     statistics_in_state: bool = False,
@@ -81,7 +80,6 @@ def add_spectral_sharpness(
       update_every: p, steps between refreshes, as in `scale_by_spectral_projection`.
       power_iterations: q, power iterations a refresh.
       solver: as in `scale_by_spectral_projection`.
-      centered: use the covariance about the mean.
       decay: share of the past kept in the statistic.
       axes: as in `scale_by_spectral_projection`.
       statistics_in_state: reserve a place for `put_statistics`.
@@ -105,7 +103,7 @@ def add_spectral_sharpness(
     """
     solver = solver or _basis.power_iteration
     refresh = _eigenbasis.check_refresh(
-        Refresh(update_every, power_iterations, solver, centered, decay)
+        Refresh(update_every, power_iterations, solver, decay)
     )
     rule = Rule(
         sharpness=_checks.check_number("sharpness", sharpness, 0.0),

@@ -236,7 +236,6 @@ def empty_sketch(basis: Array, spectrum: Spectrum) -> Sketch:
         product=jnp.zeros_like(basis),
         count=jnp.zeros_like(spectrum.trace),
         trace=jnp.zeros_like(spectrum.trace),
-        total=jnp.zeros_like(basis[..., :1]),
     )
 
 

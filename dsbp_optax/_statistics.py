@@ -29,7 +29,6 @@ class Sketch:
       product: ``(d, k)``, ``Y``, taken with the basis ``V`` of the optimizer state.
       count: ``()``, number of samples; 0 where nothing was collected.
       trace: ``()``, ``|A|_F^2``.
-      total: ``(d,)``, the sum of the samples.
 
     Inside the ``statistics`` mapping each field has the *kernel form* of the basis
     (see `dsbp_optax.SpectralProjectionState`).
@@ -38,20 +37,17 @@ class Sketch:
     product: Array
     count: Array
     trace: Array
-    total: Array
 
     def operator(self, basis: Array) -> Operator:
         """The second moment, right on span `basis` ``(d, k)`` only."""
-        product, count, trace, total = _as(
-            basis.dtype, self.product, self.count, self.trace, self.total
-        )
+        product, count, trace = _as(basis.dtype, self.product, self.count, self.trace)
         n = jnp.maximum(count, 1)
 
         def matmul(v: Array) -> Array:
             inside = jnp.matmul(basis.T, v, precision=_HIGHEST)
             return jnp.matmul(product, inside, precision=_HIGHEST) / n
 
-        return Operator(matmul, trace / n, total / n, count, exact=False)
+        return Operator(matmul, trace / n, count, exact=False)
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +75,7 @@ class Activations:
             inside = jnp.matmul(a, v, precision=_HIGHEST)
             return jnp.matmul(a.T, inside, precision=_HIGHEST) / n
 
-        return Operator(matmul, jnp.sum(a * a) / n, jnp.mean(a, axis=0), n, exact=True)
+        return Operator(matmul, jnp.sum(a * a) / n, n, exact=True)
 
 
 @jax.tree_util.register_dataclass
@@ -90,25 +86,20 @@ class Covariance:
     Attributes:
       matrix: ``(*batch, d, d)``, ``A^T A`` summed over ``count`` samples.
       count: ``(*batch,)`` or a number; the default 1 takes `matrix` as a mean.
-      total: ``(*batch, d)``, the sum of the samples; needed only where the
-        optimizer is told ``centered=True``.
     """
 
     matrix: Array
     count: Scalar = 1.0
-    total: Array | None = None
 
     def operator(self, basis: Array) -> Operator:
         """The second moment ``matrix / count``."""
         matrix, count = _as(basis.dtype, self.matrix, self.count)
-        total = jnp.zeros(matrix.shape[0]) if self.total is None else self.total
-        (total,) = _as(basis.dtype, total)
         n = jnp.maximum(count, jnp.finfo(basis.dtype).tiny)
 
         def matmul(v: Array) -> Array:
             return jnp.matmul(matrix, v, precision=_HIGHEST) / n
 
-        return Operator(matmul, jnp.trace(matrix) / n, total / n, count, exact=True)
+        return Operator(matmul, jnp.trace(matrix) / n, count, exact=True)
 
 
 @functools.partial(
@@ -135,20 +126,7 @@ class Gradient:
         def matmul(v: Array) -> Array:
             return jnp.einsum(axes, g, project(v, g, self.flipped)) / m
 
-        mean = jnp.mean(g, axis=columns)
-        return Operator(matmul, jnp.sum(g * g) / m, mean, m, exact=True)
-
-
-def center(operator: Operator) -> Operator:
-    """The covariance proper: ``C - mean mean^T``."""
-    mean = operator.mean
-
-    def matmul(v: Array) -> Array:
-        inside = jnp.matmul(mean, v, precision=_HIGHEST)
-        return operator.matmul(v) - jnp.outer(mean, inside)
-
-    trace = jnp.maximum(operator.trace - jnp.sum(mean * mean), 0)
-    return dataclasses.replace(operator, matmul=matmul, trace=trace)
+        return Operator(matmul, jnp.sum(g * g) / m, m, exact=True)
 
 
 def blend(

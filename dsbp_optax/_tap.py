@@ -58,7 +58,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
             collect = _spectral.collects(state, path)
             count = jnp.broadcast_to(collect, empty.count.shape)
             riders[key] = Rider(
-                layer.basis, count.astype(layer.basis.dtype), empty.trace, empty.total
+                layer.basis, count.astype(layer.basis.dtype), empty.trace
             )
     return riders
 
@@ -66,7 +66,7 @@ def make_riders(opt_state: PyTree) -> dict[str, Rider]:
 def to_sketches(cotangents: Mapping[str, Rider], tapped: set[str]) -> dict[str, Sketch]:
     """Statistics by path out of the riders' cotangents, of those that were tapped."""
     return {
-        key: Sketch(c.basis, c.count, c.trace, c.total)
+        key: Sketch(c.basis, c.count, c.trace)
         for key, c in cotangents.items()
         if key in tapped
     }
@@ -248,7 +248,6 @@ def warm_start(
     collect: Callable[[PyTree], Mapping[str, Sketch]],
     opt_state: PyTree,
     iterations: int,
-    centered: bool,
 ) -> PyTree:
     """`iterations` power steps of every basis on one batch, before training.
 
@@ -256,9 +255,8 @@ def warm_start(
       collect: ``opt_state -> sketches`` on the batch.
       opt_state: a fresh optimizer state.
       iterations: number of steps.
-      centered: as the optimizer was told; its state does not say.
     """
-    refresh = Refresh(1, 1, power_iteration, centered, 0.0)
+    refresh = Refresh(1, 1, power_iteration, 0.0)
     for _ in range(iterations):
         sketches = collect(opt_state)
         absorb = functools.partial(_absorb, sketches=sketches, refresh=refresh)

@@ -45,7 +45,6 @@ class Operator:
     Attributes:
       matmul: ``(d, k) -> (d, k)``, the product ``C v``.
       trace: ``()``, the trace of ``C``.
-      mean: ``(d,)``, the mean activation.
       count: ``()``, the number of samples; 0 says that nothing was observed.
       exact: whether `matmul` holds for every ``v``. A sketch knows ``C v`` only
         for the basis it was taken with, and allows one power step.
@@ -53,7 +52,6 @@ class Operator:
 
     matmul: Callable[[Array], Array]
     trace: Array
-    mean: Array
     count: Array
     exact: bool
 

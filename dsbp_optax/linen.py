@@ -257,7 +257,6 @@ def warm_start(
     opt_state: PyTree,
     power_iterations: int = 5,
     has_aux: bool = False,
-    centered: bool = False,
     rules: Mapping[type, LayerRule] | None = None,
     strict: bool = True,
     **kwargs: Any,
@@ -274,7 +273,6 @@ def warm_start(
       opt_state: what ``tx.init(params)`` gave.
       power_iterations: q of the optimizer.
       has_aux: as for `value_and_grad`.
-      centered: as the optimizer was told.
       rules: as for `value_and_grad`.
       strict: as for `value_and_grad`.
       **kwargs: passed to the loss.
@@ -288,7 +286,7 @@ def warm_start(
     def collect(opt_state: PyTree) -> Any:
         return step(params, *args, opt_state=opt_state, **kwargs)[-1]
 
-    return _tap.warm_start(collect, opt_state, power_iterations - 1, centered)
+    return _tap.warm_start(collect, opt_state, power_iterations - 1)
 
 
 def find_shared_inputs(

@@ -334,7 +334,6 @@ def warm_start(
     power_iterations: int = 5,
     has_aux: bool = False,
     wrt: Any = nnx.Param,
-    centered: bool = False,
     rules: Mapping[type, LayerRule] | None = None,
     strict: bool = True,
     **kwargs: Any,
@@ -352,7 +351,6 @@ def warm_start(
       power_iterations: q of the optimizer.
       has_aux: as for `value_and_grad`.
       wrt: as for `value_and_grad`.
-      centered: as the optimizer was told.
       rules: as for `value_and_grad`.
       strict: as for `value_and_grad`.
       **kwargs: passed to the loss.
@@ -371,7 +369,7 @@ def warm_start(
     owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
     state = _pure(opt_state if owner is None else owner.opt_state)
     warm = _tap.warm_start(
-        lambda state: collect(state, values), state, power_iterations - 1, centered
+        lambda state: collect(state, values), state, power_iterations - 1
     )
     if owner is not None:
         nnx.update(owner.opt_state, nnx.state(warm))

@@ -305,17 +305,12 @@ STATISTICS = {
     "raw": ({FIRST: jnp.ones((24, 12))}, ("(24, 12)", "(n, 16)")),
     "covariance": ({FIRST: Covariance(jnp.eye(3))}, ("(3, 3)", "(16, 16)")),
     "covariance count": ({FIRST: Covariance(_COV, jnp.ones(3))}, ("count", "(3,)")),
-    "covariance total": (
-        {FIRST: Covariance(_COV, 1.0, jnp.ones(3))},
-        ("total", "(3,)", "(16,)"),
-    ),
     "sketch rank": (
         {FIRST: _sketch(product=jnp.ones((16, 1, 3)))},
         ("product", "(16, 1, 3)", "(16, 1, 2)"),
     ),
     "sketch count": ({FIRST: _sketch(count=jnp.ones(3))}, ("count", "(3,)")),
     "sketch trace": ({FIRST: _sketch(trace=jnp.ones(()))}, ("trace", "()")),
-    "sketch total": ({FIRST: _sketch(total=jnp.ones(16))}, ("total", "(16,)")),
     "complex": ({FIRST: jnp.ones((24, 16), jnp.complex64)}, ("complex64", "real")),
     "string": ({FIRST: "activations"}, ("str", "Activations")),
     "string array": ({FIRST: np.array([["a"] * 16])}, ("expected", "real")),
@@ -328,18 +323,6 @@ STATISTICS = {
 def test_statistics(kind):
     given, words = STATISTICS[kind]
     refused(lambda: _update(statistics=given), "statistics", *given, *words)
-
-
-def test_a_matrix_of_unknown_mean_cannot_be_centered():
-    params = make_params()
-    tx = CASES["dsbp_sgd"].optimizer(centered=True)
-
-    def update(*rest):
-        given = {FIRST: Covariance(_COV, 1.0, *rest)}
-        return tx.update(params, tx.init(params), params, statistics=given)
-
-    refused(update, "statistics", FIRST, "without total", "centered=True", "Remedy")
-    assert update(jnp.zeros(16))
 
 
 WHOLE = {
@@ -735,7 +718,7 @@ def test_statistics_that_cannot_be_used(name, kind):
     assert np.any(updates["first"]["kernel"])
 
 
-@pytest.mark.parametrize("field", ["product", "trace", "total"])
+@pytest.mark.parametrize("field", ["product", "trace"])
 @some_cases
 def test_sketches_that_are_not_finite(name, field):
     update, params, state = _settled(name)

@@ -29,7 +29,7 @@ import dsbp_optax
 from dsbp_optax import Activations, Axes, Covariance, put_statistics
 from dsbp_optax._known import known_paths
 from dsbp_optax._spectral import map_states
-from dsbp_optax._tap import make_riders
+from dsbp_optax.capture.state import riders as make_riders
 
 FIRST = KERNELS[0]
 FACTORIES: dict[str, Callable[..., Any]] = {

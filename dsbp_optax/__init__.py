@@ -13,7 +13,7 @@ activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
 import importlib
 from types import ModuleType
 
-from dsbp_optax import diagnostics
+from dsbp_optax import capture, diagnostics
 from dsbp_optax._basis import eigh, power_iteration, randomized_svd
 from dsbp_optax._checkpoint import check_checkpoint
 from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
@@ -68,6 +68,7 @@ from dsbp_optax._statistics import (
 )
 from dsbp_optax._transport import carry_adam_second_moment
 from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
+from dsbp_optax.capture.plain import tap
 
 __version__ = "0.2.0"
 
@@ -97,6 +98,7 @@ __all__ = [
     "SubspaceSamState",
     "add_spectral_sharpness",
     "add_statistics",
+    "capture",
     "carry_adam_second_moment",
     "check_checkpoint",
     "clip_by_norm_growth",
@@ -132,6 +134,7 @@ __all__ = [
     "subspace_muon",
     "subspace_sam",
     "sum_statistics",
+    "tap",
     "whiten",
 ]
 

@@ -13,7 +13,7 @@ activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
 import importlib
 from types import ModuleType
 
-from dsbp_optax import diagnostics
+from dsbp_optax import capture, diagnostics
 from dsbp_optax._basis import eigh, power_iteration
 from dsbp_optax._checkpoint import check_checkpoint
 from dsbp_optax._clip import ClipByNormGrowthState, clip_by_norm_growth
@@ -63,6 +63,7 @@ from dsbp_optax._statistics import (
     sum_statistics,
 )
 from dsbp_optax._types import Eigenpairs, Operator, Solver, Statistic
+from dsbp_optax.capture.plain import tap
 
 __version__ = "0.2.0"
 
@@ -92,6 +93,7 @@ __all__ = [
     "SubspaceSamState",
     "add_spectral_sharpness",
     "add_statistics",
+    "capture",
     "check_checkpoint",
     "clip_by_norm_growth",
     "complement",
@@ -121,6 +123,7 @@ __all__ = [
     "subspace_muon",
     "subspace_sam",
     "sum_statistics",
+    "tap",
     "whiten",
 ]
 

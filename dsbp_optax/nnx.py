@@ -16,28 +16,28 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dsbp_optax import _held, _inputs, _layout, _origin, _recorder, _rider, _tap
-from dsbp_optax._held import Displacement
-from dsbp_optax._nnx_layers import RULES, LayerRule
-from dsbp_optax._reading import Misread
-from dsbp_optax._recorder import Facts, Recorder
-from dsbp_optax._rider import LinearMap, Rider
+from dsbp_optax import _layout
 from dsbp_optax._share import Groups
 from dsbp_optax._types import Array, PyTree
+from dsbp_optax.capture import coordinates, recorder, state
+from dsbp_optax.capture.coordinates import Displacement
+from dsbp_optax.capture.inspection import Inspection, on_shapes
+from dsbp_optax.capture.nnx_layers import RULES, LayerRule
+from dsbp_optax.capture.recorder import Recorder
+from dsbp_optax.capture.tap import LinearMap, Rider, parameter_path
 
 __all__ = [
     "LayerRule",
     "LinearMap",
     "Probe",
     "find_shared_inputs",
+    "inspect",
     "make_grad_fn",
     "subspace_value_and_grad",
     "value_and_grad",
     "warm_start",
 ]
 
-#: Where a watched layer holds the path of its kernel.
-_PATH = "dsbp_path"
 #: What follows the kernel's name where an observed layer holds it once more; behind it
 #: in the alphabet, so that the kernel keeps its path.
 _SAME = "_dsbp"
@@ -59,7 +59,7 @@ def value_and_grad(
     *,
     wrt: Any = nnx.Param,
     rules: Mapping[type, LayerRule] | None = None,
-    strict: bool = True,
+    strict: bool = False,
 ) -> Callable[..., Any]:
     """`flax.nnx.value_and_grad` that also returns the layers' activation statistics.
 
@@ -68,8 +68,7 @@ def value_and_grad(
       has_aux: as in `flax.nnx.value_and_grad`.
       wrt: filter of the variables to differentiate, as in `flax.nnx.Optimizer`.
       rules: layer type -> rule, for layers of your own; wins over the shipped ones.
-      strict: whether it is an error when the layer of a projected kernel is never
-        called, or has another input than the kernel whose basis it shares.
+      strict: as for `dsbp_optax.linen.value_and_grad`.
 
     Returns:
       ``(model, *args, opt_state, **kwargs) -> (value, grads, statistics)``, where
@@ -79,13 +78,12 @@ def value_and_grad(
       steps that refresh nothing it is zero and costs nothing.
 
     Raises:
-      ValueError: at trace time, when a layer was not called, or does not have the input
-        of the basis that it shares.
+      ValueError: at trace time, where `strict`.
 
     Warns:
-      UserWarning: at trace time, of kernels that the optimizer reads otherwise than
-        their layers use them, with the `axes` that mend it, and of those that cannot be
-        observed; their bases come from gradients.
+      UserWarning: at trace time, once, of kernels that the optimizer reads otherwise
+        than their layers use them, with the `axes` that mend it, and of those that
+        cannot be observed, each with the reason; their bases come from gradients.
 
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer.
 
@@ -99,23 +97,11 @@ def value_and_grad(
       >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
       >>> _ = optimizer.update(model, grads, statistics=statistics)
     """
-    every_rule = {**RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **recorder.check_rules(rules)}
 
     def wrapped(model: Any, *args: Any, opt_state: PyTree = None, **kwargs: Any) -> Any:
-        _check_model(model, wrt)
-        state = _state_of(opt_state)
-        riders, shared = _tap.make_riders(state), _inputs.shared_in(state)
-        call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, riders)
-
-        def attempt(facts: Facts) -> Any:
-            recorder = call.recorder(_inputs.members_of(shared), facts)
-            fitting = facts.fitting(riders)
-            differentiate = _differentiate(loss_fn, has_aux, wrt, fitting, recorder)
-            return recorder, *differentiate(model, *args, **kwargs)
-
-        recorder, value, grads, cotangents = call.settle(attempt)
-        recorder.finish(recorder.facts.fitting(riders), strict, shared)
-        return value, grads, _tap.to_sketches(cotangents, recorder.tapped)
+        loss = _Loss(loss_fn, has_aux, every_rule, wrt, model, args, kwargs)
+        return recorder.collect(loss, _state_of(opt_state), strict)
 
     return wrapped
 
@@ -126,7 +112,7 @@ def subspace_value_and_grad(
     *,
     wrt: Any = nnx.Param,
     rules: Mapping[type, LayerRule] | None = None,
-    strict: bool = True,
+    strict: bool = False,
 ) -> Callable[..., Any]:
     """`value_and_grad` that never forms the gradient of a projected kernel.
 
@@ -140,8 +126,8 @@ def subspace_value_and_grad(
       has_aux: as for `value_and_grad`.
       wrt: as for `value_and_grad`.
       rules: as for `value_and_grad`.
-      strict: as for `value_and_grad`, and whether it is an error when the loss
-        depends on a projected kernel elsewhere than through its layer.
+      strict: as for `value_and_grad`, and for a loss that depends on a projected kernel
+        elsewhere than through its layer; else this kernel gets its whole gradient.
 
     Returns:
       ``(model, *args, opt_state, displacement=None, **kwargs) -> (value, grads,
@@ -151,8 +137,8 @@ def subspace_value_and_grad(
       gradients. A displacement is as in `dsbp_optax.linen`.
 
     Raises:
-      ValueError: at trace time, as `value_and_grad`; when the loss has a penalty on,
-        or another use of, a projected kernel; when the state holds no projection.
+      ValueError: at trace time, as `value_and_grad`; when the state holds no
+        projection.
 
     Cost: for a layer ``4 n d m`` FLOPs and ``n k`` numbers kept, where the whole
     gradient takes ``6 n d m`` and ``n d``; the loss is traced once more.
@@ -168,7 +154,7 @@ def subspace_value_and_grad(
       >>> loss, grads, statistics = step(model, x, opt_state=optimizer)
       >>> _ = optimizer.update(model, grads, statistics=statistics)
     """
-    every_rule = {**RULES, **_tap.check_rules(rules)}
+    every_rule = {**RULES, **recorder.check_rules(rules)}
 
     def wrapped(
         model: Any,
@@ -177,147 +163,101 @@ def subspace_value_and_grad(
         displacement: Displacement = None,
         **kwargs: Any,
     ) -> Any:
-        _check_model(model, wrt)
+        loss = _Loss(loss_fn, has_aux, every_rule, wrt, model, args, kwargs)
         state = _state_of(opt_state)
-        leaves, treedef = _layout.flatten_with_paths(nnx.state(model, wrt))
-        owners, shared = _tap.make_riders(state), _inputs.shared_in(state)
-        riders = _held.add_coordinates(owners, state, leaves, displacement)
-
-        call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, riders)
-
-        def attempt(facts: Facts) -> Any:
-            fitting = facts.fitting(riders)
-            held = _held.find_held(call.probed(has_aux, fitting, facts), leaves, strict)
-            recorder = call.recorder(_inputs.members_of(shared), facts)
-            free = nnx.All(wrt, lambda path, _: "/".join(map(str, path)) not in held)
-            taken = _held.release(fitting, held, facts.fitting(owners))
-            differentiate = _differentiate(loss_fn, has_aux, free, taken, recorder)
-            return recorder, held, *differentiate(model, *args, **kwargs)
-
-        recorder, held, value, rest, cotangents = call.settle(attempt)
-        recorder.finish(recorder.facts.fitting(owners), strict, shared)
-        grads, _ = _layout.flatten_with_paths(rest)
-        joined = treedef.unflatten(_held.join(leaves, grads, cotangents, held))
-        return value, joined, _tap.to_sketches(cotangents, recorder.tapped & {*owners})
+        return recorder.collect(loss, state, strict, True, displacement)
 
     return wrapped
 
 
-def _differentiate(
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
-    wrt: Any,
-    riders: Mapping[str, Rider],
-    recorder: _Recorder,
-) -> Callable[..., Any]:
-    """``(model, ...) -> (value, gradients, cotangents of the riders)``."""
-    differentiate = nnx.value_and_grad(
-        loss_fn, argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)), has_aux=has_aux
-    )
-
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        copy = _observed_copy(model, riders, recorder)
-        with _recording(recorder):
-            value, both = differentiate(copy, *args, **kwargs)
-        nnx.update(model, nnx.state(copy, nnx.Not(Probe)))
-        probes, grads = nnx.split_state(both, Probe, ...)
-        return value, grads, _cotangents(probes)
-
-    return call
-
-
-class _Call:
-    """One call of a loss, which is traced as often as it takes to know its layers."""
+class _Loss:
+    """One call of a loss, see `recorder.Loss`."""
 
     def __init__(
         self,
         loss_fn: Callable[..., Any],
+        has_aux: bool,
+        rules: Mapping[type, LayerRule],
+        wrt: Any,
         model: Any,
         args: Any,
         kwargs: Any,
-        wrt: Any,
-        rules: Mapping[type, LayerRule],
-        riders: Mapping[str, Rider],
     ) -> None:
-        self.loss_fn, self.model, self.wrt = loss_fn, model, wrt
-        self.args, self.kwargs = args, kwargs
-        self.rules, self.riders = rules, riders
-        self.kernels, _ = _layout.flatten_with_paths(_pure(nnx.state(model, wrt)))
+        parameters = nnx.state(model, wrt)
+        if not jax.tree.leaves(parameters):  # Linen's parameters hold no Variable.
+            raise TypeError(
+                f"model: got {type(model).__name__} without variables to "
+                "differentiate, expected an nnx.Module. Remedy: for Flax Linen "
+                "dsbp_optax.linen."
+            )
+        self.loss_fn, self.has_aux, self.rules = loss_fn, has_aux, rules
+        self.wrt, self.model, self.args, self.kwargs = wrt, model, args, kwargs
+        self.leaves, _ = _layout.flatten_with_paths(_pure(parameters))
+        _, self.treedef = _layout.flatten_with_paths(parameters)
 
-    def recorder(
-        self, watched: Collection[str], facts: Facts, probe: set[str] | None = None
-    ) -> _Recorder:
-        found = _Recorder(self.rules, watched, probe, facts)
-        found.whole, found.kernels = self.riders, self.kernels
-        return found
+    def evaluate(self, leaves: dict[str, Any], recorder: Recorder) -> Array:
+        copy = self._observed(recorder)
+        graphdef, own, rest = nnx.split(copy, self.wrt, ...)
+        treedef = _layout.flatten_with_paths(own)[1]
+        merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), _pure(rest))
+        with _recording(self.rules, recorder):
+            found = self.loss_fn(merged, *self.args, **self.kwargs)
+        value: Array = found[0] if self.has_aux else found
+        return value
 
-    def probed(
-        self, has_aux: bool, riders: Mapping[str, Rider], facts: Facts
-    ) -> Callable[[dict[str, Any], set[str]], Array]:
-        """``(parameters by path, a set to note held kernels in) -> loss``."""
-        copy = _observed_copy(self.model, riders, self.recorder((), facts))
-        graphdef, *parts = nnx.split(copy, self.wrt, ...)
-        treedef, rest = _layout.flatten_with_paths(parts[0])[1], _pure(parts[1])
+    def differentiate(self, recorder: Recorder, held: Collection[str]) -> Any:
+        wrt = self.wrt
+        if held:
+            wrt = nnx.All(wrt, lambda path, _: "/".join(map(str, path)) not in held)
+        differentiate = nnx.value_and_grad(
+            self.loss_fn,
+            argnums=nnx.DiffState(0, nnx.Any(wrt, Probe)),
+            has_aux=self.has_aux,
+        )
+        copy = self._observed(recorder)
+        with _recording(self.rules, recorder):
+            value, both = differentiate(copy, *self.args, **self.kwargs)
+        nnx.update(self.model, nnx.state(copy, nnx.Not(Probe)))
+        probes, grads = nnx.split_state(both, Probe, ...)
+        found = jax.tree.leaves(probes, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return value, grads, {x.get_metadata()["key"]: _value(x) for x in found}
 
-        def loss(leaves: dict[str, Any], held: set[str]) -> Array:
-            merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
-            with _recording(self.recorder((), facts, held)):
-                found = self.loss_fn(merged, *self.args, **self.kwargs)
-            value: Array = found[0] if has_aux else found
-            return value
+    def join(
+        self, grads: Any, cotangents: Mapping[str, Rider], held: Collection[str]
+    ) -> PyTree:
+        if not held:
+            return grads
+        found, _ = _layout.flatten_with_paths(grads)
+        return self.treedef.unflatten(
+            coordinates.join(self.leaves, found, cotangents, held)
+        )
 
-        return loss
+    def _observed(self, recorder: Recorder) -> Any:
+        """A copy whose layers are observed and carry probes.
 
-    def watch(self, paths: Collection[str], facts: Facts) -> _Recorder:
-        """What happens to these kernels, by a trace on shapes, without riders."""
-        recorder = self.recorder(paths, facts)
+        In a trace that inspects these hold the kernel, and tell whether the user's
+        transformations treat it and its rider alike.
+        """
         copy = nnx.clone(self.model)
-        recorder.watch(copy)
-        graphdef, values = nnx.split(copy)
-
-        def traced(values: PyTree, args: Any, kwargs: Any) -> None:
-            self.loss_fn(nnx.merge(graphdef, values), *args, **kwargs)
-
-        with _recording(recorder), _origin.apart():
-            _inputs.trace(traced, values, self.args, self.kwargs)
-        return recorder
-
-    def settle(self, attempt: Callable[[Facts], Any]) -> Any:
-        """`_recorder.settle` of this call, whose layers are known by being objects."""
-        return _recorder.settle(attempt, dict, self._misread)
-
-    def _misread(self, facts: Facts) -> dict[str, Misread]:
-        """Of kernels with riders, found without them: they would not fit."""
-        paths = {_rider.parameter_path(key) for key in self.riders}
-        return self.watch(paths, facts).misread
-
-
-def _observed_copy(model: Any, riders: Mapping[str, Rider], recorder: _Recorder) -> Any:
-    """A copy whose layers are watched and carry riders."""
-    copy = nnx.clone(model)
-    recorder.watch(copy)
-    for key, rider in riders.items():
-        _attach(copy, key, rider, recorder)
-    return copy
+        inspecting = recorder.notes is not None
+        for key in self.leaves if inspecting else recorder.riders:
+            found = _observe_layer(copy, parameter_path(key), self.rules)
+            if found is not None:
+                layer, kernel = found
+                carried = _value(kernel) if inspecting else recorder.riders[key]
+                name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
+                setattr(layer, name, Probe(carried, key=key))
+        return copy
 
 
 @contextlib.contextmanager
-def _recording(recorder: _Recorder) -> Iterator[None]:
+def _recording(rules: Mapping[type, LayerRule], recorder: Recorder) -> Iterator[None]:
     """Layers that are called meanwhile report to `recorder`."""
-    token = _RECORDER.set(recorder)
+    token = _RECORDER.set((rules, recorder))
     try:
         yield
     finally:
         _RECORDER.reset(token)
-
-
-def _check_model(model: Any, wrt: Any) -> None:
-    """There must be something to differentiate: Linen's parameters hold no Variable."""
-    if not jax.tree.leaves(nnx.state(model, wrt)):
-        raise TypeError(
-            f"model: got {type(model).__name__} without variables to differentiate, "
-            "expected an nnx.Module. Remedy: for Flax Linen dsbp_optax.linen."
-        )
 
 
 def _state_of(opt_state: PyTree) -> PyTree:
@@ -335,7 +275,7 @@ def warm_start(
     has_aux: bool = False,
     wrt: Any = nnx.Param,
     rules: Mapping[type, LayerRule] | None = None,
-    strict: bool = True,
+    strict: bool = False,
     **kwargs: Any,
 ) -> PyTree:
     """All power iterations but the last on the first batch, as the paper does.
@@ -367,9 +307,8 @@ def warm_start(
         return step(copy, *args, opt_state=opt_state, **kwargs)[-1]
 
     owner = opt_state if isinstance(opt_state, nnx.Optimizer) else None
-    state = _pure(opt_state if owner is None else owner.opt_state)
-    warm = _tap.warm_start(
-        lambda state: collect(state, values), state, power_iterations - 1
+    warm = state.warm_start(
+        lambda cold: collect(cold, values), _state_of(opt_state), power_iterations - 1
     )
     if owner is not None:
         nnx.update(owner.opt_state, nnx.state(warm))
@@ -446,26 +385,9 @@ def find_shared_inputs(
 ) -> Groups:
     """Which kernels have one and the same input, so that one basis serves them all.
 
-    Found by tracing the loss on shapes: layers that are handed the same object, and
-    read samples off it alike. In self-attention query, key and value come out as one
-    group, in cross-attention key and value do.
-
-    Args:
-      loss_fn: as for `value_and_grad`.
-      model: the model; it is not changed.
-      *args: a batch, or its shapes.
-      has_aux: as for `value_and_grad`; a loss of either form is only traced.
-      wrt: as for `value_and_grad`.
-      rules: as for `value_and_grad`.
-      **kwargs: passed to the loss.
-
     Returns:
-      Groups of parameter paths, for ``share=`` of an optimizer.
-
-    Raises:
-      TypeError: for `rules` that are none.
-
-    Cost: one abstract trace of the loss; nothing is computed.
+      ``inspect(...).shared``: groups of parameter paths, for ``share=`` of an
+      optimizer. Arguments, errors and cost are those of `inspect`.
 
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
@@ -475,54 +397,89 @@ def find_shared_inputs(
       >>> dsbp_optax.nnx.find_shared_inputs(loss_fn, model, jnp.ones((4, 16, 8)))
       (('key/kernel', 'query/kernel', 'value/kernel'),)
     """
-    del has_aux
-    every_rule = {**RULES, **_tap.check_rules(rules)}
-    call = _Call(loss_fn, model, args, kwargs, wrt, every_rule, {})
-    return call.watch(call.kernels, Facts()).calls.groups(call.kernels)
+    return inspect(
+        loss_fn, model, *args, has_aux=has_aux, wrt=wrt, rules=rules, **kwargs
+    ).shared
 
 
-class _Recorder(Recorder):
-    """The rules of one call, what it tapped, and what entered the watched layers."""
+def inspect(
+    loss_fn: Callable[..., Any],
+    model: Any,
+    *args: Any,
+    has_aux: bool = False,
+    wrt: Any = nnx.Param,
+    rules: Mapping[type, LayerRule] | None = None,
+    **kwargs: Any,
+) -> Inspection:
+    """What a loss tells of the kernels in it: axes, common inputs, statistics.
 
-    def watch(self, model: Any) -> None:
-        for path in self.calls.watched:
-            layer = _observed_layer(model, path, self)
-            if layer is not None:
-                setattr(layer, _PATH, path)
+    As `dsbp_optax.linen.inspect`; stacks are those of `nnx.scan` and `nnx.vmap`.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      model: the model; it is not changed.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`.
+      wrt: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
+    Returns:
+      `dsbp_optax.capture.Inspection`, for ``axes=`` of an optimizer, which prints as a
+      table; its ``shared`` is for ``share=``.
+
+    Raises:
+      TypeError: for `rules` that are none.
+
+    Cost: one abstract trace of the loss; nothing is computed.
+
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> from flax import nnx
+      >>> model = nnx.Einsum("BD,NDH->BNH", (2, 8, 4), rngs=nnx.Rngs(0))
+      >>> loss_fn = lambda model, x: (model(x) ** 2).mean()
+      >>> plan = dsbp_optax.nnx.inspect(loss_fn, model, jnp.ones((3, 8)))
+      >>> print(plan)
+      kernel  inputs (1,)  outputs (0, 2)  batch ()  statistics
+      >>> tx = dsbp_optax.dsbp_muon(0.02, axes=plan)
+    """
+    every_rule = {**RULES, **recorder.check_rules(rules)}
+    found = []
+
+    def trace(args: Any, kwargs: Any) -> None:
+        loss = _Loss(loss_fn, has_aux, every_rule, wrt, model, args, kwargs)
+        found.append(recorder.inspect_loss(loss).inspection())
+
+    run, arrays = on_shapes(trace, args, kwargs)
+    jax.eval_shape(run, arrays)
+    return found[0]
 
 
-_RECORDER: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar(
-    "dsbp_optax.nnx recorder", default=None
+#: The rules and the recorder of the trace that goes on.
+_RECORDER: contextvars.ContextVar[tuple[Mapping[type, LayerRule], Recorder] | None] = (
+    contextvars.ContextVar("dsbp_optax.nnx recorder", default=None)
 )
 
 
-def _observed_layer(model: Any, path: str, recorder: _Recorder) -> Any:
-    """The layer that owns the kernel at `path`, its call observed; None if untappable.
+def _observe_layer(
+    model: Any, path: str, rules: Mapping[type, LayerRule]
+) -> tuple[Any, Any] | None:
+    """The layer that owns the kernel at `path`, and it; None where there is no rule.
 
     The model is a copy of the user's, and only this instance changes its class.
     """
     layer = _find(model, path)
     kind = type(layer)
-    rule = _tap.find_rule(recorder.rules, getattr(kind, "__wrapped_type__", kind))
+    rule = recorder.find_rule(rules, getattr(kind, "__wrapped_type__", kind))
     linear = None if layer is None else rule(layer)
     if linear is None or linear.parameter != path.rpartition("/")[2]:
         return None
+    kernel = getattr(layer, linear.parameter)
     if not hasattr(kind, "__wrapped_type__"):
         observed: Callable[[Any], type] = _observed_class
         object.__setattr__(layer, "__class__", observed(kind))
-        setattr(layer, linear.parameter + _SAME, getattr(layer, linear.parameter))
-    return layer
-
-
-def _attach(model: Any, key: str, rider: Rider, recorder: _Recorder) -> None:
-    """Hang a probe on the layer that owns a kernel."""
-    path = _rider.parameter_path(key)
-    layer = _observed_layer(model, path, recorder)
-    if layer is None:
-        recorder.seen.add(path)
-        return
-    name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
-    setattr(layer, name, Probe(rider, key=key))
+        setattr(layer, linear.parameter + _SAME, kernel)
+    return layer, kernel
 
 
 def _find(model: Any, path: str) -> Any:
@@ -553,35 +510,25 @@ def _observed_class(kind: type) -> type:
 
 
 def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    recorder = _RECORDER.get()
-    if recorder is None:
+    if (current := _RECORDER.get()) is None:
         return call(*args, **kwargs)
-    linear = _tap.find_rule(recorder.rules, type(layer).__wrapped_type__)(layer)
-    assert linear is not None  # else no probe was attached
-    variable = getattr(layer, linear.parameter)
+    rules, recording = current
+    linear = recorder.find_rule(rules, type(layer).__wrapped_type__)(layer)
+    assert linear is not None  # else it would not be observed
+    variable, reason = getattr(layer, linear.parameter), None
     probes = [v for v in vars(layer).values() if isinstance(v, Probe)]
-    riders = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
-    if variable is not getattr(layer, linear.parameter + _SAME):  # It was replaced.
-        recorder.doubtful.update(map(_rider.parameter_path, riders))
+    carried = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
+    kernel = _value(variable)
+    if recording.notes is not None:
+        if any(x.shape != kernel.shape for x in carried.values()):
+            reason = (
+                f"a transformation slices the kernel to {kernel.shape} but not its "
+                "Probe; give it the axis of the parameters, e.g. nnx.StateAxes("
+                "{(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})"
+            )
+    elif variable is not getattr(layer, linear.parameter + _SAME):  # It was replaced.
         return call(*args, **kwargs)
-    kernel = _value(variable).shape
-    stacked = {k: r for k, r in riders.items() if r.basis.ndim > len(kernel) + 1}
-    if stacked:
-        raise ValueError(
-            f"{sorted(stacked)}: a transformation slices the kernel to {kernel} but "
-            "not its probe. Remedy: give it the axis of the parameters, e.g. "
-            "nnx.StateAxes({(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})."
-        )
-    riders = recorder.fitting(riders, linear, kernel)
-    if (path := getattr(layer, _PATH, None)) is not None:
-        recorder.calls.note(path, linear, kernel, args, kwargs)
-        recorder.compare(path, linear, kernel)
-    return _tap.observe(call, args, kwargs, linear, kernel, riders, recorder.probe)
-
-
-def _cotangents(probes: Any) -> dict[str, Rider]:
-    leaves = jax.tree.leaves(probes, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {leaf.get_metadata()["key"]: _value(leaf) for leaf in leaves}
+    return recording.observe(call, args, kwargs, linear, kernel, carried, reason)
 
 
 def _value(variable: Any) -> Any:

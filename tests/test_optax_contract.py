@@ -31,7 +31,7 @@ from versions import x64
 import dsbp_optax
 from dsbp_optax import put_statistics
 from dsbp_optax._spectral import find_states
-from dsbp_optax._tap import make_riders
+from dsbp_optax.capture.state import riders as make_riders
 
 STEPS = 12
 every_case = pytest.mark.parametrize("name", list(CASES))

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsbp_optax._convolution import shifted_convolution
-from dsbp_optax._rider import LinearMap
 from dsbp_optax._types import Array
+from dsbp_optax.capture.einsum import einsum_map
+from dsbp_optax.capture.tap import LinearMap
 
 #: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
 LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
@@ -58,9 +59,14 @@ def _conv_transpose(layer: Any) -> LinearMap | None:
     return _by_shadow(layer, len(layer.kernel_size) + 1)
 
 
+def _einsum(layer: Any) -> LinearMap | None:
+    return einsum_map(layer.einsum_str)
+
+
 RULES: Mapping[type, LayerRule] = {
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,
     nnx.Conv: _conv,
     nnx.ConvTranspose: _conv_transpose,
+    nnx.Einsum: _einsum,
 }

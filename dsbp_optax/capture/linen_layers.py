@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen import recurrent
 
 from dsbp_optax._convolution import shifted_convolution
-from dsbp_optax._rider import LinearMap
 from dsbp_optax._types import Array
+from dsbp_optax.capture.einsum import einsum_map
+from dsbp_optax.capture.tap import LinearMap
 
 #: ``layer -> LinearMap``, or None where this very layer cannot be tapped.
 LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
@@ -63,9 +65,23 @@ def _conv_transpose(module: Any) -> LinearMap | None:
     return _by_clone(module, (1 if isinstance(size, int) else len(size)) + 1)
 
 
+def _einsum(module: Any) -> LinearMap | None:
+    return None if module.einsum_str is None else einsum_map(module.einsum_str)
+
+
+def _dense_params(module: Any) -> LinearMap:
+    """Of `nn.OptimizedLSTMCell`, which multiplies all its kernels at once."""
+    del module
+    return LinearMap(jnp.matmul, 1, gives_kernel=True)
+
+
+#: Layers that rewrite all parameters of the layer in them: no rider gets through.
+REWRITERS = (nn.WeightNorm, nn.SpectralNorm)
 RULES: Mapping[type, LayerRule] = {
     nn.Dense: _dense,
     nn.DenseGeneral: _dense_general,
     nn.Conv: _conv,
     nn.ConvTranspose: _conv_transpose,
+    nn.Einsum: _einsum,
+    recurrent.DenseParams: _dense_params,
 }

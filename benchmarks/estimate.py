@@ -266,7 +266,7 @@ def estimate(
         sent += width * numbers
         updates += count * rule.update_flops(d, m, rank)
         if rule.sketched:
-            sketch = d * (rank + 1) * count
+            sketch = d * rank * count
             sent += _FLOAT * sketch * rule.window / rule.period
             flops += 4.0 * d * rank * tokens * count * rule.window / rule.period
     state = state_bytes(model, rule, rank, share)

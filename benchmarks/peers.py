@@ -269,7 +269,7 @@ def control(
         0.2,
         where,
         Choices(rank, "input", None, "always"),
-        Refresh(20, 2, solver, False, 0.0),
+        Refresh(20, 2, solver, 0.0),
         "bfloat16",
         False,
     )

@@ -13,7 +13,8 @@ activations with `dsbp_optax.linen` or `dsbp_optax.nnx`:
 import importlib
 from types import ModuleType
 
-from dsbp_optax import diagnostics
+from dsbp_optax import capture, diagnostics
+from dsbp_optax.capture.plain import tap
 from dsbp_optax.core.coordinates import project_gradients
 from dsbp_optax.core.layout import Axes, Coordinates
 from dsbp_optax.core.plan import Basis
@@ -95,6 +96,7 @@ __all__ = [
     "add_spectral_sharpness",
     "add_statistics",
     "by_path",
+    "capture",
     "check_checkpoint",
     "clip_by_norm_growth",
     "complement",
@@ -124,6 +126,7 @@ __all__ = [
     "subspace_muon",
     "subspace_sam",
     "sum_statistics",
+    "tap",
     "whiten",
     "with_layers",
 ]

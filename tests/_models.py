@@ -121,7 +121,6 @@ def sketch(values: Any, basis: Any) -> Sketch:
         (a.T @ (a @ matrix)).reshape(basis.shape),
         jnp.full(whole, a.shape[0], basis.dtype),
         jnp.sum(a * a).reshape(whole),
-        jnp.sum(a, axis=0).reshape(*basis.shape[:-1], 1),
     )
 
 

@@ -48,29 +48,31 @@ LEVELS = {
     "_moments": 8,
     "_spectral": 4,
     "_coordinates": 6,
-    "_held": 8,
-    "_recorder": 9,
     "_refresh": 5,
     "_infer": 2,
-    "_origin": 1,
-    "_reading": 2,
-    "_rider": 1,
     "_sharding": 5,
-    "_coordinate_tap": 6,
-    "_tap": 7,
     "_rule": 6,
     "_sharpness": 7,
-    "_inputs": 8,
-    "_linen_layers": 9,
-    "_nnx_layers": 9,
+    "capture.origin": 2,
+    "capture.tap": 6,
+    "capture.coordinates": 7,
+    "capture.einsum": 7,
+    "capture.inspection": 7,
+    "capture.state": 7,
+    "capture.linen_layers": 8,
+    "capture.linen_scope": 0,
+    "capture.nnx_layers": 8,
+    "capture.recorder": 8,
+    "capture.plain": 9,
+    "capture.__init__": 10,
     "_perturb": 6,
     "_snapshot": 5,
     "_surface": 3,
     "_pac_bayes": 7,
     "diagnostics": 8,
     "plotting": 8,
-    "linen": 10,
-    "nnx": 10,
+    "linen": 11,
+    "nnx": 11,
     "_combine": 7,
     "_inner": 7,
     "_msam": 7,
@@ -78,21 +80,26 @@ LEVELS = {
     "_update": 8,
     "_project": 9,
     "_recipes": 10,
-    "__init__": 11,
+    "__init__": 12,
 }
 KERNELS = ("_basis", "_convolution", "_subspace")
 #: Adapter -> what is not its framework.
 ADAPTERS = {
     "linen": "flax.nnx",
-    "_linen_layers": "flax.nnx",
+    "capture.linen_layers": "flax.nnx",
     "nnx": "flax.linen",
-    "_nnx_layers": "flax.linen",
+    "capture.nnx_layers": "flax.linen",
 }
 TRANSFORMATIONS = ("_project", "_sharpness", "_recipes")
 
 
 def read_sources() -> dict[str, str]:
-    return {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("capture/*.py")])
+    return {_name(path): path.read_text() for path in paths}
+
+
+def _name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def imported_names(source: str) -> Iterator[str]:
@@ -109,7 +116,8 @@ def imported_names(source: str) -> Iterator[str]:
 
 def internal_imports(source: str, modules: Mapping[str, object]) -> set[str]:
     parts = [name.split(".") for name in imported_names(source)]
-    return {p[1] for p in parts if p[0] == PACKAGE and len(p) > 1 and p[1] in modules}
+    found = {".".join(p[1:n]) for p in parts if p[0] == PACKAGE for n in (2, 3)}
+    return found & {*modules}
 
 
 def rule_every_module_has_a_level(sources: Sources) -> list[str]:
@@ -194,7 +202,9 @@ PLANTED: dict[Rule, Sources] = {
     rule_every_module_has_a_level: {"_stray": ""},
     rule_imports_point_down: {"_basis": "from dsbp_optax import _plan"},
     rule_core_imports_no_flax: {"_plan": "def f():\n    import flax.linen as nn"},
-    rule_core_imports_no_adapter: {"_tap": "from dsbp_optax.linen import TrainState"},
+    rule_core_imports_no_adapter: {
+        "capture.tap": "from dsbp_optax.linen import TrainState"
+    },
     rule_adapters_know_one_framework_and_no_optimizer: {
         "nnx": "from flax import linen"
     },

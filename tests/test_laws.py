@@ -19,7 +19,7 @@ from dsbp_optax import (
     Sketch,
     _eigenbasis,
 )
-from dsbp_optax.core import layout, statistics
+from dsbp_optax.core import layout
 from dsbp_optax.linalg import subspace
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -187,13 +187,11 @@ def sketch(a: Any, basis: Any) -> Sketch:
         product=(a.T @ (a @ basis[:, 0]))[:, None, :],
         count=jnp.full((1, 1, 1), float(a.shape[0])),
         trace=jnp.sum(a * a).reshape(1, 1, 1),
-        total=jnp.sum(a, 0)[:, None, None],
     )
 
 
-@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
+def test_three_forms_give_one_basis(decay: float) -> None:
     """One batch fed repeatedly, from one start: five sketches equal five iterations."""
     with x64(True):
         rng = np.random.default_rng(6)
@@ -202,7 +200,6 @@ def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
         make = functools.partial(
             dsbp_optax.scale_by_spectral_projection,
             rank=K,
-            centered=centered,
             basis=dsbp_optax.Basis(decay=decay),
             update_every=100,
             project="always",
@@ -218,24 +215,20 @@ def test_three_forms_give_one_basis(centered: bool, decay: float) -> None:
                 )
             return state.basis["kernel"][:, 0]
 
-        total = jnp.sum(a, 0)
         whole = run(lambda _: Activations(a), 1)
-        dense = run(lambda _: Covariance(a.T @ a, float(N), total), 1)
+        dense = run(lambda _: Covariance(a.T @ a, float(N)), 1)
         spread = run(lambda basis: sketch(a, basis), 5)
-        short = run_short(params, a, centered)
+        short = run_short(params, a)
     assert gap_between(whole, dense) < 1e-8
     if decay == 0.0:  # decay blends in a rank-k past, which the first batch lacks
         assert gap_between(whole, spread) < 1e-8
     assert gap_between(whole, short) > 1e-4
 
 
-def run_short(params: Any, a: Any, centered: bool) -> Any:
+def run_short(params: Any, a: Any) -> Any:
     """One iteration too few: what the law must reject."""
     tx = dsbp_optax.scale_by_spectral_projection(
-        rank=K,
-        basis=dsbp_optax.Basis(power_iterations=2),
-        centered=centered,
-        project="always",
+        rank=K, basis=dsbp_optax.Basis(power_iterations=2), project="always"
     )
     state = tx.init(params)
     statistics = {"kernel": Activations(a)}
@@ -345,18 +338,6 @@ def test_decay_is_right_on_the_first_step_and_averages_after() -> None:
     expected = np.sort(np.linalg.eigvalsh(model))[::-1][:3]
     np.testing.assert_allclose(seen[1], expected, rtol=1e-3)
     assert abs(seen[1][0] - 5.0) > 0.5, "the past must count"
-
-
-def test_centering_removes_the_mean() -> None:
-    rng = np.random.default_rng(12)
-    a = jnp.asarray(rng.normal(size=(N, D)) + 3.0)
-    basis = jnp.asarray(orthonormal(rng, D, D), jnp.float32)
-    operator = statistics.center(Activations(a).operator(basis))
-    dense = operator.matmul(jnp.eye(D))
-    np.testing.assert_allclose(dense, np.cov(a.T, bias=True), atol=1e-3)
-    np.testing.assert_allclose(operator.trace, np.trace(dense), rtol=1e-3)
-    raw = Activations(a).operator(basis).matmul(jnp.eye(D))
-    assert float(jnp.abs(raw - dense).max()) > 1.0
 
 
 def test_views_and_kernel_form_are_inverses() -> None:

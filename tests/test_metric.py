@@ -508,7 +508,7 @@ def test_a_direction_of_another_shape_is_named() -> None:
 def bad_sketch(basis: Any, value: float) -> Any:
     whole = jnp.ones((1, 1, 1))
     product = jnp.ones_like(basis).at[0, 0, 0].set(value)
-    return Sketch(product, 40 * whole, 40 * whole, jnp.ones((D, 1, 1)))
+    return Sketch(product, 40 * whole, 40 * whole)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

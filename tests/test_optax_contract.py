@@ -30,7 +30,7 @@ from versions import x64
 
 import dsbp_optax
 from dsbp_optax import put_statistics
-from dsbp_optax.capture.tap import make_riders
+from dsbp_optax.capture.state import riders as make_riders
 from dsbp_optax.core.state import find_states
 
 STEPS = 12

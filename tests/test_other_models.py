@@ -222,8 +222,13 @@ def test_a_kernel_is_not_its_own_transpose() -> None:
     state = optimizer().init(params)
     seen = dsbp_optax.linen.value_and_grad(loss_fn)(params, opt_state=state)[2]
     assert_same(seen["kernel"], explicit(x, state.basis["kernel"]))
+    short = dsbp_optax.linen.subspace_value_and_grad
     with pytest.raises(ValueError, match="a tied head"):
-        dsbp_optax.linen.subspace_value_and_grad(loss_fn)(params, opt_state=state)
+        short(loss_fn, strict=True)(params, opt_state=state)
+    with pytest.warns(UserWarning, match="a tied head.*whole gradients"):
+        _, grads, also = short(loss_fn)(params, opt_state=state)
+    assert_same(grads, jax.grad(loss_fn)(params), rtol=1e-5)
+    assert_same(also, seen)
 
 
 # ---------------------------------------------------------------- who is who

@@ -48,7 +48,6 @@ def sketch(matrix: Any, basis: Any) -> Sketch:
         (matrix @ whole).reshape(basis.shape),
         scale,
         jnp.trace(matrix).reshape(1, 1, 1),
-        jnp.zeros((*basis.shape[:-1], 1)),
     )
 
 

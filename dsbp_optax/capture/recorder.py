@@ -289,14 +289,16 @@ def collect(
     for key in fitting:
         if key not in tapped and (key in owners or not subspace):
             reasons.setdefault(parameter_path(key), NO_RULE)
-    whole = "the loss depends on it elsewhere too: its whole gradient is taken"
-    reasons |= {path: whole for path in sorted(elsewhere) if path not in reasons}
-    if misread or reasons:
-        warnings.warn(_tell(reasons, misread), stacklevel=3)
+    if misread or reasons or elsewhere:
+        warnings.warn(_tell(reasons, misread, elsewhere), stacklevel=3)
     return value, grads, state.statistics(cotangents, tapped & {*owners})
 
 
-def _tell(reasons: Mapping[str, str], misread: Mapping[str, Misread]) -> str:
+def _tell(
+    reasons: Mapping[str, str],
+    misread: Mapping[str, Misread],
+    elsewhere: Collection[str],
+) -> str:
     """Says of all kernels without statistics why, what comes of it, and the remedy."""
     said = []
     if misread:
@@ -320,8 +322,14 @@ def _tell(reasons: Mapping[str, str], misread: Mapping[str, Misread]) -> str:
             "have a basis, it comes from gradients. Remedy: for layers of your own "
             "rules={LayerType: rule}, rule(layer) -> LinearMap, in value_and_grad; "
             "else call the model's own apply on the differentiated parameters, in the "
-            "loss; or rank={...} that leaves these kernels out. strict=True makes an "
-            "error of layers that are not called."
+            "loss; or rank={...} that leaves these kernels out, or share= without "
+            "them. strict=True makes an error of layers that are not called."
+        )
+    if elsewhere:
+        said.append(
+            f"the loss depends on {checks.some(sorted(elsewhere))} not through a "
+            "layer alone (a penalty, a tied head): their whole gradients are taken. "
+            "Remedy: weight_decay= of the optimizer in place of a penalty."
         )
     return " ".join(said)
 

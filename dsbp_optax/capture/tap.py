@@ -95,11 +95,14 @@ def parameter_path(key: str) -> str:
 
 def rider_side(rider: Rider, axes: Axes, kernel: Shape) -> str | None:
     """Which side of a layer's kernel the rider belongs to; None where it fits none."""
-    for side, own in (("input", axes.inputs), ("output", axes.outputs)):
-        kept = (*axes.batch, *own)
-        form = tuple(n if a in kept else 1 for a, n in enumerate(kernel))
-        if rider.basis.shape[:-1] == form:
-            return side
+
+    def form(*kept: int) -> Shape:
+        return tuple(n if a in kept else 1 for a, n in enumerate(kernel))
+
+    if rider.count.shape[:-1] == form(*axes.batch):
+        for side, own in (("input", axes.inputs), ("output", axes.outputs)):
+            if rider.basis.shape[:-1] == form(*axes.batch, *own):
+                return side
     return None
 
 

@@ -105,8 +105,9 @@ def _control(of: str, name: str, summary: str, **changes: Any) -> Control:
 
 def _of_any(of: str) -> tuple[Control, ...]:
     blind = without_statistics(CONTENDERS[of].factory)
+    kept = dsbp_optax.Basis(solver=keep_basis)
     return (
-        _control(of, "random basis", "the first basis for good", solver=keep_basis),
+        _control(of, "random basis", "the first basis for good", basis=kept),
         _control(of, "gradient basis", "bases of gradients", factory=blind),
     )
 

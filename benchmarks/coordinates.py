@@ -63,7 +63,7 @@ def rule(rank: int) -> optax.GradientTransformationExtraArgs:
         rank=rank,
         clip=None,
         update_every=PERIOD,
-        basis=dsbp_optax.Basis(power_iterations=WINDOW, dtype=None),
+        basis=dsbp_optax.Basis(power_iterations=WINDOW, dtype=jnp.float32),
         moment_dtype=None,
     )
 

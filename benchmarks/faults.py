@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import dsbp_optax
 from benchmarks import distributed
 from benchmarks.checkpoints import Checkpoints, Saved, digests
 from benchmarks.data import DataError
@@ -126,7 +127,8 @@ def obey() -> None:
 def contender(name: str) -> Contender:
     """The optimizer, its bases refreshed often."""
     found = CONTENDERS[name]
-    often = {"update_every": PERIOD, "power_iterations": WINDOW}
+    basis = dsbp_optax.Basis(power_iterations=WINDOW)
+    often = {"update_every": PERIOD, "basis": basis}
     settings = {**found.settings, **(often if found.ours else {})}
     return dataclasses.replace(
         found, settings=settings, period=PERIOD * found.ours, window=WINDOW

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+from dsbp_optax.core import state
+from dsbp_optax.diagnostics import state_bytes
+
 #: What the records say about ``projected_state_bytes``.
 COUNTED = (
     "leaves of the optimizer state whose path holds the path of a parameter with two "
@@ -36,11 +39,26 @@ def map_kernels(function: Any, params: Any) -> Any:
 
 
 def kernel_bytes(opt_state: Any, params: Any) -> int:
-    """Bytes of the state that belongs to kernels; see `COUNTED`."""
+    """Bytes of the state that belongs to kernels; see `COUNTED`.
+
+    Of an array in which kernels alike lie, the part that is theirs.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [path_of(keys) for keys, leaf in leaves if is_kernel(path_of(keys), leaf)]
-    return sum(
+    parts = []
+
+    def taken_apart(one: state.SpectralState) -> state.SpectralState:
+        for layer in state.by_path(one._replace(fallback=())).values():
+            path, owner, basis = layer.kernel.path, layer.kernel.owner, ()
+            if owner == path:
+                basis = layer.basis, layer.spectrum
+            if path in paths:
+                parts.append((basis, layer.inner))
+        return one._replace(basis={}, spectrum={}, inner={})
+
+    rest = state.map_states(taken_apart, opt_state)
+    return state_bytes(parts) + sum(
         leaf.nbytes
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(rest)
         if any(f"/{path}/" in f"/{path_of(keys)}/" for path in paths)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+import dsbp_optax
 from benchmarks.controls import keep_basis
 from benchmarks.fitting import Fit
 from benchmarks.maml import keep_bases
@@ -95,7 +96,9 @@ LEARNERS = {
             spectral=True,
         ),
         _spectral(
-            "spectral_random", "the same in 8 random directions", solver=keep_basis
+            "spectral_random",
+            "the same in 8 random directions",
+            basis=dsbp_optax.Basis(solver=keep_basis),
         ),
         Learner(
             "nearest_mean",

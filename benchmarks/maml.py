@@ -83,7 +83,7 @@ class BasesState(NamedTuple):
     """
 
     inner: Any
-    bases: dsbp_optax.SpectralProjectionState
+    bases: dsbp_optax.SpectralState
 
 
 def keep_bases(
@@ -93,7 +93,7 @@ def keep_bases(
 
     Args:
       tx: takes the whole gradients.
-      **settings: of `dsbp_optax.scale_by_spectral_projection`: rank, period, solver.
+      **settings: of `dsbp_optax.scale_by_spectral_projection`: rank, period, basis.
     """
     projection = dsbp_optax.scale_by_spectral_projection(
         project="always", project_cold=True, **settings
@@ -125,13 +125,13 @@ def in_bases(state: BasesState) -> Move:
     The bases are one for all tasks, and constants to the outer gradient.
     """
 
+    layers = dsbp_optax.by_path(state.bases)
+
     def lift(path: Any, grad: Any, small: Any) -> Any:
         if not isinstance(small, dsbp_optax.Coordinates):
             return grad
-        basis = state.bases.basis[
-            jax.tree_util.keystr(path, simple=True, separator="/")
-        ]
-        return jnp.einsum("dk,mk->dm", basis[:, 0], small.values[0])
+        layer = layers[jax.tree_util.keystr(path, simple=True, separator="/")]
+        return jnp.einsum("dk,mk->dm", layer.basis, small.values[0])
 
     def move(grads: Params) -> Params:
         small = dsbp_optax.project_gradients(grads, state.bases)

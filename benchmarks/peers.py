@@ -5,7 +5,6 @@ of its own, for what is no kernel, and decoupled weight decay on kernels.
 """
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from dsbp_optax._eigenbasis import Refresh
 
 import dsbp_optax
 from benchmarks.kernels import is_kernel, map_kernels, path_of
-from dsbp_optax.core.plan import Choices
-from dsbp_optax.rules import metric
+from dsbp_optax.core import transform
+from dsbp_optax.rules import metric, moments
 
 #: Decays of every Adam: the auxiliary one, AdamW and those in few bits.
 _B1, _B2 = 0.9, 0.95
@@ -218,35 +216,47 @@ def _muon_in_metric(bits: int = 5, rank: Any = metric.SHARE) -> Build:
     """`dsbp_optax.dsbp_muon`; a variant takes one part of the metric away."""
 
     def build(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
-        momentum = dsbp_optax.scale_by_quantized_momentum(_MOMENTUM, bits)
-        metric = control(rank, variant, None, dsbp_optax.orthogonalize(), 0.5, "both")
-        return assemble(optax.chain(momentum, metric), rate, aux_rate, decay)
+        momentum = moments.quantized_momentum(_MOMENTUM, bits, nesterov=True)
+        kernels = control(
+            *(rank, variant, dsbp_optax.orthogonalize(), 0.5, "both"), before=momentum
+        )
+        return assemble(kernels, rate, aux_rate, decay)
 
     return build
 
 
 def _adam_in_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
     """`dsbp_optax.dsbp_adamw`, likewise."""
-    adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
-    metric = control(metric.LARGE_SHARE, variant, adam, None, 0.5, "both")
-    return assemble(metric, rate, aux_rate, decay)
+    rank = metric.LARGE_SHARE
+    kernels = control(rank, variant, None, 0.5, "both", between=_adam_in_bits())
+    return assemble(kernels, rate, aux_rate, decay)
+
+
+def _adam_in_bits() -> transform.Rule:
+    return moments.quantized_adam(_B1, _B2, eps=1e-8, bits=5, nesterov=False)
 
 
 def _adam_before_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> Any:
     """The metric behind Adam alone, its whole exponent there."""
-    adam = dsbp_optax.scale_by_quantized_adam(_B1, _B2, bits=5)
-    metric = control(metric.LARGE_SHARE, variant, None, None, 1.0, "after")
-    return assemble(optax.chain(adam, metric), rate, aux_rate, decay)
+    rank = metric.LARGE_SHARE
+    kernels = control(rank, variant, None, 1.0, "after", before=_adam_in_bits())
+    return assemble(kernels, rate, aux_rate, decay)
 
 
 def control(
-    rank: Any, variant: Any, inner: Any, direction: Any, exponent: float, where: Any
+    rank: Any,
+    variant: Any,
+    direction: Any,
+    exponent: float,
+    where: Any,
+    **stages: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_activation_metric` and its controls, chosen by a traced integer.
+    """A rule in the metric and its controls, chosen by a traced integer.
 
     0 is the rule itself. `NO_BASIS`: its exponent is 0. `OWN_ENERGIES`: the directions
     are random, the eigenvalues what the activations have along them. `TRUE_ENERGIES`:
-    directions are random, the eigenvalues those of the activations.
+    directions are random, the eigenvalues those of the activations. `stages` are the
+    moments before and inside of the metric, as `metric.metric_rule` takes them.
     """
 
     def solver(operator: Any, basis: jax.Array, iterations: Any) -> Any:
@@ -257,23 +267,22 @@ def control(
         stays = variant == OWN_ENERGIES
         return jax.tree.map(lambda a, b: jnp.where(stays, a, b), kept, found)
 
-    def directions(path: str, basis: jax.Array) -> jax.Array:
-        key = jax.random.key(zlib.crc32(f"random {path}".encode()))
+    def directions(seed: jax.Array, basis: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(1), seed)
         random = jnp.linalg.qr(jax.random.normal(key, basis.shape, basis.dtype))[0]
         return jnp.where(variant == TRUE_ENERGIES, random, basis)
 
-    rule = metric.make_rule(
-        inner,
+    rule = metric.metric_rule(
         direction,
         jnp.where(variant == NO_BASIS, 0.0, exponent),
-        0.2,
-        where,
-        Choices(rank, "input", None, "always"),
-        Refresh(20, 2, solver, 0.0),
-        "bfloat16",
-        False,
+        where=where,
+        directions=directions,
+        **stages,
     )
-    return metric.activation_metric(rule._replace(directions=directions))
+    basis = dsbp_optax.Basis(solver=solver)
+    rest = optax.with_extra_args_support(optax.identity())
+    asked = metric.metric_choices(rank, metric.EVERY, basis)
+    return transform.transformation("metric", rule, rest, asked)
 
 
 def _with_controls(contender: Contender) -> list[Contender]:

@@ -57,7 +57,8 @@ def update_alone(rounds: int) -> list[Row]:
 
     Without weight decay, since `optax.adam` has none.
     """
-    never = {"update_every": 10**6, "power_iterations": WINDOW}
+    basis = dsbp_optax.Basis(power_iterations=WINDOW)
+    never = {"update_every": 10**6, "basis": basis}
     optimizers = {
         "optax.adam": optax.adam(1e-3),
         "projected_adamw": projected_adamw(1e-3, weight_decay=0.0, **never),
@@ -102,7 +103,7 @@ def period_average(rounds: int) -> list[Row]:
 
 def refresh_step(rounds: int) -> list[Row]:
     """(c): whole steps that all refresh, p = q = 1."""
-    every = {"update_every": 1, "power_iterations": 1}
+    every = {"update_every": 1, "basis": dsbp_optax.Basis(power_iterations=1)}
     optimizers = {
         "optax.sgd": optax.sgd(0.1),
         "dsbp": dsbp_optax.dsbp(0.01, **every),

@@ -106,7 +106,7 @@ def run_variant(
             {"kernel": grad}, state, statistics={"kernel": Activations(x)}
         )
         weight = weight - stream.learning_rate * update["kernel"]
-        return (weight, state), (loss, state.basis["kernel"][:, 0])
+        return (weight, state), (loss, dsbp_optax.by_path(state)["kernel"].basis)
 
     start = (weight, tx.init({"kernel": weight}))
     _, (losses, bases) = jax.lax.scan(step, start, (inputs, outputs))

@@ -48,8 +48,6 @@ _BITS: Mapping[str, int] = {
 _FEW = RankFraction(1 / 16, most=8)
 #: Directions of a projection without a residual.
 _QUARTER = RankFraction(1 / 4, most=32)
-#: How recipes keep the bases of a projection.
-_HALF = Basis(dtype="bfloat16")
 
 
 def dsbp_muon(
@@ -485,7 +483,7 @@ def dsbp(
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
     """
-    basis = basis or Basis()
+    basis = plan.check_basis(basis)
     given = {"side": "output", "power_iterations": power_iterations}
     missing = {k: v for k, v in given.items() if getattr(basis, k) is None}
     basis = dataclasses.replace(basis, **missing)
@@ -583,9 +581,10 @@ def _finished(
 
 def _in_half(basis: Basis | None) -> Basis:
     """Bases in bfloat16, unless told otherwise."""
-    if basis is None or basis.dtype is not None:
-        return basis or _HALF
-    return dataclasses.replace(basis, dtype=_HALF.dtype)
+    basis = plan.check_basis(basis)
+    if basis.dtype is not None:
+        return basis
+    return dataclasses.replace(basis, dtype="bfloat16")
 
 
 def _residual_rule(

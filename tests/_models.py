@@ -1,5 +1,6 @@
 """A small problem and one table of the transformations, for the contract tests."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import numpy as np
 import optax
 
 import dsbp_optax
-from dsbp_optax import Activations, Sketch
-from dsbp_optax.core.state import STATES, find_states, split_layers
+from dsbp_optax import Activations, Basis, Sketch
+from dsbp_optax.core.state import find_states
 
 KERNELS = ("first/kernel", "second/kernel")
 TABLE, WIDTH, HIDDEN, OUT = 5, 16, 12, 8
@@ -79,8 +80,14 @@ class Case(NamedTuple):
 
 
 def _with(factory: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    small = {"rank": 2, "update_every": 3, "power_iterations": 2}
-    return lambda **keywords: factory(*args, **{**small, **keywords})
+    def make(*, basis: Basis | None = None, **keywords: Any) -> Any:
+        basis = basis or Basis()
+        if basis.power_iterations is None:
+            basis = dataclasses.replace(basis, power_iterations=2)
+        small = {"rank": 2, "update_every": 3, "basis": basis}
+        return factory(*args, **{**small, **keywords})
+
+    return make
 
 
 #: The contract table.
@@ -106,21 +113,20 @@ def sketches(opt_state: Any, params: Any, batch: Batch, side: str = "input") -> 
     """Statistics in the form that adapters pass: taken with the state's own bases."""
     seen = forward(params, batch)[side]
     return {
-        path + STATES[type(state)]: sketch(seen[path], layer.basis)
-        for state in find_states(opt_state)
-        for path, layer in split_layers(state).items()
+        path: sketch(seen[layer.kernel.path], layer)
+        for path, layer in dsbp_optax.by_path(opt_state).items()
+        if layer.basis is not None
     }
 
 
-def sketch(values: Any, basis: Any) -> Sketch:
-    """``A^T (A V)`` of an ordinary kernel, in the kernel form of `basis`."""
-    a = values.astype(basis.dtype)
-    matrix = basis.reshape(a.shape[1], -1)
-    whole = (1, 1, 1)
+def sketch(values: Any, layer: dsbp_optax.Layer) -> Sketch:
+    """``A^T (A V)`` of an ordinary kernel, in kernel form."""
+    basis = layer.basis.astype(layer.spectrum.trace.dtype)
+    a, form = values.astype(basis.dtype), layer.kernel.view.form
     return Sketch(
-        (a.T @ (a @ matrix)).reshape(basis.shape),
-        jnp.full(whole, a.shape[0], basis.dtype),
-        jnp.sum(a * a).reshape(whole),
+        (a.T @ (a @ basis)).reshape(form(True, basis.shape[-1])),
+        jnp.full(form(False, 1), a.shape[0], basis.dtype),
+        jnp.sum(a * a).reshape(form(False, 1)),
     )
 
 

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
+from dsbp_optax.core.state import find_states
+from dsbp_optax.linalg.quantize import Quantized
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiles much, runs little
@@ -38,7 +40,7 @@ class Net(nn.Module):
 INPUTS = jax.random.normal(jax.random.key(0), (32, 64))
 PARAMS = Net(False).init(jax.random.key(1), INPUTS)["params"]
 #: What is compared to rounding is kept in float32.
-WHOLE = {"moment_dtype": None, "basis_dtype": None}
+WHOLE = {"moment_dtype": None, "basis": dsbp_optax.Basis(dtype="float32")}
 ROUTES = {
     "subspace": (
         dsbp_optax.subspace_adamw(1e-2, rank=4, **WHOLE),
@@ -55,15 +57,20 @@ ROUTES = {
 }
 
 
-def moments(state: Any) -> dict[str, dict[str, Any]]:
+def moments(spectral: Any) -> dict[str, dict[str, Any]]:
     """The first moments of kernels, by path and name of the array."""
-    (spectral,) = state.find_states(state)
-    if isinstance(spectral, dsbp_optax.SpectralProjectionState):
-        return {path: {"whole": x} for path, x in spectral.inner.mu.items()}
-    beside = not spectral.inner
-    kernels = state[0][0].kernels if beside else spectral.inner.kernels
-    held = kernels.momentum if beside else kernels.mu
-    return {path: one._asdict() for path, one in held.items()}
+    return {path: _moment(held) for path, held in spectral.inner.items()}
+
+
+def _moment(held: Any) -> dict[str, Any]:
+    nodes = jax.tree.leaves(held, is_leaf=lambda x: hasattr(x, "mu") or _coarse(x))
+    first = next(x for x in nodes if hasattr(x, "mu") or _coarse(x))
+    first = getattr(first, "mu", first)
+    return first._asdict() if _coarse(first) else {"whole": first}
+
+
+def _coarse(node: Any) -> bool:
+    return isinstance(node, Quantized)
 
 
 def stepper(route: str, explicit: bool) -> Any:
@@ -113,7 +120,7 @@ def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
         before = jax.tree.map(jax.typeof, state)
         step = jax.jit(stepper(route, explicit), out_shardings=outs)
         _, state, losses = train(step, params, state, x)
-    (spectral,) = state.find_states(state)
+    (spectral,) = find_states(state)
     arrays = [a for a in jax.tree.leaves(state) if a.ndim]
     return {
         "losses": losses,
@@ -122,7 +129,7 @@ def on_mesh(route: str, kind: Any, specs: Any) -> dict[str, Any]:
         "basis": {k: tuple(b.sharding.spec) for k, b in spectral.basis.items()},
         "moments": {
             path: {name: tuple(x.sharding.spec) for name, x in moment.items()}
-            for path, moment in moments(state).items()
+            for path, moment in moments(spectral).items()
         },
         "bytes": sum(a.nbytes for a in arrays),
         "bytes_here": sum(a.addressable_shards[0].data.nbytes for a in arrays),
@@ -137,7 +144,8 @@ def updates_on_explicit() -> dict[str, Any]:
         places = {k: {"kernel": NamedSharding(mesh, s)} for k, s in FSDP.items()}
         params = jax.device_put(PARAMS, places)
         for name in RECIPES:
-            settings = {"rank": 4, "update_every": 2, "side": "input"}
+            basis = dsbp_optax.Basis(side="input")
+            settings = {"rank": 4, "update_every": 2, "basis": basis}
             tx = getattr(dsbp_optax, name)(0.1, **settings)
             state, plain = tx.init(PARAMS), tx.init(PARAMS)
             state = jax.device_put(state, dsbp_optax.state_shardings(state, params))

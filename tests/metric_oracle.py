@@ -67,15 +67,22 @@ def few_bits(matrix: np.ndarray, bits: int) -> np.ndarray:
     return rows * levels * best.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
+def stored(matrix: np.ndarray, rule: Rule) -> np.ndarray:
+    """What is left of moments; the rows of their storage are on the metric's side."""
+    if rule.side == "output":
+        return few_bits(matrix.T, rule.bits).T
+    return few_bits(matrix, rule.bits)
+
+
 def moments(kernel: Kernel, g: np.ndarray, count: int, rule: Rule) -> np.ndarray:
     if rule.moments == "none":
         return g
     if rule.moments == "muon":
         m = rule.momentum * kernel.first + g
-        kernel.first = few_bits(m, rule.bits)
+        kernel.first = stored(m, rule)
         return rule.momentum * m + g if rule.nesterov else m
     m = rule.b1 * kernel.first + (1 - rule.b1) * g
-    kernel.first = few_bits(m, rule.bits)
+    kernel.first = stored(m, rule)
     for name, axis in (("rows", 1), ("columns", 0)):
         mean = (1 - rule.b2) * (g**2).mean(axis, keepdims=True)
         setattr(kernel, name, rule.b2 * getattr(kernel, name) + mean)
@@ -100,6 +107,14 @@ def refresh(kernel: Kernel, second_moment: np.ndarray, iterations: int) -> None:
     values, rotation = np.linalg.eigh(v.T @ second_moment @ v)
     kernel.basis, kernel.values = v @ rotation[:, ::-1], values[::-1]
     kernel.trace = np.trace(second_moment)
+
+
+def sketched_refresh(kernel: Kernel, second_moment: np.ndarray) -> None:
+    """One power iteration; eigenvalues are those of the basis it started from."""
+    product = second_moment @ kernel.basis
+    values, rotation = np.linalg.eigh(kernel.basis.T @ product)
+    kernel.basis, _ = np.linalg.qr(product @ rotation[:, ::-1])
+    kernel.values, kernel.trace = values[::-1], np.trace(second_moment)
 
 
 def factors(kernel: Kernel, rule: Rule, exponent: float) -> np.ndarray:
@@ -139,7 +154,7 @@ def step(
     phase = count % rule.update_every
     if samples is None and phase < rule.power_iterations:
         seen = m.T if rule.side == "input" else m
-        refresh(kernel, seen.T @ seen / len(seen), 1)
+        sketched_refresh(kernel, seen.T @ seen / len(seen))
     elif samples is not None and phase == 0:
         refresh(kernel, samples.T @ samples / len(samples), rule.power_iterations)
     exponent = rule.exponent(count)

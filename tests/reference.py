@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import dsbp_optax
+import dsbp_optax.capture
 import dsbp_optax.linen
 import dsbp_optax.nnx
 import dsbp_optax.plotting
@@ -63,7 +64,13 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "scale_residual",
         "Residual",
     ),
-    "Rank, interval, axes": ("RankFraction", "AutoRank", "AutoInterval", "Axes"),
+    "Bases, rank, interval, axes": (
+        "Basis",
+        "RankFraction",
+        "AutoRank",
+        "AutoInterval",
+        "Axes",
+    ),
     "Statistics and gradients": (
         "Activations",
         "Covariance",
@@ -72,27 +79,27 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "add_statistics",
         "sum_statistics",
         "put_statistics",
+        "tap",
         "project_gradients",
         "Coordinates",
     ),
     "Checkpoints and meshes": ("check_checkpoint", "state_shardings"),
     "Eigensolvers": ("power_iteration", "eigh", "Solver", "Operator", "Eigenpairs"),
     "States": (
-        "ActivationMetricState",
-        "SpectralProjectionState",
-        "SpectralSharpnessState",
+        "by_path",
+        "with_layers",
+        "Layer",
+        "SpectralState",
         "Spectrum",
-        "Schedule",
         "SubspaceSamState",
         "SubspaceMsamState",
-        "QuantizedMomentumState",
-        "QuantizedAdamState",
         "ClipByNormGrowthState",
     ),
 }
 MODULES = (
     dsbp_optax.linen,
     dsbp_optax.nnx,
+    dsbp_optax.capture,
     dsbp_optax.diagnostics,
     dsbp_optax.plotting,
 )
@@ -143,7 +150,7 @@ def body(value: Any) -> Iterator[str]:
 
 def alias(module: ModuleType, name: str) -> str:
     """What the comment above an alias says."""
-    files = [pathlib.Path(inspect.getfile(module)), *sorted(FILE.parent.glob("_*.py"))]
+    files = [pathlib.Path(inspect.getfile(module)), *sorted(FILE.parent.rglob("*.py"))]
     pattern = COMMENT.format(name=name)
     found = [re.search(pattern, file.read_text(), re.MULTILINE) for file in files]
     return one_line(next(x for x in found if x)[1].replace("#: ", ""))

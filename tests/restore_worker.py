@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import dsbp_optax
 from benchmarks.checkpoints import Checkpoints, digests
 from benchmarks.workloads import WORKLOADS
+from dsbp_optax.core.state import find_states
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -64,8 +65,7 @@ def main(one: Path, other: Path) -> None:
     with Checkpoints(other) as checkpoints:
         checkpoints.save(first)
         second = checkpoints.restore(shapes_on((4, 2)))
-    metrics = [saved.arrays[1][0][1] for saved in (first, second)]
-    bases = [state.basis for state in metrics]
+    bases = [find_states(saved.arrays[1])[0].basis for saved in (first, second)]
     found = {
         "digests": [digests(saved.arrays) for saved in (first, second)],
         "specs": [

@@ -13,19 +13,22 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 from networks import NETWORKS, Network, ScanNet, batch, init
+from states import basis_of, layer, owners
 
 import dsbp_optax
 from dsbp_optax import Activations, Axes, Sketch
+from dsbp_optax.capture import state as capture_state
+from dsbp_optax.capture.tap import Rider
 from dsbp_optax.core import layout
 
 
-def optimizer(side: str = "input", **kwargs: Any) -> Any:
+def optimizer(side: Any = "input", **kwargs: Any) -> Any:
+    """A projection; keywords are those of its `Basis`."""
     return dsbp_optax.scale_by_spectral_projection(
         optax.trace(0.9),
         rank=2,
-        basis=dsbp_optax.Basis(side=side),
+        basis=dsbp_optax.Basis(side=side, **kwargs),
         project="always",
-        **kwargs,
     )
 
 
@@ -79,12 +82,12 @@ def test_linen_equals_explicit_activations(name: str, side: str) -> None:
     assert set(statistics) == set(seen)
     for path, (inputs, outputs) in seen.items():
         samples = inputs if side == "input" else outputs
-        expected = explicit(samples, state.basis[path])
+        expected = explicit(samples, basis_of(state, path))
         assert_same(statistics[path], expected)
         wrong = (
             explicit(outputs if side == "input" else inputs, expected.product)
             if (inputs.shape == outputs.shape)
-            else explicit(samples[..., ::-1, :] * 1.01, state.basis[path])
+            else explicit(samples[..., ::-1, :] * 1.01, basis_of(state, path))
         )
         assert float(jnp.abs(wrong.trace - expected.trace).max()) > 1e-3
 
@@ -116,7 +119,8 @@ def test_nnx_equals_linen(name: str, side: str) -> None:
     opt = nnx.Optimizer(model, tx, wrt=nnx.Param)
     pairs = {f"{b}/kernel": f"{a}/kernel" for a, b in network.paths.items()}
     own = tx.init(nnx.state(model, nnx.Param))
-    own = own._replace(basis={b: state.basis[a] for b, a in pairs.items()})
+    layers = dsbp_optax.by_path(state)
+    own = dsbp_optax.with_layers(own, {b: layers[a] for b, a in pairs.items()})
 
     def loss_fn(model: Any, x: Any) -> Any:
         return jnp.mean(model(x) ** 2)
@@ -176,7 +180,7 @@ def test_layers_called_twice_add_up() -> None:
     got = statistics_of(Twice(), params, x)["shared/kernel"]
     p = params["shared"]
     hidden = jnp.tanh(x @ p["kernel"] + p["bias"])
-    basis = state.basis["shared/kernel"]
+    basis = basis_of(state, "shared/kernel")
     assert_same(got, explicit(jnp.concatenate([x, hidden]), basis))
     assert float(got.count.ravel()[0]) == 40
 
@@ -198,7 +202,7 @@ def test_vmapped_kernels_have_statistics_of_their_own() -> None:
     params = Ensemble().init(jax.random.key(1), x)["params"]
     state = optimizer().init(params)
     got = statistics_of(Ensemble(), params, x)["members/kernel"]
-    assert_same(got, explicit(x, state.basis["members/kernel"]))
+    assert_same(got, explicit(x, basis_of(state, "members/kernel")))
 
 
 @pytest.mark.parametrize("adapter", ["linen", "nnx", "coordinates"])
@@ -225,7 +229,7 @@ def test_a_loss_that_maps_its_samples_counts_them_all(adapter: str) -> None:
         return nn.Dense(8).apply({"params": params}, row)
 
     got = make(each)(params, x, opt_state=state)[2]["kernel"]
-    assert_same(got, explicit(x, state.basis["kernel"]))
+    assert_same(got, explicit(x, basis_of(state, "kernel")))
 
 
 def test_scan_along_another_axis_by_an_axes_rule() -> None:
@@ -249,7 +253,7 @@ def test_scan_along_another_axis_by_an_axes_rule() -> None:
     got = statistics_of(Tall(), params, x, axes=rule)["dense/kernel"]
     assert got.product.shape == (8, 3, 1, 2)
     state = optimizer(axes=rule).init(params)
-    first = explicit(x, state.basis["dense/kernel"][:, 0])
+    first = explicit(x, basis_of(state, "dense/kernel")[:, 0])
     assert_same(got.product[:, 0], first.product)
 
 
@@ -319,7 +323,7 @@ def test_nothing_is_collected_between_refreshes() -> None:
     network = NETWORKS["dense"]
     params, x = init(network), batch(network, 2)
     state = optimizer().init(params)
-    idle = state._replace(collect=jnp.asarray(False))
+    idle = state._replace(collect=jnp.zeros_like(state.collect))
     collect = dsbp_optax.linen.value_and_grad(loss_of(network.linen))
     assert all(
         not x.any() for x in jax.tree.leaves(collect(params, x, opt_state=idle)[2])
@@ -365,7 +369,7 @@ def test_aux_rngs_batch_norm_and_mixed_precision(dtype: Any) -> None:
     plain = jax.value_and_grad(loss_fn, has_aux=True)
     (expected, new_expected), expected_grads = plain(params, x, key)
     assert_same((loss, new, grads), (expected, new_expected, expected_grads))
-    exact = explicit(x, state.basis["first/kernel"])
+    exact = explicit(x, basis_of(state, "first/kernel"))
     assert_same(statistics["first/kernel"], exact, rtol=1e-5)
     assert statistics["first/kernel"].product.dtype == jnp.float32
 
@@ -393,7 +397,7 @@ def test_train_state_passes_statistics() -> None:
     assert_same(new.params, optax.apply_updates(params, updates))
     assert_same(new.opt_state, expected)
     assert int(new.step) == 1
-    spectrum = new.opt_state[0].spectrum["first/kernel"]
+    spectrum = layer(new.opt_state, "first/kernel").spectrum
     assert bool(spectrum.activations.all())
 
 
@@ -439,7 +443,7 @@ def test_cast_parameters_and_whole_variables_are_recognised() -> None:
     state = optimizer().init(variables)
     got = dsbp_optax.linen.value_and_grad(loss_fn)(variables, x, opt_state=state)[2]
     assert set(got) == {"params/first/kernel", "params/second/kernel"}
-    exact = explicit(x, state.basis["params/first/kernel"])
+    exact = explicit(x, basis_of(state, "params/first/kernel"))
     assert_same(got["params/first/kernel"], exact)
 
 
@@ -458,7 +462,7 @@ def test_two_models_in_one_tree() -> None:
         _, seen = network.by_hand(params, x)
         for path, (inputs, _) in seen.items():
             key = f"{name}/{path}"
-            assert_same(got[key], explicit(inputs, state.basis[key]))
+            assert_same(got[key], explicit(inputs, basis_of(state, key)))
 
 
 def test_partitioned_parameters() -> None:
@@ -472,11 +476,11 @@ def test_partitioned_parameters() -> None:
     params = Boxed().init(jax.random.key(1), x)["params"]
     tx = optimizer()
     state = tx.init(params)
-    assert set(state.basis) == {"dense/kernel"}
+    assert owners(state) == {"dense/kernel"}
     _, grads, statistics = dsbp_optax.linen.value_and_grad(loss_of(Boxed()))(
         params, x, opt_state=state
     )
-    exact = explicit(x, state.basis["dense/kernel"])
+    exact = explicit(x, basis_of(state, "dense/kernel"))
     assert_same(statistics["dense/kernel"], exact)
     updates, _ = tx.update(grads, state, params, statistics=statistics)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -504,7 +508,7 @@ def test_a_rule_for_a_layer_of_ones_own() -> None:
     loss_fn = loss_of(Bilinear())
     collect = dsbp_optax.linen.value_and_grad(loss_fn, rules={Bilinear: rule})
     got = collect(params, x, opt_state=state)[2]
-    assert_same(got["weight"], explicit(x, state.basis["weight"]))
+    assert_same(got["weight"], explicit(x, basis_of(state, "weight")))
     with pytest.warns(UserWarning, match="no rule says"):
         plain = dsbp_optax.linen.value_and_grad(loss_fn)(params, x, opt_state=state)
     assert plain[2] == {}
@@ -529,8 +533,8 @@ def test_projection_and_sharpness_collect_side_by_side() -> None:
         "second/kernel#sharpness",
     }
     _, new = tx.update(grads, state, params, statistics=statistics)
-    for part in new:
-        assert bool(part.spectrum["first/kernel"].activations.all())
+    for path in statistics:
+        assert bool(layer(new, path).spectrum.activations.all())
     _, seen = network.by_hand(params, x)
     wide = Activations(seen["first/kernel"][1])
     assert wide.values.shape == (40, 9)
@@ -551,9 +555,9 @@ def test_warm_start_makes_all_iterations_on_the_first_batch() -> None:
     matrices = {path: Activations(inputs) for path, (inputs, _) in seen.items()}
     _, exact = tx.update(grads, cold, params, statistics=matrices)
     for path in seen:
-        left, right = after[0].basis[path][:, 0], exact[0].basis[path][:, 0]
+        left, right = layer(after, path).basis, layer(exact, path).basis
         np.testing.assert_allclose(left @ left.T, right @ right.T, atol=1e-4)
-        start = cold[0].basis[path][:, 0]
+        start = layer(cold, path).basis
         assert float(jnp.abs(start @ start.T - right @ right.T).max()) > 1e-2
 
 
@@ -618,10 +622,10 @@ def test_warm_start_is_told_what_the_optimizer_and_the_step_are(adapter: str) ->
         warm = start()
     exact = np.linalg.eigvalsh(x.T @ x / len(x))[:-3:-1]
     for path in ("dense/kernel", "own/weight"):
-        found = warm.spectrum[path]
+        found = layer(warm, path).spectrum
         assert int(found.iterations.max()) == 8
         np.testing.assert_allclose(found.eigenvalues.ravel(), exact, rtol=1e-3)
-    assert int(warm.spectrum["spare/kernel"].iterations.max()) == 0
+    assert int(layer(warm, "spare/kernel").spectrum.iterations.max()) == 0
 
 
 def test_a_head_of_one_output_is_trained_by_the_papers_rule() -> None:
@@ -662,11 +666,10 @@ def test_a_head_of_one_output_is_trained_by_the_papers_rule() -> None:
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_side_of_length_one_is_read_off_a_state(shape, axes, side) -> None:
     view = layout.matrix_view(shape, axes, side)
-    form = layout.kernel_form_shape(view, True, 1)[:-1]
-    stacked = layout.kernel_form_shape(view, False, 1)[:-1]
-    found = layout.view_of(shape, form, stacked)
+    basis, count = (jnp.zeros(view.form(rows, 1)) for rows in (True, False))
+    found = capture_state.view(Rider(basis, count, count), shape)
     assert (found.size, found.other) == (view.size, view.other)
-    assert found.coordinate_shape(1) == view.coordinate_shape(1)
+    assert found.coordinate_form(1) == view.coordinate_form(1)
 
 
 def test_nnx_warm_start_and_state_changes() -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from states import with_basis
 
 import dsbp_optax
 from dsbp_optax import Activations, diagnostics
@@ -31,7 +32,7 @@ def samples(seed: int, count: int = 200, turn: float = 0.0, noise: float = 0.3) 
 def train(batches: list[Any], **settings: Any) -> Any:
     """A state that has seen some batches."""
     settings = {"rank": K, "update_every": 1, "power_iterations": 8, **settings}
-    tx = dsbp_optax.dsbp_sgd(0.1, **settings)
+    tx = dsbp_optax.dsbp_sgd(0.1, **with_basis(**settings))
     params = {"kernel": jnp.ones((D, M)), "bias": jnp.ones(M)}
     state = tx.init(params)
     for x in batches:

@@ -1,6 +1,7 @@
 """The architecture, as rules over the source. Each rule is shown to be able to fail."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -16,73 +17,26 @@ Rule = Callable[[Sources], list[str]]
 PACKAGE = "dsbp_optax"
 ROOT = pathlib.Path(dsbp_optax.__file__).parent
 
-#: A module imports from lower levels only. Arrays at the bottom, people at the top.
+#: A package, or a module beside them, imports from itself and from lower levels only:
+#: those of one level know nothing of each other. Arrays at the bottom, people at the
+#: top.
 LEVELS = {
-    "_types": 0,
-    "_basis": 1,
-    "_checks": 1,
-    "_convolution": 1,
-    "_layout": 1,
-    "_orthogonal": 1,
-    "_precision": 1,
-    "_probe": 1,
-    "_quantization": 1,
-    "_share": 1,
-    "_schedule": 1,
-    "_subspace": 1,
-    "_checkpoint": 2,
-    "_clip": 2,
-    "_batches": 1,
-    "_curvature": 2,
-    "_statistics": 2,
-    "_known": 2,
-    "_transport": 2,
-    "_eigenbasis": 3,
-    "_plan": 3,
-    "_filter": 3,
-    "_residual": 3,
-    "_adapt": 4,
-    "_gate": 6,
-    "_metric": 7,
-    "_momentum": 7,
-    "_moments": 8,
-    "_spectral": 4,
-    "_coordinates": 6,
-    "_refresh": 5,
-    "_infer": 2,
-    "_sharding": 5,
-    "_rule": 6,
-    "_sharpness": 7,
-    "capture.origin": 2,
-    "capture.tap": 6,
-    "capture.coordinates": 7,
-    "capture.einsum": 7,
-    "capture.inspection": 7,
-    "capture.state": 7,
-    "capture.linen_layers": 8,
-    "capture.linen_scope": 0,
-    "capture.nnx_layers": 8,
-    "capture.recorder": 8,
-    "capture.plain": 9,
-    "capture.__init__": 10,
-    "_perturb": 6,
-    "_snapshot": 5,
-    "_surface": 3,
-    "_pac_bayes": 7,
-    "diagnostics": 8,
-    "plotting": 8,
-    "linen": 11,
-    "nnx": 11,
-    "_combine": 7,
-    "_inner": 7,
-    "_msam": 7,
-    "_sam": 7,
-    "_update": 8,
-    "_project": 9,
-    "_recipes": 10,
-    "__init__": 12,
+    "linalg": 0,
+    "core": 1,
+    "rules": 2,
+    "recipes": 3,
+    "sharpness": 3,
+    "scale": 3,
+    "capture": 3,
+    "linen": 4,
+    "nnx": 4,
+    "instruments": 4,
+    "diagnostics": 5,
+    "plotting": 5,
+    "__init__": 6,
 }
-KERNELS = ("_basis", "_convolution", "_subspace")
+#: Where protocols may speak of trees: the glossary, which all others share.
+GLOSSARY = "linalg.types"
 #: Adapter -> what is not its framework.
 ADAPTERS = {
     "linen": "flax.nnx",
@@ -90,16 +44,22 @@ ADAPTERS = {
     "nnx": "flax.linen",
     "capture.nnx_layers": "flax.linen",
 }
-TRANSFORMATIONS = ("_project", "_sharpness", "_recipes")
+#: What makes optimizers; adapters know their states alone.
+OPTIMIZERS = ("rules", "recipes", "sharpness")
+#: The one module of `capture` that looks into a state.
+READER = "capture.state"
 
 
 def read_sources() -> dict[str, str]:
-    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("capture/*.py")])
-    return {_name(path): path.read_text() for path in paths}
+    return {_name(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
 
 def _name(path: pathlib.Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def package_of(name: str) -> str:
+    return name.split(".")[0]
 
 
 def imported_names(source: str) -> Iterator[str]:
@@ -114,23 +74,44 @@ def imported_names(source: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def internal_imports(source: str, modules: Mapping[str, object]) -> set[str]:
+def internal_imports(source: str) -> set[str]:
+    """Modules of this package, and names out of them, by their place in it."""
     parts = [name.split(".") for name in imported_names(source)]
-    found = {".".join(p[1:n]) for p in parts if p[0] == PACKAGE for n in (2, 3)}
-    return found & {*modules}
+    found = {".".join(p[1:]) for p in parts if p[0] == PACKAGE and len(p) > 1}
+    return {name for name in found if package_of(name) in LEVELS}
 
 
 def rule_every_module_has_a_level(sources: Sources) -> list[str]:
-    return [f"{name}: not in LEVELS" for name in sources if name not in LEVELS]
+    return [
+        f"{name}: not in LEVELS" for name in sources if package_of(name) not in LEVELS
+    ]
 
 
 def rule_imports_point_down(sources: Sources) -> list[str]:
     return [
-        f"{name} (level {LEVELS[name]}) imports {other} (level {LEVELS[other]})"
+        f"{name} (level {LEVELS[own]}) imports {other} (level {LEVELS[theirs]})"
         for name, source in sources.items()
-        for other in sorted(internal_imports(source, LEVELS))
-        if name in LEVELS and LEVELS[other] >= LEVELS[name]
+        for other in sorted(internal_imports(source))
+        if (own := package_of(name)) in LEVELS
+        and (theirs := package_of(other)) != own
+        and LEVELS[theirs] >= LEVELS[own]
     ]
+
+
+def rule_no_cycles_within_a_package(sources: Sources) -> list[str]:
+    graph = {
+        name: {
+            other
+            for other in internal_imports(source) & {*sources}
+            if package_of(other) == package_of(name)
+        }
+        for name, source in sources.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" imports ".join(reversed(error.args[1]))]
+    return []
 
 
 def rule_core_imports_no_flax(sources: Sources) -> list[str]:
@@ -148,7 +129,7 @@ def rule_core_imports_no_adapter(sources: Sources) -> list[str]:
         f"{name} imports the adapter {other}"
         for name, source in sources.items()
         if name not in ADAPTERS
-        for other in sorted(internal_imports(source, ADAPTERS))
+        for other in sorted(internal_imports(source) & {*ADAPTERS})
     ]
 
 
@@ -163,16 +144,29 @@ def rule_adapters_know_one_framework_and_no_optimizer(sources: Sources) -> list[
         ]
         found += [
             f"{name} imports the transformation {other}"
-            for other in sorted(internal_imports(source, LEVELS))
-            if other in TRANSFORMATIONS
+            for other in sorted(internal_imports(source))
+            if package_of(other) in OPTIMIZERS
         ]
     return found
 
 
-def rule_kernels_know_no_pytrees(sources: Sources) -> list[str]:
+def rule_one_module_of_capture_reads_states(sources: Sources) -> list[str]:
+    readers = ("core.state", "core.stacks", "core.plan", "core.refresh")
+    return [
+        f"{name} imports {other}"
+        for name, source in sources.items()
+        if package_of(name) == "capture" and name != READER
+        for other in sorted(internal_imports(source))
+        if other.startswith(readers)
+    ]
+
+
+def rule_linear_algebra_knows_no_pytrees(sources: Sources) -> list[str]:
     found = []
-    for name in KERNELS:
-        for node in ast.walk(ast.parse(sources.get(name, ""))):
+    for name, source in sources.items():
+        if package_of(name) != "linalg" or name == GLOSSARY:
+            continue
+        for node in ast.walk(ast.parse(source)):
             attribute = isinstance(node, ast.Attribute) and node.attr in (
                 "tree",
                 "tree_util",
@@ -190,8 +184,10 @@ def rule_init_only_exports(sources: Sources) -> list[str]:
     """`__init__` holds imports, `__version__`, `__all__` and the lazy adapters."""
     allowed = ast.Import | ast.ImportFrom | ast.Assign | ast.Expr
     return [
-        f"__init__, line {node.lineno}: {type(node).__name__}"
-        for node in ast.parse(sources.get("__init__", "")).body
+        f"{name}, line {node.lineno}: {type(node).__name__}"
+        for name, source in sources.items()
+        if name.split(".")[-1] == "__init__"
+        for node in ast.parse(source).body
         if not isinstance(node, allowed)
         and getattr(node, "name", "") not in ("__getattr__", "__dir__")
     ]
@@ -199,33 +195,63 @@ def rule_init_only_exports(sources: Sources) -> list[str]:
 
 #: Each rule beside sources that break it.
 PLANTED: dict[Rule, Sources] = {
-    rule_every_module_has_a_level: {"_stray": ""},
-    rule_imports_point_down: {"_basis": "from dsbp_optax import _plan"},
-    rule_core_imports_no_flax: {"_plan": "def f():\n    import flax.linen as nn"},
+    rule_every_module_has_a_level: {"stray": ""},
+    rule_imports_point_down: {"linalg.subspace": "from dsbp_optax.core import plan"},
+    rule_no_cycles_within_a_package: {
+        "core.plan": "from dsbp_optax.core.stacks import Stack",
+        "core.stacks": "from dsbp_optax.core.plan import Kernel",
+    },
+    rule_core_imports_no_flax: {"core.plan": "def f():\n    import flax.linen as nn"},
     rule_core_imports_no_adapter: {
-        "capture.tap": "from dsbp_optax.linen import TrainState"
+        "capture.tap": "from dsbp_optax.capture.linen_layers import RULES"
     },
     rule_adapters_know_one_framework_and_no_optimizer: {
         "nnx": "from flax import linen"
     },
-    rule_kernels_know_no_pytrees: {"_subspace": "import jax\nf = jax.tree.map"},
+    rule_one_module_of_capture_reads_states: {
+        "capture.recorder": "from dsbp_optax.core.state import find_states"
+    },
+    rule_linear_algebra_knows_no_pytrees: {
+        "linalg.subspace": "import jax\nf = jax.tree.map"
+    },
     rule_init_only_exports: {"__init__": "def helper(): pass"},
 }
 RULES = list(PLANTED)
 #: More ways to break a rule than the one above.
 ALSO_PLANTED: list[tuple[Rule, Sources]] = [
-    (rule_imports_point_down, {"_basis": "import dsbp_optax.linalg.subspace"}),
-    (rule_imports_point_down, {"_types": "from ._basis import eigh"}),
-    (rule_imports_point_down, {"_types": "from . import _basis"}),
+    (rule_every_module_has_a_level, {"extras.more": ""}),
+    (rule_imports_point_down, {"core.plan": "import dsbp_optax.rules.metric"}),
+    (rule_imports_point_down, {"scale.sharding": "from dsbp_optax import capture"}),
+    (rule_imports_point_down, {"recipes": "from dsbp_optax.sharpness import sam"}),
+    (rule_imports_point_down, {"rules.metric": "from . import recipes"}),
+    (
+        rule_no_cycles_within_a_package,
+        {
+            "core.a": "from dsbp_optax.core import b",
+            "core.b": "from dsbp_optax.core import c",
+            "core.c": "from dsbp_optax.core import a",
+        },
+    ),
     (rule_core_imports_no_flax, {"__init__": "from flax import nnx"}),
     (rule_core_imports_no_adapter, {"__init__": "from dsbp_optax import nnx"}),
     (
         rule_adapters_know_one_framework_and_no_optimizer,
-        {"linen": "from dsbp_optax import _project"},
+        {"linen": "from dsbp_optax.rules import projection"},
     ),
-    (rule_kernels_know_no_pytrees, {"_basis": "from jax import tree_util"}),
-    (rule_kernels_know_no_pytrees, {"_basis": "import jax.tree_util"}),
-    (rule_kernels_know_no_pytrees, {"_basis": "from jax.tree import map"}),
+    (
+        rule_one_module_of_capture_reads_states,
+        {"capture.plain": "from dsbp_optax.core import plan"},
+    ),
+    (
+        rule_linear_algebra_knows_no_pytrees,
+        {"linalg.quantize": "from jax import tree_util"},
+    ),
+    (rule_linear_algebra_knows_no_pytrees, {"linalg.quantize": "import jax.tree_util"}),
+    (
+        rule_linear_algebra_knows_no_pytrees,
+        {"linalg.quantize": "from jax.tree import map"},
+    ),
+    (rule_init_only_exports, {"core.__init__": "class Helper: pass"}),
 ]
 
 
@@ -245,9 +271,17 @@ def test_rule_can_fail(rule, sources):
 
 def test_rules_see_the_sources():
     sources = read_sources()
-    assert set(LEVELS) == set(sources)
-    assert internal_imports(sources["_recipes"], LEVELS) >= {"_project", "_types"}
-    assert internal_imports(sources["_types"], LEVELS) == set()
+    assert {package_of(name) for name in sources} == {*LEVELS}
+    assert {name.replace(".", "/") + ".py" for name in sources} == {
+        path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")
+    }
+    assert internal_imports(sources["recipes"]) >= {
+        "core.plan",
+        "linalg.types",
+        "rules.projection",
+    }
+    assert internal_imports(sources[GLOSSARY]) == set()
+    assert {*ADAPTERS, GLOSSARY, READER} <= {*sources}
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from versions import x64
 
 import dsbp_optax
-from dsbp_optax import (
-    Activations,
-    Covariance,
-    Sketch,
-    _eigenbasis,
-)
-from dsbp_optax.core import layout
+from dsbp_optax import Activations, Basis, Covariance, Sketch
+from dsbp_optax.core import layout, refresh, stacks
 from dsbp_optax.linalg import subspace
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -121,17 +116,34 @@ PROJECTION = dsbp_optax.scale_by_spectral_projection(
 UPDATE = jax.jit(PROJECTION.update)
 
 
+def of_kernel(state: Any) -> Any:
+    """What a state holds of the one kernel."""
+    return dsbp_optax.by_path(state)["kernel"]
+
+
+def moment_of(state: Any) -> Any:
+    """The momentum of its coordinates."""
+    return of_kernel(state).inner[0].trace
+
+
+def given_basis(state: Any, basis: Any) -> Any:
+    """A state with another basis."""
+    layer = of_kernel(state)._replace(basis=basis)
+    return dsbp_optax.with_layers(state, {"kernel": layer})
+
+
 def one_update(basis: Any, moment: Any, params: Any, grads: Any) -> Any:
     """The update of a warm state that was given another basis and moment."""
     state = PROJECTION.init(params)
-    spectrum = state.spectrum["kernel"]
-    spectrum = spectrum._replace(iterations=spectrum.iterations + 5)
-    state = state._replace(
-        step=state.step + 7,
-        basis={"kernel": basis[:, None, :]},
-        spectrum={"kernel": spectrum},
-        inner=optax.TraceState(trace={"kernel": moment}),
+    layer = of_kernel(state)
+    spectrum = layer.spectrum._replace(iterations=layer.spectrum.iterations + 5)
+    layer = layer._replace(
+        basis=basis,
+        spectrum=spectrum,
+        inner=(optax.TraceState(trace=moment), layer.inner[1]),
     )
+    state = dsbp_optax.with_layers(state, {"kernel": layer})
+    state = state._replace(step=state.step + 7)
     return UPDATE(grads, state, params)[0]["kernel"]
 
 
@@ -163,28 +175,25 @@ def test_the_two_sides_transpose_into_each_other() -> None:
     a = rng.normal(size=(N, D)).astype(np.float32)
 
     def run(weight: Any, gradient: Any, side: str, start: Any) -> Any:
-        tx = dsbp_optax.dsbp(0.1, rank=K, basis=dsbp_optax.Basis(side=side))
+        tx = dsbp_optax.dsbp(0.1, rank=K, basis=Basis(side=side))
         params = {"kernel": jnp.asarray(weight)}
-        state = tx.init(params)
-        state = optax.tree.set(state, basis={"kernel": start})
+        state = given_basis(tx.init(params), start)
         statistics = {"kernel": Activations(jnp.asarray(a))}
         grads = {"kernel": jnp.asarray(gradient)}
         return tx.update(grads, state, params, statistics=statistics)[0]["kernel"]
 
     start = jnp.asarray(orthonormal(rng, D, K), jnp.float32)
-    left = run(w, g, "input", start[:, None, :])
-    right = run(w.T, g.T, "output", start[None, :, :])
+    left = run(w, g, "input", start)
+    right = run(w.T, g.T, "output", start)
     np.testing.assert_allclose(left, right.T, rtol=1e-4, atol=1e-6)
-    assert (
-        float(jnp.abs(left - run(w, g + 0.1, "input", start[:, None, :])).max()) > 1e-4
-    )
+    assert float(jnp.abs(left - run(w, g + 0.1, "input", start)).max()) > 1e-4
 
 
 def sketch(a: Any, basis: Any) -> Sketch:
     """By its definition, in the kernel form of a (D, m) kernel."""
     a = jnp.asarray(a)
     return Sketch(
-        product=(a.T @ (a @ basis[:, 0]))[:, None, :],
+        product=(a.T @ (a @ basis))[:, None, :],
         count=jnp.full((1, 1, 1), float(a.shape[0])),
         trace=jnp.sum(a * a).reshape(1, 1, 1),
     )
@@ -200,7 +209,7 @@ def test_three_forms_give_one_basis(decay: float) -> None:
         make = functools.partial(
             dsbp_optax.scale_by_spectral_projection,
             rank=K,
-            basis=dsbp_optax.Basis(decay=decay),
+            basis=Basis(decay=decay),
             update_every=100,
             project="always",
         )
@@ -209,11 +218,11 @@ def test_three_forms_give_one_basis(decay: float) -> None:
             tx = make()
             state = tx.init(params)
             for _ in range(steps):
-                statistics = {"kernel": form(state.basis["kernel"])}
+                statistics = {"kernel": form(of_kernel(state).basis)}
                 _, state = jax.jit(tx.update)(
                     params, state, params, statistics=statistics
                 )
-            return state.basis["kernel"][:, 0]
+            return of_kernel(state).basis
 
         whole = run(lambda _: Activations(a), 1)
         dense = run(lambda _: Covariance(a.T @ a, float(N)), 1)
@@ -228,13 +237,12 @@ def test_three_forms_give_one_basis(decay: float) -> None:
 def run_short(params: Any, a: Any) -> Any:
     """One iteration too few: what the law must reject."""
     tx = dsbp_optax.scale_by_spectral_projection(
-        rank=K, basis=dsbp_optax.Basis(power_iterations=2), project="always"
+        rank=K, basis=Basis(power_iterations=2), project="always"
     )
     state = tx.init(params)
     statistics = {"kernel": Activations(a)}
-    return tx.update(params, state, params, statistics=statistics)[1].basis["kernel"][
-        :, 0
-    ]
+    _, state = tx.update(params, state, params, statistics=statistics)
+    return of_kernel(state).basis
 
 
 @pytest.mark.parametrize("rank", [D, D + 5])
@@ -249,7 +257,7 @@ def test_full_rank_is_the_identity(rank: int) -> None:
             grads, tx.init(params), params, statistics={"kernel": Activations(a)}
         )
         np.testing.assert_allclose(updates["kernel"], grads["kernel"], atol=2e-5)
-    tx = dsbp_optax.dsbp(1.0, rank=D - 1, basis=dsbp_optax.Basis(side="input"))
+    tx = dsbp_optax.dsbp(1.0, rank=D - 1, basis=Basis(side="input"))
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert float(jnp.abs(updates["kernel"] + grads["kernel"]).max()) > 1e-2
 
@@ -273,20 +281,13 @@ def test_moments_follow_the_basis() -> None:
     turn = jnp.asarray(orthonormal(rng, K, K), jnp.float32)
     new = old @ turn
     moment = jnp.asarray(rng.normal(size=(K, 10)), jnp.float32)
-    for flipped in (False, True):
-        held = moment.T if flipped else moment
-        carried = subspace.rotate_first_moment(
-            subspace.rotation(new, old), held, flipped
-        )
-        before = subspace.lift(old, held, flipped)
-        after = subspace.lift(new, carried, flipped)
-        np.testing.assert_allclose(before, after, atol=1e-5)
-        assert float(jnp.abs(subspace.lift(new, held, flipped) - before).max()) > 1e-2
-        second = subspace.rotate_second_moment(
-            subspace.rotation(new, old), held**2, flipped
-        )
-        assert bool((second >= 0).all())
-        np.testing.assert_allclose(second.sum(), (held**2).sum(), rtol=1e-4)
+    carried = subspace.rotate_first_moment(subspace.rotation(new, old), moment)
+    before = subspace.lift(old, moment)
+    np.testing.assert_allclose(before, subspace.lift(new, carried), atol=1e-5)
+    assert float(jnp.abs(subspace.lift(new, moment) - before).max()) > 1e-2
+    second = subspace.rotate_second_moment(subspace.rotation(new, old), moment**2)
+    assert bool((second >= 0).all())
+    np.testing.assert_allclose(second.sum(), (moment**2).sum(), rtol=1e-4)
 
 
 def test_transport_happens_inside_the_refresh() -> None:
@@ -301,7 +302,7 @@ def test_transport_happens_inside_the_refresh() -> None:
     state = tx.init(params)
     for _ in range(3):
         _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
-    before = state.basis["kernel"][:, 0] @ state.inner.trace["kernel"]
+    before = of_kernel(state).basis @ moment_of(state)
     turned = Activations(
         a @ jnp.asarray(np.diag(1 + 0.3 * rng.normal(size=D)), a.dtype)
     )
@@ -309,9 +310,9 @@ def test_transport_happens_inside_the_refresh() -> None:
     _, after_state = jax.jit(tx.update)(
         zero, state, params, statistics={"kernel": turned}
     )
-    basis = after_state.basis["kernel"][:, 0]
-    after = basis @ after_state.inner.trace["kernel"]
-    assert gap_between(basis, state.basis["kernel"][:, 0]) > 1e-3
+    basis = of_kernel(after_state).basis
+    after = basis @ moment_of(after_state)
+    assert gap_between(basis, of_kernel(state).basis) > 1e-3
     np.testing.assert_allclose(after, basis @ (basis.T @ before), rtol=1e-3, atol=1e-4)
 
 
@@ -321,7 +322,7 @@ def test_decay_is_right_on_the_first_step_and_averages_after() -> None:
     two[0, 0], two[1, 1] = 0.1, 5.0
     tx = dsbp_optax.scale_by_spectral_projection(
         rank=3,
-        basis=dsbp_optax.Basis(decay=0.75, power_iterations=30),
+        basis=Basis(decay=0.75, power_iterations=30),
         update_every=1,
         project="always",
     )
@@ -331,7 +332,7 @@ def test_decay_is_right_on_the_first_step_and_averages_after() -> None:
     for c in (one, two):
         statistics = {"kernel": Covariance(jnp.asarray(c, jnp.float32))}
         _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
-        seen.append(np.ravel(state.spectrum["kernel"].eigenvalues))
+        seen.append(np.asarray(of_kernel(state).spectrum.eigenvalues))
     np.testing.assert_allclose(seen[0], [1, 0.25, 0.0625], rtol=1e-3)
     past = 0.75 * 0.25 / (0.75 * 0.25 + 0.25)  # bias-corrected share of the past
     model = past * np.diag([1, 0.25, 0.0625, 0, 0, 0]) + (1 - past) * two
@@ -346,21 +347,80 @@ def test_views_and_kernel_form_are_inverses() -> None:
     kernel = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     for side in ("input", "output"):
         view = layout.matrix_view(shape, axes, side)
-        matrices = layout.to_matrices(kernel, view)
-        assert matrices.shape == (2, *view.matrix_shape)
-        np.testing.assert_array_equal(layout.from_matrices(matrices, view), kernel)
+        matrices = layout.to_matrices(kernel[None], view)
+        assert matrices.shape == (view.count, view.size, view.other)
+        assert view.count == 2 and view.size * view.other == kernel[0].size
+        first = kernel[0].transpose(0, 2, 1, 3).reshape(12, 30)
+        np.testing.assert_array_equal(
+            matrices[0], first if side == "input" else first.T
+        )
+        (again,) = layout.from_matrices(matrices, view)
+        np.testing.assert_array_equal(again, kernel)
         basis = jnp.arange(2.0 * view.size * 3).reshape(2, view.size, 3)
         held = layout.to_kernel_form(basis, view)
-        assert held.shape == layout.kernel_form_shape(view, True, 3)
+        assert held.shape == view.form(True, 3)
         np.testing.assert_array_equal(layout.from_kernel_form(held, view), basis)
+        numbers = jnp.arange(2.0).reshape(2, 1, 1)
+        held = layout.to_kernel_form(numbers, view)
+        assert held.shape == view.form(False, 1)
+        np.testing.assert_array_equal(layout.from_kernel_form(held, view), numbers)
+        moment = jnp.arange(2.0 * 3 * view.other).reshape(2, 3, view.other)
+        held = layout.from_coordinates(moment, view)
+        assert held.shape == view.coordinate_form(3)
+        np.testing.assert_array_equal(layout.to_coordinates(held, view), moment)
 
 
 def test_a_basis_follows_from_the_path_alone() -> None:
     params = {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 16))}
-    one = dsbp_optax.dsbp(rank=3).init(params)[0].basis
-    two = dsbp_optax.dsbp(rank=3).init({"b": params["b"] * 2})[0].basis
-    np.testing.assert_array_equal(one["b"], two["b"])
-    assert gap_between(one["a"][0], one["b"][0]) > 0.1
+    one = dsbp_optax.by_path(dsbp_optax.dsbp(rank=3).init(params))
+    two = dsbp_optax.by_path(dsbp_optax.dsbp(rank=3).init({"b": params["b"] * 2}))
+    np.testing.assert_array_equal(one["b"].basis, two["b"].basis)
+    assert gap_between(one["a"].basis, one["b"].basis) > 0.1
+
+
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_kernels_alike_fare_as_if_alone(at_once: int, monkeypatch: Any) -> None:
+    """In one array, all of it worked on at once or matrix by matrix."""
+    monkeypatch.setattr(stacks, "_AT_ONCE", at_once)
+    shapes = {**dict.fromkeys("abc", (D, 10)), "wide": (D, 14), "long": (30, 10)}
+    rng = np.random.default_rng(12)
+    draws = {
+        path: jnp.asarray(rng.normal(size=(5, *shape)), jnp.float32)
+        for path, shape in shapes.items()
+    }
+    seen = jnp.asarray(rng.normal(size=(5, N, D)), jnp.float32)
+    tx = dsbp_optax.scale_by_spectral_projection(
+        optax.trace(0.9),
+        rank=K,
+        update_every=4,
+        residual=dsbp_optax.residual_momentum(0.9, 32),
+        basis=Basis(power_iterations=2),
+        project="always",
+    )
+
+    def trail(*paths: str) -> Any:
+        update = jax.jit(tx.update)
+        state, found = tx.init({path: draws[path][0] for path in paths}), []
+        for step in range(5):
+            layers = dsbp_optax.by_path(state)
+            statistics = {
+                "a": Activations(seen[step]),
+                "b": sketch(seen[step], layers["b"].basis) if "b" in paths else None,
+            }
+            told = {p: x for p, x in statistics.items() if p in paths}
+            grads = {path: draws[path][step] for path in paths}
+            updates, state = update(grads, state, statistics=told)
+            found.append(updates)
+        return state, found
+
+    state, together = trail(*shapes)
+    stacked = {name: len(x[0].trace) for name, x in state.inner.items()}
+    assert stacked == {"a": 3, "long": 1, "wide": 1}
+    assert {name: len(x) for name, x in state.basis.items()} == {"a": 4, "long": 1}
+    for path in shapes:
+        for one, all_of_them in zip(trail(path)[1], together, strict=True):
+            np.testing.assert_allclose(one[path], all_of_them[path], atol=1e-4)
+    assert float(jnp.abs(together[4]["a"] - together[4]["b"]).max()) > 1e-2
 
 
 def test_refresh_takes_place_when_it_should() -> None:
@@ -368,7 +428,7 @@ def test_refresh_takes_place_when_it_should() -> None:
     rng = np.random.default_rng(13)
     params = {"kernel": jnp.asarray(rng.normal(size=(D, 10)), jnp.float32)}
     tx = dsbp_optax.dsbp(
-        rank=K, update_every=5, power_iterations=2, basis=dsbp_optax.Basis(side="input")
+        rank=K, update_every=5, power_iterations=2, basis=Basis(side="input")
     )
     for form, expected in (
         (lambda b: sketch(rng.normal(size=(N, D)), b), [1, 2, 2, 2, 2, 3, 4, 4]),
@@ -380,9 +440,9 @@ def test_refresh_takes_place_when_it_should() -> None:
         state, done, collects = tx.init(params), [], []
         for _ in range(8):
             collects.append(bool(state[0].collect))
-            statistics = {"kernel": form(state[0].basis["kernel"])}
+            statistics = {"kernel": form(of_kernel(state).basis)}
             _, state = jax.jit(tx.update)(params, state, params, statistics=statistics)
-            done.append(int(state[0].spectrum["kernel"].iterations[0, 0, 0]))
+            done.append(int(of_kernel(state).spectrum.iterations))
         assert done == expected
         assert collects == [True, True, False, False, False, True, True, False]
 
@@ -393,11 +453,13 @@ def test_usable_refuses_what_must_not_enter() -> None:
     basis = jnp.asarray(truth, jnp.float32)
     operator = Activations(jnp.asarray(samples, jnp.float32)).operator(basis)
     good = dsbp_optax.power_iteration(operator, basis, 2)
-    assert bool(_eigenbasis.usable(operator, good))
+    assert bool(refresh._usable(operator, good, deficient=False))
+    lacking = good._replace(eigenvalues=good.eigenvalues.at[-1].set(0.0))
+    assert bool(refresh._usable(operator, lacking, deficient=True))
     for bad in (
         good._replace(basis=good.basis * 1.01),
         good._replace(basis=good.basis.at[0, 0].set(jnp.nan)),
-        good._replace(eigenvalues=good.eigenvalues.at[-1].set(0.0)),
+        lacking,
         good._replace(eigenvalues=good.eigenvalues.at[0].set(jnp.inf)),
     ):
-        assert not bool(_eigenbasis.usable(operator, bad))
+        assert not bool(refresh._usable(operator, bad, deficient=False))

@@ -106,4 +106,5 @@ def test_the_projected_entry_projects():
     import jax.numpy as jnp
 
     tx = _FACTORIES[_PROJECTED["opt_name"]](**_PROJECTED["opt_kwargs"])
-    assert tx.init(jnp.zeros((2, 2)))[0].basis[""].shape == (2, 1, 1)
+    held = dsbp_optax.by_path(tx.init(jnp.zeros((2, 2))))
+    assert held[""].basis.shape == (2, 1)

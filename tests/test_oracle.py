@@ -46,6 +46,12 @@ def relative(got: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def bases(state: Any, path: str) -> np.ndarray:
+    """The bases of a kernel as float64 ``(stack, d, k)``."""
+    basis = np.asarray(dsbp_optax.by_path(state)[path].basis, np.float64)
+    return basis.reshape(-1, *basis.shape[-2:])
+
+
 def owner(name: str, kernel: Any) -> dict[str, Any]:
     layer = {"dense": "dense", "conv": "conv", "attention": "out", "scan": "dense"}
     return {layer[name]: {"kernel": kernel}}
@@ -70,12 +76,7 @@ def run_planted(
     )
     state = tx.init(params)
     weights = matrices(jax.tree.leaves(params)[0], rows, columns, stacked)
-    starts = matrices(
-        state[0].basis[path],
-        rows,
-        (*columns, len(shape)),
-        stacked,
-    )
+    starts = bases(state, path)
     layers = [Layer(w, v) for w, v in zip(weights, starts, strict=True)]
     target = rng.normal(size=shape)
     update = jax.jit(tx.update)
@@ -97,11 +98,10 @@ def run_planted(
             ]
         )
         errors.append(relative(got, expected))
-        bases = matrices(state[0].basis[path], rows, (*columns, len(shape)), stacked)
         drifts.append(
             max(
                 float(np.abs(v @ v.T - layer.basis @ layer.basis.T).max())
-                for v, layer in zip(bases, layers, strict=True)
+                for v, layer in zip(bases(state, path), layers, strict=True)
             )
         )
         params = optax.apply_updates(params, updates)
@@ -193,16 +193,13 @@ def run_network(name: str, side: str, dtype: Any) -> float:
         _, seen = network.by_hand(params, x)
         return optax.apply_updates(params, updates), state, grads, updates, seen
 
+    views = {p: one.kernel.view for p, one in dsbp_optax.by_path(state).items()}
+    assert set(views) == {f"{p}/kernel" for p in network.paths}
     oracles: dict[str, list[Layer]] = {}
-    views = {
-        p: d[0].view for p, d in dsbp_optax.diagnostics.explain(tx, params).items()
-    }
     for path, view in views.items():
-        if view is not None:
-            w = matrices(leaf(params, path), view.rows, view.columns, view.batch)
-            extra = (*view.columns, len(view.shape))
-            v = matrices(state[0].basis[path], view.rows, extra, view.batch)
-            oracles[path] = [Layer(a, b) for a, b in zip(w, v, strict=True)]
+        w = matrices(leaf(params, path), view.rows, view.columns, view.batch)
+        pairs = zip(w, bases(state, path), strict=True)
+        oracles[path] = [Layer(a, b) for a, b in pairs]
     worst = 0.0
     for count in range(STEPS):
         x = batch(network, count + 1, dtype)

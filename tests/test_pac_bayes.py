@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from states import layer
 
 import dsbp_optax
 from dsbp_optax import Activations, diagnostics
@@ -128,7 +129,7 @@ def test_motion_inside_the_eigenbases_costs_less_with_a_scale_of_its_own() -> No
     grads = {"kernel": jnp.ones((32, 24))}
     statistics = {"kernel": Activations(x)}
     _, state = jax.jit(tx.update)(grads, tx.init(start), start, statistics=statistics)
-    basis = state[0].basis["kernel"][:, 0]
+    basis = layer(state, "kernel").basis
     inside = {"kernel": basis @ jnp.ones((2, 24))}
     outside = {"kernel": jnp.zeros((32, 24)).at[31].set(2**0.5)}
 

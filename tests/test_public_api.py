@@ -15,12 +15,14 @@ import pytest
 import reference
 
 import dsbp_optax
+import dsbp_optax.capture
 import dsbp_optax.linen
 import dsbp_optax.nnx
 import dsbp_optax.plotting
 
 MODULES = (
     dsbp_optax,
+    dsbp_optax.capture,
     dsbp_optax.diagnostics,
     dsbp_optax.linen,
     dsbp_optax.nnx,
@@ -46,7 +48,8 @@ MAIN = (
     dsbp_optax.nnx.value_and_grad,
 )
 MAIN_SECTIONS = ("Args", "Returns", "Raises", "Cost", "Example")
-STATISTICS = "dsbp_optax.core.statistics"
+#: Modules of dataclasses that users make themselves.
+FIELDS = ("dsbp_optax.core.plan", "dsbp_optax.core.statistics")
 #: A docstring may send its reader to the one that lists the fields.
 ELSEWHERE = "fields as in `"
 
@@ -75,8 +78,8 @@ def functions() -> dict[str, object]:
 
 
 def all_modules() -> list[str]:
-    names = [info.name for info in pkgutil.iter_modules([str(ROOT)])]
-    return ["dsbp_optax", *(f"dsbp_optax.{name}" for name in names)]
+    found = pkgutil.walk_packages([str(ROOT)], "dsbp_optax.")
+    return ["dsbp_optax", *(info.name for info in found)]
 
 
 def missing_sections(function, sections) -> list[str]:
@@ -126,7 +129,7 @@ def test_main_functions_document_the_rest(function):
 def test_fields_are_documented(name):
     value = documented()[name]
     fields = getattr(value, "_fields", ())
-    if dataclasses.is_dataclass(value) and value.__module__ == STATISTICS:
+    if dataclasses.is_dataclass(value) and value.__module__ in FIELDS:
         fields = [field.name for field in dataclasses.fields(value)]
     text = value.__doc__ or ""
     missing = [f for f in fields if f"{f}: " not in text]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from states import basis_of
 from test_adapters import assert_same, explicit, optimizer
 
 import dsbp_optax
@@ -77,7 +78,7 @@ def tree_of(layers: dict[str, Any]) -> Any:
 
 
 def view_of(tx: Any, params: Any, path: str) -> Any:
-    return explain(tx, params)[path][0].view
+    return explain(tx, params)[path][0].kernel.view
 
 
 @pytest.mark.parametrize(("layers", "name", "axes"), CASES)
@@ -298,7 +299,7 @@ def test_the_statistic_of_a_second_axis_is_that_of_its_layers() -> None:
     loss_fn, params, *_ = loss_of("tall")
     state = optimizer(axes=STACK).init(params)
     seen = dsbp_optax.linen.value_and_grad(loss_fn)(params, opt_state=state)[2]
-    x, basis = jax.random.normal(jax.random.key(1), (20, D)), state.basis["wi/kernel"]
+    x, basis = jax.random.normal(jax.random.key(1), (20, D)), basis_of(state, "wi/kernel")
     for layer in range(L):
         expected = explicit(x, basis[:, layer])
         assert_same(seen["wi/kernel"].product[:, layer], expected.product)

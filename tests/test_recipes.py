@@ -13,9 +13,10 @@ import pytest
 from versions import x64
 
 import dsbp_optax
-from dsbp_optax import diagnostics
+from dsbp_optax import Basis, diagnostics
+from dsbp_optax.core.state import find_states
 
-SMALL = {"rank": 2, "update_every": 4, "power_iterations": 2}
+SMALL = {"rank": 2, "update_every": 4, "basis": Basis(power_iterations=2)}
 RECIPES = {
     "dsbp_sgd": functools.partial(dsbp_optax.dsbp_sgd, 0.05, **SMALL),
     "dsbp_adamw": functools.partial(dsbp_optax.dsbp_adamw, 0.02, **SMALL),
@@ -182,13 +183,15 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
 
     def held(tx: Any) -> int:
         state = jax.eval_shape(tx.init, params)
-        (spectral,) = state.find_states(state)
+        (spectral,) = find_states(state)
         figures = diagnostics.metrics(_zeros(state))
         large = [x for x in jax.tree.leaves(state) if x.size > 64]
         whole = diagnostics.state_bytes(large)
         # An instrument says the same.
         assert abs(int(figures["dsbp/state_bytes/kernel"]) - whole) <= 0.01 * whole
-        assert spectral.basis["kernel"].dtype in (jnp.bfloat16, jnp.float32)
+        layer = dsbp_optax.by_path(state)["kernel"]
+        assert layer.basis.dtype in (jnp.bfloat16, jnp.float32)
+        assert spectral.basis["kernel"].shape == (1, *layer.basis.shape)
         return whole
 
     def basis(k: int) -> int:
@@ -217,7 +220,7 @@ def test_state_of_the_recommended_recipes_is_what_they_say() -> None:
     }
     for tx, size in expected.items():
         assert abs(held(tx) - size) <= 0.02 * size
-    whole = {"moment_dtype": None, "basis_dtype": None}
+    whole = {"moment_dtype": None, "basis": Basis(dtype="float32")}
     exact = held(dsbp_optax.dsbp_sgd(0.1, residual=0.5, **whole))
     assert exact == 2 * basis(8) + 2 * moment(8)
 
@@ -276,6 +279,5 @@ def test_parameters_in_float64(way: str, name: str) -> None:
             params, state, loss = step(params, state, x)
             losses.append(float(loss))
     assert params["kernel"].dtype == jnp.float64
-    (spectral,) = state.find_states(state)
-    assert spectral.basis["kernel"].dtype == jnp.bfloat16
+    assert dsbp_optax.by_path(state)["kernel"].basis.dtype == jnp.bfloat16
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""When layers refresh; intervals and ranks that follow the activations."""
+"""When bases refresh; an interval and ranks that follow the activations."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -18,6 +18,8 @@ from dsbp_optax import (
     Activations,
     AutoInterval,
     AutoRank,
+    Basis,
+    Layer,
     RankFraction,
     Sketch,
 )
@@ -40,14 +42,13 @@ def planted(angle: float = 0.0, values: Any = (8, 4, 2, 1, 0.5, 0.25)) -> np.nda
     return turn @ np.diag(spectrum) @ turn.T
 
 
-def sketch(matrix: Any, basis: Any) -> Sketch:
+def sketch(matrix: Any, layer: Layer) -> Sketch:
     """What an adapter leaves of activations with this second moment; 0 for none."""
-    whole = basis.reshape(D, -1)
-    scale = jnp.any(matrix).astype(jnp.float32).reshape(1, 1, 1)
+    form = layer.kernel.view.form
     return Sketch(
-        (matrix @ whole).reshape(basis.shape),
-        scale,
-        jnp.trace(matrix).reshape(1, 1, 1),
+        (matrix @ layer.basis).reshape(form(True, layer.basis.shape[-1])),
+        jnp.any(matrix).astype(jnp.float32).reshape(form(False, 1)),
+        jnp.trace(matrix).reshape(form(False, 1)),
     )
 
 
@@ -59,9 +60,9 @@ class Stream:
 
         def update(state: Any, matrices: Any, scale: float) -> Any:
             self.traces += 1
-            basis = only(state).basis
+            layers = dsbp_optax.by_path(state)
             statistics = {
-                path: sketch(c, basis[path]) if sketched else dsbp_optax.Covariance(c)
+                path: sketch(c, layers[path]) if sketched else dsbp_optax.Covariance(c)
                 for path, c in matrices.items()
             }
             grads = jax.tree.map(lambda x: x * scale, params)
@@ -74,8 +75,12 @@ class Stream:
         updates, self.state = self.update(self.state, given, scale)
         return updates
 
-    def schedule(self, path: str) -> Any:
-        return only(self.state).schedule[path]
+    def layer(self, path: str) -> Layer:
+        return dsbp_optax.by_path(self.state)[path]
+
+    @property
+    def interval(self) -> Any:
+        return only(self.state).interval
 
 
 def kernels(*names: str, seed: int = 0) -> dict[str, Any]:
@@ -83,35 +88,27 @@ def kernels(*names: str, seed: int = 0) -> dict[str, Any]:
     return {n: jnp.asarray(rng.normal(size=(D, M)), jnp.float32) for n in names}
 
 
-def projection(**keywords: Any) -> Any:
-    settings = {"rank": K, "power_iterations": 2, "project": "always", **keywords}
+def projection(power_iterations: int = 2, side: Any = "input", **keywords: Any) -> Any:
+    basis = Basis(power_iterations=power_iterations, side=side)
+    settings = {"rank": K, "basis": basis, "project": "always", **keywords}
     return dsbp_optax.scale_by_spectral_projection(optax.scale_by_adam(), **settings)
-
-
-def scalar(array: Any) -> Any:
-    return np.max(np.asarray(array))
 
 
 # ------------------------------------------------------------------------- turns
 
 
 def turns(tx: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which layers' bases changed on each step, and which were said to collect."""
+    """Which kernels' bases changed on each step, and whether it was said to collect."""
     rng = np.random.default_rng(1)
     stream = Stream(tx, kernels("a", "b", "c", "d"))
     changed, collected = [], []
     for _ in range(steps):
-        old = only(stream.state)
-        flags = [
-            old.schedule[p].collect if p in old.schedule else old.collect
-            for p in old.basis
-        ]
-        collected.append([bool(scalar(flag)) for flag in flags])
+        collected.append(bool(only(stream.state).collect))
         angle = rng.uniform(0, 0.5)
-        stream.step(**{path: planted(angle) for path in old.basis})
-        new = only(stream.state).basis
-        changed.append([bool((new[p] != old.basis[p]).any()) for p in old.basis])
-        assert bool(old.collect) == any(collected[-1])
+        old = dsbp_optax.by_path(stream.state)
+        stream.step(**{path: planted(angle) for path in old})
+        new = dsbp_optax.by_path(stream.state)
+        changed.append([bool((new[p].basis != old[p].basis).any()) for p in old])
     assert stream.traces == 1
     return np.array(changed), np.array(collected)
 
@@ -140,30 +137,36 @@ def test_a_gradient_does_not_follow_a_statistic_within_its_window() -> None:
     seen, counts = {"stack/kernel": Activations(jnp.stack([x, 2 * x]))}, []
     state = first = update(grads(params), state, params, statistics=seen)[1]
     for _ in range(8):
-        basis, spectrum = state.basis["stack/kernel"], state.spectrum["stack/kernel"]
-        counts.append(int(state.spectrum["first/kernel"].iterations.max()))
-        assert (basis == first.basis["stack/kernel"]).all()
+        layers = dsbp_optax.by_path(state)
+        _, basis, spectrum, _ = layers["stack/kernel"]
+        counts.append(int(layers["first/kernel"].spectrum.iterations))
+        assert (basis == dsbp_optax.by_path(first)["stack/kernel"].basis).all()
         assert (spectrum.activations == 1).all()
         assert (spectrum.iterations == 5).all()
         assert (spectrum.refreshed == 0).all()
         state = update(grads(params), state, params)[1]
     assert counts == [1, 2, 3, 4, 5, 5, 5, 5], "gradients alone go on"
-    assert (state.spectrum["stack/kernel"].activations == 0).all(), "the next window"
-    assert float(jnp.abs(state.basis["stack/kernel"] - basis).max()) > 1e-2
+    layer = dsbp_optax.by_path(state)["stack/kernel"]
+    assert (layer.spectrum.activations == 0).all(), "the next window"
+    assert float(jnp.abs(layer.basis - basis).max()) > 1e-2
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_all_layers_refresh_together(traced: bool) -> None:
+@pytest.mark.parametrize("make", ["projection", "traced", "dsbp"])
+def test_all_layers_refresh_together(make: str) -> None:
     """On q of every p steps."""
-    make = dsbp_optax.scale_by_spectral_projection
-    if traced:
-        make = optax.inject_hyperparams(make, static_args=("rank",))
-    tx = make(rank=K, update_every=7, power_iterations=2, project="always")
+    if make == "dsbp":
+        factory = optax.inject_hyperparams(dsbp_optax.dsbp, static_args=("rank",))
+        tx = factory(0.1, K, 7, 2, basis=Basis(side="input"))
+    else:
+        factory = dsbp_optax.scale_by_spectral_projection
+        if make == "traced":
+            factory = optax.inject_hyperparams(factory, static_args=("rank",))
+        basis = Basis(power_iterations=2)
+        tx = factory(rank=K, update_every=7, project="always", basis=basis)
     changed, collected = turns(tx, 16)
-    np.testing.assert_array_equal(changed, collected)
-    assert {tuple(column) for column in changed.T} == {
-        tuple(i % 7 < 2 for i in range(16))
-    }
+    expected = [i % 7 < 2 for i in range(16)]
+    np.testing.assert_array_equal(collected, expected)
+    np.testing.assert_array_equal(changed.T, [expected] * 4)
 
 
 # ------------------------------------------------------------- adaptive intervals
@@ -184,33 +187,34 @@ def test_interval_has_a_dead_band() -> None:
     bare = AutoInterval(4, 32, low=0.1, high=0.1 + 1e-9)
     for rule, expected in ((RULE, True), (bare, False)):
         count = flutters(
-            lambda p, x, r=rule: schedule.next_interval(r, jnp.asarray(p), x), noise
+            lambda p, x, r=rule: schedule.next_interval(r, jnp.asarray(p), x, 0.0),
+            noise,
         )
         assert (count == 0) == expected
 
 
-def test_intervals_follow_the_drift_of_each_layer() -> None:
-    """Still, it lengthens; turning, it shortens; one layer leaves the other alone."""
+def test_the_interval_follows_the_drift() -> None:
+    """Still, it lengthens; turning, it shortens; one still layer of two halves that."""
     stream = Stream(
         projection(update_every=RULE, power_iterations=3), kernels("a", "b")
     )
-    trail: list[tuple[int, int]] = []
+    trail: list[int] = []
     for i in range(300):
-        moving = planted(1.25 * (i // 4))  # not half a turn after 4, 8, 16, 32
-        a, b = (planted(), moving) if i < 150 else (moving, planted())
-        stream.step(a=a, b=b)
-        seen = [int(scalar(stream.schedule(p).interval)) for p in "ab"]
-        assert all(4 <= p <= 32 for p in seen)
-        trail.append((seen[0], seen[1]))
+        moving = planted(np.pi / 3 * (i // 4))  # as far after 4, 8, 16 and 32
+        still = i < 150
+        stream.step(a=planted() if still else moving, b=planted())
+        trail.append(int(stream.interval.length))
+        if i == 149:
+            assert float(metrics(stream.state)["dsbp/drift"]) < RULE.low
     assert stream.traces == 1
-    assert trail[149] == (32, 4)
-    assert trail[299] == (4, 32)
+    assert set(trail) == {4, 8, 16, 32}
+    assert trail[149] == 32
+    assert trail[299] == 4
     figures = metrics(stream.state)
-    assert int(figures["dsbp/interval/a"]) == 4
-    assert float(figures["dsbp/drift/a"]) > RULE.high
-    assert float(figures["dsbp/drift/b"]) < RULE.low
-    assert 0 <= int(figures["dsbp/staleness/a"]) < 4
-    assert int(figures["dsbp/staleness/b"]) < 32
+    assert int(figures["dsbp/interval"]) == 4
+    assert float(figures["dsbp/drift"]) > RULE.high
+    staleness = [int(figures[f"dsbp/staleness/{path}"]) for path in "ab"]
+    assert staleness[0] == staleness[1] < 4
 
 
 @pytest.mark.parametrize("sketched", [True, False])
@@ -222,17 +226,17 @@ def test_drift_is_that_of_the_principal_angles(sketched: bool) -> None:
     before, compared, along = None, 0, np.eye(K)
     for _ in range(40):
         old = only(stream.state)
-        start = int(scalar(old.schedule["a"].start))
-        basis = np.asarray(old.basis["a"][:, 0], np.float64)
+        start = int(old.interval.start)
+        basis = np.asarray(stream.layer("a").basis, np.float64)
         if int(old.step) == start:
             before, along = basis, np.eye(K)
         stream.step(a=planted(rng.uniform(0, 1.5)))
-        new = np.asarray(only(stream.state).basis["a"][:, 0], np.float64)
+        new = np.asarray(stream.layer("a").basis, np.float64)
         along = new.T @ basis @ along
-        if int(scalar(stream.schedule("a").start)) != start and start:
+        if int(stream.interval.start) != start and start:
             angles = subspace.principal_angles(jnp.asarray(before), jnp.asarray(new))
             exact = np.mean(np.sin(np.asarray(angles)) ** 2)
-            got = float(scalar(stream.schedule("a").drift))
+            got = float(stream.interval.drift)
             np.testing.assert_allclose(got, exact, atol=4e-3)
             wrong = 1 - np.sum(along**2) / K
             compared += not sketched and np.isclose(wrong, exact, atol=1e-5)
@@ -251,14 +255,14 @@ def test_noise_of_small_batches_is_no_drift() -> None:
         spread = np.linalg.cholesky(turn) if i >= 160 else np.diag(scale)
         a = rng.normal(size=(24, D)) @ spread.T
         stream.step(a=a.T @ a / 24)
-        schedule = stream.schedule("a")
-        drifts.append(float(scalar(schedule.drift)))
-        jitters.append(float(scalar(schedule.jitter)))
-        intervals.append(int(scalar(schedule.interval)))
+        drifts.append(float(stream.interval.drift))
+        jitters.append(float(stream.interval.jitter))
+        intervals.append(int(stream.interval.length))
     assert max(intervals[:160]) == 32
     assert np.median(drifts[40:160]) > RULE.high
-    moves = schedule.move(np.array(drifts[40:160]), np.array(jitters[40:160]))
-    assert np.median(moves) < RULE.low
+    pairs = zip(drifts[40:160], jitters[40:160], strict=True)
+    longer = [schedule.next_interval(RULE, 8, *pair) == 16 for pair in pairs]
+    assert np.mean(longer) > 0.5
     assert intervals[-1] == 4
 
 
@@ -266,11 +270,11 @@ def test_what_saw_nothing_decides_nothing() -> None:
     stream = Stream(projection(update_every=RULE), kernels("a"))
     for _ in range(9):
         stream.step(a=planted())
-    known = stream.schedule("a")
+    known = stream.interval
     for _ in range(40):
         stream.step(a=np.zeros((D, D)))
-    new = stream.schedule("a")
-    np.testing.assert_array_equal(new.interval, known.interval)
+    new = stream.interval
+    np.testing.assert_array_equal(new.length, known.length)
     np.testing.assert_array_equal(new.drift, known.drift)
     assert new.start > known.start
     assert int(metrics(stream.state)["dsbp/staleness/a"]) >= 40
@@ -280,12 +284,11 @@ def test_what_saw_nothing_decides_nothing() -> None:
 
 
 def test_needed_rank_of_a_planted_spectrum() -> None:
-    values, trace = jnp.array([4.0, 2.0, 1.0, 0.5, 0.0]), jnp.array([8.0])
+    values, trace = jnp.array([4.0, 2.0, 1.0, 0.5, 0.0]), jnp.array(8.0)
     for missing, expected in ((0.6, 1), (0.5, 1), (0.25, 2), (0.2, 3), (0.05, 5)):
         assert int(schedule.needed_rank(values, trace, missing)) == expected
-    stack = jnp.stack([values, values[::-1] * 0 + 1])
-    rank = schedule.needed_rank(stack, jnp.array([[8.0], [5.0]]), 0.25)
-    np.testing.assert_array_equal(rank, [2, 4])
+    assert int(schedule.needed_rank(jnp.ones(5), jnp.array(5.0), 0.25)) == 4
+    assert int(schedule.needed_rank(jnp.zeros(5), jnp.array(0.0), 0.25)) == 1
 
 
 def test_rank_has_a_dead_band() -> None:
@@ -297,12 +300,13 @@ def test_rank_has_a_dead_band() -> None:
     noisy = values * (1 + 0.03 * rng.normal(size=(60, 12)))
 
     def adaptive(rank: int, x: np.ndarray) -> int:
-        total = jnp.asarray([x.sum()])
-        return int(schedule.next_rank(rule, jnp.asarray(rank), jnp.asarray(x), total))
+        found = schedule.next_rank(
+            rule.least, rule.share, jnp.asarray(rank), jnp.asarray(x), x.sum()
+        )
+        return int(found)
 
     def bare(_: int, x: np.ndarray) -> int:
-        total = jnp.asarray([x.sum()])
-        return int(schedule.needed_rank(jnp.asarray(x), total, 1 - rule.share))
+        return int(schedule.needed_rank(jnp.asarray(x), x.sum(), 1 - rule.share))
 
     assert flutters(adaptive, noisy) == 0
     assert flutters(bare, noisy) > 5
@@ -324,13 +328,14 @@ def test_rank_follows_the_spectrum(side: str) -> None:
         updates = stream.step(a=planted(values=steep if 20 <= i < 40 else flat))
         rank = int(metrics(stream.state)["dsbp/active_rank/a"])
         ranks.append(rank)
-        basis = np.asarray(only(stream.state).basis["a"]).reshape(D, K)
+        layer = stream.layer("a")
+        basis = np.asarray(layer.basis)
         np.testing.assert_allclose(basis.T @ basis, np.eye(K), atol=1e-5)
         update = np.asarray(updates["a"])
         coordinates = basis.T @ (update if side == "input" else update.T)
         assert np.abs(coordinates[rank:]).max(initial=0) < 1e-5
-        for moment in (only(stream.state).inner.mu, only(stream.state).inner.nu):
-            held = np.asarray(moment["a"] if side == "input" else moment["a"].T)
+        adam, _ = layer.inner
+        for held in map(np.asarray, (adam.mu, adam.nu)):
             assert not held[rank:].any()
             assert held[:rank].any(axis=1).all()
     assert stream.traces == 1
@@ -350,7 +355,7 @@ def test_an_adaptive_rank_takes_activations_of_lower_rank(
     assert int(metrics(stream.state)["dsbp/failures/a"]) == failures
     if not failures:
         assert int(metrics(stream.state)["dsbp/active_rank/a"]) == 3
-        basis = np.asarray(only(stream.state).basis["a"][:, 0])
+        basis = np.asarray(stream.layer("a").basis)
         np.testing.assert_allclose(basis.T @ basis, np.eye(K), atol=1e-5)
         np.testing.assert_allclose(np.abs(basis[:3, :3]), np.eye(3), atol=1e-2)
 
@@ -367,8 +372,8 @@ def test_all_of_an_adaptive_rank_is_the_fixed_rank() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
-def test_one_decision_for_a_stack() -> None:
-    """The matrix that moves most, and the one that needs most directions."""
+def test_matrices_of_a_stack_have_ranks_of_their_own() -> None:
+    """And one interval, by the mean of their drifts, with all other matrices."""
     tx = projection(rank=AutoRank(most=K, least=1, share=0.9), update_every=RULE)
     params = {"stack": jnp.ones((2, D, M))}
     state = tx.init(params)
@@ -377,15 +382,14 @@ def test_one_decision_for_a_stack() -> None:
             params, s, statistics={"stack": dsbp_optax.Covariance(c)}
         )[1]
     )
-    steep = [8, 0.4, 0.2, 0.1, 0.05, 0.025]
+    steep = [8, 0.2, 0.1, 0.05, 0.02, 0.01]
     for i in range(30):
-        both = [planted(), planted(0.33 * i, steep)]
+        both = [planted(), planted(np.pi / 3 * (i // 4), steep)]
         state = update(state, jnp.asarray(np.stack(both), jnp.float32))
-    schedule = only(state).schedule["stack"]
-    assert schedule.rank.shape == (2, 1, 1, 1)
-    assert np.unique(schedule.rank).tolist() == [4]  # (8 + 4 + 2 + 1) / 15.8
-    assert np.unique(schedule.interval).tolist() == [4]
-    assert np.unique(schedule.drift).size == 1
+    layer = dsbp_optax.by_path(state)["stack"]
+    assert layer.spectrum.rank.tolist() == [4, 1]  # (8 + 4 + 2 + 1) / 15.8, 8 / 8.4
+    assert not np.any(layer.inner[0].mu[1, 1:])
+    assert int(only(state).interval.length) == 4
 
 
 # ------------------------------------------------------------------ how it is told
@@ -402,11 +406,13 @@ def test_settings_by_path_and_by_word() -> None:
         "o": "input side, rank up to 12 of 64",
     }
     state = jax.eval_shape(tx.init, params)
+    layers = dsbp_optax.by_path(state)
+    assert layers["v"].basis.shape == (64, 32)
+    assert layers["q"].spectrum.rank is None
+    assert layers["o"].spectrum.rank.shape == ()
     held = only(state)
-    assert held.basis["v"].shape == (64, 1, 32)
-    assert held.schedule["q"].rank is None
-    assert held.schedule["o"].rank.shape == (1, 1, 1)
-    assert held.schedule["q"].reference.dtype == jnp.bfloat16
+    assert all(x.dtype == jnp.bfloat16 for x in held.interval.reference.values())
+    assert held.interval.length.shape == ()
 
 
 def test_words_survive_inject_hyperparams() -> None:
@@ -419,7 +425,8 @@ def test_words_survive_inject_hyperparams() -> None:
         tx = factory(1e-3, **settings)
         state = tx.init(params)
         updates, state = jax.eval_shape(tx.update, params, state, params)
-        assert only(state).schedule["a"].rank.shape == (1, 1, 1)
+        assert dsbp_optax.by_path(state)["a"].spectrum.rank.shape == ()
+        assert only(state).interval.length.shape == ()
         outcomes.append((updates, state))
     assert outcomes[0] == outcomes[1]
 
@@ -430,10 +437,9 @@ def test_a_fraction_follows_the_narrower_side(side) -> None:
     params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
     params["conv"] = {"kernel": jnp.ones((3, 3, 16, 32))}
     rank = RankFraction(1 / 8, most=6)
-    state = only(
-        projection(rank=rank, side=side, project="always", update_every=3).init(params)
-    )
-    found = {path: basis.shape[-1] for path, basis in state.basis.items()}
+    state = projection(rank=rank, side=side, update_every=3).init(params)
+    layers = dsbp_optax.by_path(state)
+    found = {path: layer.basis.shape[-1] for path, layer in layers.items()}
     conv = 144 if side == "input" else 32
     assert found == {
         "wide/kernel": 6,
@@ -475,15 +481,18 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
 
 
 def test_a_state_of_other_settings_is_refused() -> None:
+    """An interval of another kind; the rank is that of the state."""
     params = kernels("a", "b")
     for old, new, message in (
-        ({}, {"update_every": "auto"}, "got none, expected collect, interval"),
-        ({"update_every": "auto"}, {}, "got collect, interval, expected none"),
-        ({"rank": AutoRank(K)}, {}, "got rank, expected none"),
+        ({}, {"update_every": "auto"}, "got a fixed interval, expected an adaptive"),
+        ({"update_every": "auto"}, {}, "got an adaptive interval, expected a fixed"),
     ):
         state = projection(**old).init(params)
-        with pytest.raises(ValueError, match=f"schedule of 'a': {message}"):
+        with pytest.raises(ValueError, match=f"the optimizer state: {message}"):
             jax.eval_shape(projection(**new).update, params, state)
+    state = projection(rank=AutoRank(K)).init(params)
+    _, state = jax.eval_shape(projection(rank=3).update, params, state)
+    assert dsbp_optax.by_path(state)["a"].spectrum.rank.shape == ()
 
 
 @pytest.mark.parametrize("given", ["ab", "a", "b", ""])
@@ -492,7 +501,7 @@ def test_a_turn_does_not_depend_on_whose_statistics_came(given: str) -> None:
     stream = Stream(tx, kernels("a", "b"))
     for _ in range(15):
         stream.step(**{path: planted() for path in given})
-    refreshed = {p: scalar(only(stream.state).spectrum[p].refreshed) for p in "ab"}
+    refreshed = {p: int(stream.layer(p).spectrum.refreshed) for p in "ab"}
     assert refreshed == {"a": 8, "b": 8}
 
 
@@ -524,8 +533,7 @@ def go_on(update: Any, state: Any, steps: int) -> Any:
 def test_a_checkpoint_within_a_window_continues_bit_for_bit(adaptive: Any) -> None:
     serialization = pytest.importorskip("flax.serialization")
     state = adaptive.state
-    schedule = only(state).schedule
-    assert [int(scalar(schedule[p].collect)) for p in "ab"] == [1, 1]
+    assert int(only(state).collect) == 1
     data = serialization.to_bytes(state)
     restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, state), data)
     chex.assert_trees_all_equal(
@@ -538,13 +546,11 @@ def test_compiled_and_not_agree(adaptive: Any) -> None:
         go_on(update, adaptive.state, 3) for update in (adaptive.update, adaptive.plain)
     )
     chex.assert_trees_all_close(left, right, rtol=1e-3, atol=1e-4)
-    for path in "ab":
-        chex.assert_trees_all_equal(
-            *(
-                only(state).schedule[path]._replace(reference=None, drift=None)
-                for state in (one, two)
-            )
-        )
+    intervals = [only(state).interval for state in (one, two)]
+    for name in ("start", "length"):
+        np.testing.assert_array_equal(*(getattr(x, name) for x in intervals))
+    ranks = [dsbp_optax.by_path(x)["a"].spectrum.rank for x in (one, two)]
+    np.testing.assert_array_equal(*ranks)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -554,15 +560,13 @@ def test_steps_that_are_skipped_change_nothing(adaptive: Any, value: float) -> N
     old = only(adaptive.state)
     _, state = adaptive.update(adaptive.state, {"a": c, "b": c}, value)
     new = only(state)
-    assert (int(new.step), int(new.skipped)) == (6, 1)
-    for name in ("basis", "spectrum", "inner"):
-        chex.assert_trees_all_equal(getattr(new, name), getattr(old, name))
-    chex.assert_trees_all_equal(new.schedule["a"], old.schedule["a"])
-    assert int(scalar(new.schedule["a"].collect)) == 1
+    assert (int(new.step), int(new.skipped)) == (5, 1)
+    chex.assert_trees_all_equal(new._replace(skipped=old.skipped), old)
+    assert int(new.collect) == 1
 
 
 @pytest.mark.parametrize("every", [6, AutoInterval(shortest=6, longest=12)])
-def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
+def test_linen_collects_when_layers_refresh(every: Any) -> None:
     nn = pytest.importorskip("flax.linen")
 
     class Network(nn.Module):
@@ -576,7 +580,7 @@ def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
         dsbp_optax.scale_by_spectral_projection(
             rank=2,
             update_every=every,
-            basis=dsbp_optax.Basis(power_iterations=2),
+            basis=Basis(power_iterations=2),
             project="always",
         ),
         optax.sgd(0.05),
@@ -593,21 +597,22 @@ def test_linen_collects_when_each_layer_refreshes(every: Any) -> None:
         counts = {path: jnp.max(s.count) for path, s in statistics.items()}
         return optax.apply_updates(params, updates), state, counts
 
-    state, alone = tx.init(params), 0
+    x = jnp.asarray(rng.normal(size=(20, 10)), jnp.float32)
+    state, collected = tx.init(params), []
     for _ in range(26):
         old = only(state)
-        x = jnp.asarray(rng.normal(size=(20, 10)), jnp.float32)
+        before = dsbp_optax.by_path(state)
         params, state, counts = step(params, state, x)
-        seen = {path: float(count) for path, count in counts.items()}
+        after = dsbp_optax.by_path(state)
         for path in KERNELS:
-            new = only(state).spectrum[path].iterations - old.spectrum[path].iterations
-            told = old.schedule.get(path, old)
-            collects = int(scalar(told.collect))
-            assert (seen[path] == 20) == bool(collects)
-            assert int(scalar(new)) == collects
-        alone += len(set(seen.values())) == 2
-    assert (alone >= 4) == isinstance(every, AutoInterval)
-    for spectrum in only(state).spectrum.values():
+            new = after[path].spectrum.iterations - before[path].spectrum.iterations
+            assert (float(counts[path]) == 20) == bool(old.collect)
+            assert int(new) == int(old.collect)
+        collected.append(int(old.collect))
+    known = [int(i % 6 < 2) for i in range(26)]
+    assert (collected == known) == isinstance(every, int)
+    for path in KERNELS:
+        spectrum = dsbp_optax.by_path(state)[path].spectrum
         assert spectrum.activations.all()
         assert not spectrum.failures.any()
 

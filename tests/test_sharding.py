@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import dsbp_optax
 from dsbp_optax.core.state import find_states
+from dsbp_optax.rules.moments import FactoredAdam
 
 ROUTES = ("subspace", "whole", "inside")
 KINDS = ("auto", "explicit")
@@ -49,29 +50,29 @@ def test_types_stay_and_replicas_are_identical(found, case) -> None:
 def test_arrays_are_sharded_along_what_they_share_with_their_kernel(found) -> None:
     fsdp, tensor = (found["mesh"][f"subspace {kind}"] for kind in KINDS)
     assert fsdp["basis"] == {
-        "up/kernel": ["data", None, None],
-        "down/kernel": ["model", None, None],
+        "up/kernel": [None, "data", None],
+        "down/kernel": [None, "model", None],
     }
     assert fsdp["moments"] == {
-        "up/kernel": {"whole": [None, "model"]},
-        "down/kernel": {"whole": [None, "data"]},
+        "up/kernel": {"whole": [None, None, "model"]},
+        "down/kernel": {"whole": [None, None, "data"]},
     }
     assert all(spec == [None] * 3 for spec in tensor["basis"].values())
     for moment in tensor["moments"].values():
-        assert moment == {"whole": [None, "model"]}
+        assert moment == {"whole": [None, None, "model"]}
     for route in ("whole", "inside"):
         fsdp, tensor = (found["mesh"][f"{route} {kind}"] for kind in KINDS)
-        assert fsdp["basis"]["up/kernel"] == ["data", None, None]
+        assert fsdp["basis"]["up/kernel"] == [None, "data", None]
         assert fsdp["moments"]["up/kernel"] == {
-            "codes": [None, "model"],
-            "scale": [None, "model"],
-            "rows": ["data", None],
+            "codes": [None, None, "model"],
+            "scale": [None, None, "model"],
+            "rows": [None, "data", None],
         }
         for moment in tensor["moments"].values():
             assert moment == {
-                "codes": [None, "model"],
-                "scale": [None, "model"],
-                "rows": [None, None],
+                "codes": [None, None, "model"],
+                "scale": [None, None, "model"],
+                "rows": [None, None, None],
             }
     for case in found["mesh"].values():
         assert case["bytes_here"] < 0.52 * case["bytes"]
@@ -110,7 +111,7 @@ def test_coordinates_lie_along_the_outputs_of_their_kernel(found) -> None:
 def test_an_nnx_optimizer_on_a_mesh(found) -> None:
     alone, sharded = found["nnx"]["losses"]
     np.testing.assert_allclose(sharded, alone, rtol=1e-4)
-    assert found["nnx"]["basis"][:1] == ["data"]
+    assert found["nnx"]["basis"][:2] == [None, "data"]
 
 
 def test_parameters_without_a_mesh_are_named() -> None:
@@ -142,8 +143,7 @@ def test_a_mesh_that_does_not_divide_an_axis_is_an_error() -> None:
     assert "64 long" in message
     for length, spec in ((64, P(("data", "model"), None)), (60, P("model", "data"))):
         (held,) = find_states(places(length, spec))
-        basis = held.basis["w"]
-        assert basis.spec[0] == spec[0]
+        assert held.basis["w"].spec[1] == spec[0]
 
 
 def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
@@ -157,9 +157,42 @@ def test_a_rank_as_long_as_an_axis_is_not_sharded() -> None:
     shapes = jax.eval_shape(optax.chain(tx, optax.trace(0.9)).init, params)
     kernel = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=place)
     inside, beside = dsbp_optax.state_shardings(shapes, {"w": kernel})
-    assert shapes[0].inner.trace["w"].shape == (16, 64)
-    assert tuple(inside.inner.trace["w"].spec) == (None, "model")
+    assert shapes[0].inner["w"][0].trace.shape == (1, 16, 64)
+    assert tuple(inside.inner["w"][0].trace.spec) == (None, None, "model")
+    assert tuple(inside.basis["w"].spec) == (None, "data", None)
     assert tuple(beside.trace["w"].spec) == ("data", "model")
+
+
+def test_bases_of_square_kernels_lie_along_their_own_side() -> None:
+    mesh = mesh_of({"data": 2, "model": 4})
+    place = NamedSharding(mesh, P("data", "model"))
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place)}
+    for side, axis, other in (("input", "data", "model"), ("output", "model", "data")):
+        basis = dsbp_optax.Basis(side=side)
+        tx = dsbp_optax.scale_by_spectral_projection(
+            optax.trace(0.9), rank=4, basis=basis
+        )
+        places = dsbp_optax.state_shardings(jax.eval_shape(tx.init, params), params)
+        assert tuple(places.basis["w"].spec) == (None, axis, None)
+        assert tuple(places.inner["w"][0].trace.spec) == (None, None, other)
+
+
+def test_a_stack_lies_as_most_of_its_kernels_do() -> None:
+    mesh = mesh_of({"data": 2, "model": 4})
+    specs = [P("data", None), P("data", None), P(None, "model")]
+    params = {
+        f"layer_{i}": {
+            "kernel": jax.ShapeDtypeStruct(
+                (64, 128), jnp.float32, sharding=NamedSharding(mesh, spec)
+            )
+        }
+        for i, spec in enumerate(specs)
+    }
+    tx = dsbp_optax.dsbp_muon(0.1, rank=4)
+    shapes = jax.eval_shape(tx.init, params)
+    (held,) = find_states(dsbp_optax.state_shardings(shapes, params))
+    assert set(held.basis) == {"layer_0/kernel"}
+    assert tuple(held.basis["layer_0/kernel"].spec) == (None, "data", None)
 
 
 @pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
@@ -183,8 +216,9 @@ def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
             )
         }
         if tx is in_coordinates:
-            assert specs[4, 128] == (None, "data")
-        assert specs[window * window * 64 * 6 // 8, 128] == (None, "data")
+            assert specs[1, 4, 128] == (None, None, "data")
+        codes = (1, window * window * 64 * 6 // 8, 128)
+        assert specs[codes] == (None, None, "data")
 
 
 @pytest.mark.parametrize("bits", [5, 8, 32])
@@ -207,25 +241,22 @@ def test_moments_in_few_bits_are_sharded_as_their_kernel(bits) -> None:
     for tx in (moments, optax.chain(moments, metric()), metric(inner=moments)):
         held = jax.eval_shape(tx.init, params)
         places = dsbp_optax.state_shardings(held, params)
-        (found,) = (
-            x
-            for x in jax.tree.leaves(places, is_leaf=_is_moments)
-            if isinstance(x, dsbp_optax.QuantizedAdamState)
-        )
+        stacks = next(s.inner for s in find_states(places) if _all_of(s.inner))
         for name in shapes:
-            stack = (None,) * (len(shapes[name]) - 2)
-            rows, columns = (*stack, "data", None), (*stack, None, "model")
-            assert tuple(found.rows[name].spec) == rows
-            assert tuple(found.columns[name].spec) == columns
+            (found,) = _all_of(stacks[name])
+            rows, columns = ("data", None), (None, "model")
+            assert tuple(found.rows.spec)[-2:] == rows
+            assert tuple(found.columns.spec)[-2:] == columns
             if bits == 32:
-                assert tuple(found.mu[name].spec) == tuple(specs[name])
+                assert tuple(found.mu.spec)[-2:] == ("data", "model")
                 continue
-            mu = found.mu[name]
-            codes = (*stack, "data", "model") if bits == 8 else columns
-            assert tuple(mu.codes.spec) == codes
-            assert tuple(mu.scale.spec) == columns
-            assert tuple(mu.rows.spec) == rows
+            codes = ("data", "model") if bits == 8 else columns
+            assert tuple(found.mu.codes.spec)[-2:] == codes
+            assert tuple(found.mu.scale.spec)[-2:] == columns
+            assert tuple(found.mu.rows.spec)[-2:] == rows
 
 
-def _is_moments(node: Any) -> bool:
-    return isinstance(node, dsbp_optax.QuantizedAdamState)
+def _all_of(tree: Any) -> list[Any]:
+    """The moments of `scale_by_quantized_adam` in it."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, FactoredAdam))
+    return [x for x in nodes if isinstance(x, FactoredAdam)]

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from states import layer
 from versions import x64
 
 import dsbp_optax
 from dsbp_optax import Activations
-from dsbp_optax.core.state import find_states
 
 D, M, RHO = 12, 16, 0.1
 PATH = "layer/kernel"
@@ -121,7 +121,7 @@ def test_the_ascent_has_its_length_and_lies_in_the_basis(unprojected: bool) -> N
     ascent = optax.tree.sub(seen[0], params)
     np.testing.assert_allclose(optax.tree.norm(ascent), RHO, rtol=1e-4)
     assert (float(jnp.abs(ascent["layer"]["bias"]).max()) > 1e-3) == unprojected
-    basis = state.optimizer[0].basis[PATH][:, 0]
+    basis = layer(state, PATH).basis
     kernel = ascent["layer"]["kernel"]
     outside = kernel - basis @ (basis.T @ kernel)
     assert float(jnp.linalg.norm(outside)) < 1e-5
@@ -138,7 +138,7 @@ def test_asam_scales_by_the_parameters() -> None:
     seen = []
     grads = jax.grad(loss_fn)(params, inputs(5))
     tx.update(grads, state, params, grad_fn=lambda p, i: seen.append(p) or grads)
-    basis = np.asarray(state.optimizer[0].basis[PATH][:, 0], np.float64)
+    basis = np.asarray(layer(state, PATH).basis, np.float64)
     w, g = (
         basis.T @ np.asarray(t["layer"]["kernel"], np.float64) for t in (params, grads)
     )
@@ -198,9 +198,13 @@ def test_the_step_along_the_momentum_is_taken_and_taken_back(name: str) -> None:
 
 
 def follow_the_momentum(name: str) -> None:
-    exact = {"moment_dtype": None, "basis_dtype": None}
     base = RECIPES[name](
-        0.05, rank=3, update_every=3, power_iterations=2, weight_decay=0.1, **exact
+        0.05,
+        rank=3,
+        update_every=3,
+        weight_decay=0.1,
+        moment_dtype=None,
+        basis=dsbp_optax.Basis(power_iterations=2, dtype=jnp.float64),
     )
     wrapped = dsbp_optax.subspace_msam(base, schedule)
     params = here = make_params()
@@ -217,11 +221,9 @@ def follow_the_momentum(name: str) -> None:
         grads = jax.grad(loss_fn)(optax.tree.add(here, away), x)
         updates, held = jax.jit(base.update)(grads, held, here, statistics=statistics)
         here = optax.apply_updates(here, updates)
-        momentum = jax.tree.leaves(held[0].inner)
-        (u,) = [m for m in momentum if m.shape == (3, M)][:1]
-        if name == "subspace_adamw":
-            u = held[0].inner.mu[PATH]
-        lifted = held[0].basis[PATH][:, 0] @ u
+        field = "mu" if name == "subspace_adamw" else "trace"
+        u = optax.tree.get(layer(held, PATH).inner[0], field)
+        lifted = layer(held, PATH).basis @ u
         lifted = schedule(step) * lifted / jnp.linalg.norm(lifted)
         away = jax.tree.map(jnp.zeros_like, params)
         away["layer"]["kernel"] = lifted
@@ -393,7 +395,9 @@ def test_without_projected_kernels_the_wrappers_change_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["dsbp_muon", "dsbp_adamw"])
 def test_the_ascent_lies_in_the_basis_of_a_metric(name: str) -> None:
-    base = getattr(dsbp_optax, name)(0.01, rank=3, update_every=4, basis_dtype=None)
+    base = getattr(dsbp_optax, name)(
+        0.01, rank=3, update_every=4, basis=dsbp_optax.Basis(dtype=jnp.float32)
+    )
     tx = dsbp_optax.subspace_sam(base, RHO, unprojected=False)
     params, state, _ = run(tx, 3)
     grads, points = jax.grad(loss_fn)(params, inputs(9)), []
@@ -403,8 +407,7 @@ def test_the_ascent_lies_in_the_basis_of_a_metric(name: str) -> None:
         return grads
 
     tx.update(grads, state, params, grad_fn=grad_fn, statistics={})
-    (held,) = find_states(state)
-    v = np.asarray(held.basis[PATH], np.float64)[:, 0]
+    v = np.asarray(layer(state, PATH).basis, np.float64)
     inside = v.T @ np.asarray(grads["layer"]["kernel"], np.float64)
     expected = RHO * v @ inside / np.linalg.norm(inside)
     got = points[0]["layer"]["kernel"] - params["layer"]["kernel"]

@@ -320,7 +320,8 @@ def _tell(
         said.append(
             f"kernels without statistics of their own: {'; '.join(each)}. Where they "
             "have a basis, it comes from gradients. Remedy: for layers of your own "
-            "rules={LayerType: rule}, rule(layer) -> LinearMap, in value_and_grad; "
+            "rules={LayerType: rule}, rule(layer) -> LinearMap, in value_and_grad; the "
+            "adapter of the model's framework, dsbp_optax.linen or dsbp_optax.nnx; "
             "else call the model's own apply on the differentiated parameters, in the "
             "loss; or rank={...} that leaves these kernels out, or share= without "
             "them. strict=True makes an error of layers that are not called."

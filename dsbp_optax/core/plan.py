@@ -186,12 +186,7 @@ def choices(
     side: Side = "input",
 ) -> Choices:
     """What was asked for, checked; the last four are a transformation's own."""
-    basis = Basis() if basis is None else basis
-    if not isinstance(basis, Basis):
-        raise TypeError(
-            f"basis: got {basis!r}, expected a dsbp_optax.Basis, such as "
-            "dsbp_optax.Basis(power_iterations=2)."
-        )
+    basis = check_basis(basis)
     if basis.power_iterations is None:
         basis = dataclasses.replace(basis, power_iterations=power_iterations)
     if basis.dtype is None:
@@ -200,12 +195,22 @@ def choices(
         basis = dataclasses.replace(basis, side=side)
     if not _per_path(rank):
         check_rank(rank)
-    if when not in ("auto", "always", "never"):
-        raise ValueError(f"project: got {when!r}, expected 'auto' or 'always'.")
     interval = schedule.auto_interval(every)
     if interval is None:
         checks.check_integer("update_every", every, 1)
     return Choices(rank, interval or every, basis, when)
+
+
+def check_basis(basis: Any) -> Basis:
+    """`basis`, by default one that says nothing, or an error."""
+    if basis is None:
+        return Basis()
+    if not isinstance(basis, Basis):
+        raise TypeError(
+            f"basis: got {basis!r}, expected a dsbp_optax.Basis, such as "
+            "dsbp_optax.Basis(power_iterations=2)."
+        )
+    return basis
 
 
 def decide(

@@ -8,8 +8,8 @@ R         =  V_new^T V_old                          carries moments over
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from dsbp_optax.linalg import subspace
 from dsbp_optax.linalg.types import Array, Eigenpairs, Operator, is_zero
 
 T = TypeVar("T")
+#: (kernels alike, their gradients (n, d, m)) -> what a rule makes of them at first
+Incoming: TypeAlias = Callable[[Stack, Array], Array]
 
 #: The share of lambda_1 under which lambda_k counts as zero, in units of eps.
 _RANK_TOLERANCE = 32.0
@@ -91,10 +93,11 @@ def refreshed(
     kernels: tuple[Kernel, ...],
     held: Bases,
     statistics: Mapping[str, Any],
-    gradients: Mapping[str, Array],
+    gradients: Mapping[Stack, Array],
     step: Array,
     turn: Turn,
     unsure: bool,
+    incoming: Incoming = lambda home, whole: whole,
 ) -> tuple[Bases, dict[str, Array]]:
     """All bases after a step of a window of refreshes.
 
@@ -107,10 +110,11 @@ def refreshed(
       kernels: the plan.
       held: before the step.
       statistics: path of the owner -> statistic.
-      gradients: name of a stack of kernels -> ``(n, d, m)``, of those that came whole.
+      gradients: kernels alike -> ``(n, d, m)``, of those that came whole.
       step: int32.
       turn: where it stands.
       unsure: whether sketches may be empty, and the gradient's is to stand in then.
+      incoming: what gradients come in as where their own directions are a basis.
 
     Returns:
       The bases, and name of a stack -> rotations ``(n, k, k)`` of coordinates.
@@ -118,15 +122,15 @@ def refreshed(
     basis, spectrum, rotations = {}, {}, {}
     for stack in stacks.of_bases(kernels):
         old, past = held.basis[stack.name], held.spectrum[stack.name]
-        whole = _gradients(kernels, stack.kernels, gradients)
-        solved = _solve(asked, stack, old, past, statistics, whole, turn, unsure)
+        solved = _solve(
+            *(asked, stack, old, past, statistics, gradients, turn, unsure, incoming)
+        )
         accept = functools.partial(_accept, asked, stack.first.adaptive, step, turn)
         new, after, rotation = jax.vmap(accept)(old, past, solved)
-        energy = [
-            jax.vmap(_energy)(new[rows], g) if g is not None else past.energy[rows]
-            for rows, g in whole
-        ]
-        spectrum[stack.name] = after._replace(energy=_joined(whole, energy))
+        energy = past.energy
+        for mine, g in _gradients(stack, gradients):
+            energy = _put(energy, mine, jax.vmap(_energy)(_take(new, mine), g))
+        spectrum[stack.name] = after._replace(energy=energy)
         basis[stack.name], rotations[stack.name] = new, rotation
     interval = held.interval
     if isinstance(asked.every, AutoInterval):
@@ -136,26 +140,31 @@ def refreshed(
 
 
 def _gradients(
-    kernels: tuple[Kernel, ...],
-    owners: Sequence[Kernel],
-    gradients: Mapping[str, Array],
-) -> list[tuple[np.ndarray, Array | None]]:
-    """Which matrices of the owners lie in one stack of kernels, and their gradients.
+    stack: Stack,
+    gradients: Mapping[Stack, Array],
+    shared: bool = False,
+    incoming: Incoming = lambda home, whole: whole,
+) -> list[tuple[np.ndarray, Array]]:
+    """Gradients of the kernels of a stack of bases, and which matrices these are.
 
-    None for a gradient that came as coordinates.
+    Or, where `shared`, of the other kernels that use these bases.
     """
-    found = []
-    for home in stacks.of_kernels(kernels):
-        each = home.first.view.count
-        places = [i for i, one in enumerate(owners) if one in home.kernels]
-        if places:
-            index = np.arange(home.count)
-            rows = [index[home.rows(owners[i].path)] for i in places]
-            mine = np.concatenate([np.arange(i * each, (i + 1) * each) for i in places])
-            whole = gradients.get(home.name)
-            if whole is not None:
-                whole = _take(whole, np.concatenate(rows))
-            found.append((mine, whole))
+    found, owners = [], {one.path: stack.rows(one.path) for one in stack.kernels}
+    for home, whole in gradients.items():
+        some = [
+            one
+            for one in home.kernels
+            if one.owner in owners and (one.owner != one.path) == shared
+        ]
+        if some:
+            rows, mine = (
+                np.concatenate([np.arange(x.start, x.stop) for x in slices])
+                for slices in (
+                    [home.rows(one.path) for one in some],
+                    [owners[one.owner] for one in some],
+                )
+            )
+            found.append((mine, _take(incoming(home, whole), rows)))
     return found
 
 
@@ -169,6 +178,14 @@ def _take(x: Array, rows: np.ndarray) -> Array:
     return x if np.array_equal(rows, np.arange(len(x))) else x[rows]
 
 
+def _put(x: Array, rows: np.ndarray, new: Array) -> Array:
+    return new if np.array_equal(rows, np.arange(len(x))) else x.at[rows].set(new)
+
+
+def _add(x: Array, rows: np.ndarray, new: Array) -> Array:
+    return x + new if np.array_equal(rows, np.arange(len(x))) else x.at[rows].add(new)
+
+
 def _energy(basis: Array, gradient: Array) -> Array:
     return subspace.captured_energy(subspace.project(basis, gradient), gradient)
 
@@ -179,9 +196,10 @@ def _solve(
     basis: Array,
     past: Spectrum,
     statistics: Mapping[str, Any],
-    whole: Sequence[tuple[np.ndarray, Array | None]],
+    gradients: Mapping[Stack, Array],
     turn: Turn,
     unsure: bool,
+    incoming: Incoming,
 ) -> _Solved:
     """What the solver finds for each matrix, from whatever is known of it."""
     index = np.arange(stack.count)
@@ -195,14 +213,16 @@ def _solve(
         return np.concatenate([index[stack.rows(one.path)] for one in some])
 
     def from_gradients(rows: np.ndarray) -> Sketch:
-        sketches = []
-        for mine, g in whole:
-            if g is None:
-                none = jnp.zeros(len(mine), basis.dtype)
-                sketches.append(Sketch(jnp.zeros_like(basis[mine]), none, none))
-            else:
-                sketches.append(jax.vmap(gradient_sketch)(g, basis[mine]))
-        return jax.tree.map(lambda x: _take(x, rows), _joined(whole, sketches))
+        """As if the columns of all kernels with one basis lay side by side."""
+        none = jnp.zeros(stack.count, basis.dtype)
+        total = Sketch(jnp.zeros_like(basis), none, none)
+        for shared in (False, True):
+            for mine, g in _gradients(stack, gradients, shared, incoming):
+                more = jax.vmap(gradient_sketch)(g, _take(basis, mine))
+                total = jax.tree.map(
+                    lambda x, y, mine=mine: _add(x, mine, y), total, more
+                )
+        return jax.tree.map(lambda x: _take(x, rows), total)
 
     if told:
         rows = rows_of(told)
@@ -229,7 +249,7 @@ def _solve(
     for (rows, statistic), seen in zip(groups, observed, strict=True):
         run = functools.partial(_solve_one, asked, deficient)
         held = jax.tree.map(lambda x, rows=rows: _take(x, rows), (basis, past))
-        found = jax.vmap(run)(*held, statistic, seen)
+        found = stacks.one_by_one(run, *held, statistic, seen)
         if is_instant(statistic):
             first = turn.first
             found = found._replace(
@@ -400,6 +420,18 @@ def init_interval(asked: Choices, basis: Mapping[str, Array]) -> Any:
         jitter=jnp.zeros([]),
         reference={name: v.astype(jnp.bfloat16) for name, v in basis.items()},
     )
+
+
+def check_interval(asked: Choices, interval: Any) -> None:
+    """Raise where p is adaptive and the state has no place for that, or inversely."""
+    kinds = {True: "an adaptive interval", False: "a fixed interval"}
+    got, expected = bool(interval), isinstance(asked.every, AutoInterval)
+    if got != expected:
+        raise ValueError(
+            f"the optimizer state: got {kinds[got]}, expected {kinds[expected]}. "
+            "Remedy: the update_every= that init had; or init again, and "
+            "with_layers(state, by_path(old)) for what the old state knows."
+        )
 
 
 def to_int(value: Any) -> Any:

@@ -110,6 +110,30 @@ def of_stack(stack: Stack, bases: tuple[Stack, ...], held: Mapping[str, T]) -> T
     return jax.tree.map(lambda x: x[np.asarray(index)], held[name])
 
 
+def _rows_of(part: Stack, all_stacks: tuple[Stack, ...]) -> np.ndarray | None:
+    """Which matrices of its stack a part is; None for all of them."""
+    whole = next(one for one in all_stacks if one.name == part.name)
+    if whole == part:
+        return None
+    index = np.arange(whole.count)
+    return np.concatenate([index[whole.rows(one.path)] for one in part.kernels])
+
+
+def part(tree: T, some: Stack, all_stacks: tuple[Stack, ...]) -> T:
+    """What belongs to some kernels of a stack, of arrays ``(n, ...)`` of all of them."""
+    rows = _rows_of(some, all_stacks)
+    return tree if rows is None else jax.tree.map(lambda x: x[rows], tree)
+
+
+def put_part(tree: T, new: T, some: Stack, all_stacks: tuple[Stack, ...]) -> T:
+    """`tree` with `new` in the places of some kernels of a stack."""
+    rows = _rows_of(some, all_stacks)
+    if rows is None:
+        return new
+    put: T = jax.tree.map(lambda x, y: x.at[rows].set(y), tree, new)
+    return put
+
+
 def gather(leaves: Mapping[str, Any], stack: Stack) -> Array:
     """The kernels of a stack as matrices ``(n, d, m)`` of its dtype."""
     parts = [
@@ -159,3 +183,20 @@ def each(
         )
 
     return jax.lax.fori_loop(0, count // size, body, changed)
+
+
+def one_by_one(function: Callable[..., T], *trees: PyTree) -> T:
+    """`function` of the parts of every matrix, one after the other.
+
+    For factorisations: those of a whole batch wait for threads of XLA's pool, and two of
+    them at once on a machine of two cores wait for each other for good.
+    """
+    if is_traced(trees):
+        return jax.lax.map(lambda parts: function(*parts), trees)
+    count = len(jax.tree.leaves(trees)[0])
+    found = [
+        function(*jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], trees))
+        for i in range(count)
+    ]
+    done: T = jax.tree.map(lambda *x: jnp.stack(x), *found)
+    return done

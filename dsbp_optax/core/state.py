@@ -320,6 +320,14 @@ def check_version(state: SpectralState) -> None:
 
 def check_leaves(state: SpectralState, leaves: Mapping[str, Any]) -> None:
     """Raise where a kernel of the state is not among the updates, or is another."""
+    with_basis = {one.path for one in state.kernels if one.rank}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, layout.Coordinates) and path not in with_basis:
+            raise ValueError(
+                f"updates: got Coordinates for '{path}', for which this state keeps no "
+                "basis. Remedy: take them with project_gradients from the state that "
+                "update is given."
+            )
     for one in state.kernels:
         if one.path not in leaves:
             raise ValueError(
@@ -329,12 +337,6 @@ def check_leaves(state: SpectralState, leaves: Mapping[str, Any]) -> None:
             )
         leaf = leaves[one.path]
         if isinstance(leaf, layout.Coordinates):
-            if not one.rank:
-                raise ValueError(
-                    f"updates: got Coordinates for '{one.path}', for which this state "
-                    "keeps no basis. Remedy: take them with project_gradients from the "
-                    "state that update is given."
-                )
             plan.check_coordinates(one.path, leaf, one.view, one.rank)
         elif jnp.shape(leaf) != one.view.shape:
             raise ValueError(
@@ -365,7 +367,7 @@ def init_bases(
             ).reshape(-1, one.view.size, one.rank)
             for one in stack.kernels
         ]
-        found = jax.vmap(orthonormalize)(jnp.concatenate(noise))
+        found = stacks.one_by_one(orthonormalize, jnp.concatenate(noise))
         basis[stack.name] = found.astype(dtype or wide)
         zero = [jnp.zeros(count, wide) for _ in range(4)]
         none = [jnp.zeros(count, jnp.int32) for _ in range(3)]
@@ -467,7 +469,7 @@ def gather_statistics(
         return dict(state.statistics)
     check_mapping(given, known)
     found: dict[str, Any] = {}
-    for one in state.kernels:
+    for one in sorted(state.kernels, key=lambda one: one.owner != one.path):
         statistic = given.get(one.path + state.suffix)
         if statistic is None and not isinstance(given.get(one.path), Sketch):
             statistic = given.get(one.path)

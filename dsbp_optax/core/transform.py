@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax.core import layout, paths, plan, refresh, sharding, stacks, state
+from dsbp_optax.core import checks, layout, paths, plan, refresh, sharding, stacks, state
 from dsbp_optax.core.coordinates import refuse
 from dsbp_optax.core.gate import branch, gate
 from dsbp_optax.core.layout import Coordinates
@@ -79,6 +79,8 @@ class Rule(NamedTuple):
       update: (gradient ``(d, m)``, `Seen`, state) -> (update ``(d, m)``, state); the
         gradient is zero where it came as coordinates.
       rotate: (state, ``R (k, k)``) -> state in the coordinates of another basis.
+      incoming: (gradient ``(d, m)``, state) -> the matrix whose directions are the
+        basis where nothing better is known; None for the gradient.
       whole: who needs the whole gradient, in words, or None where coordinates do.
       kernel: whether the rule wants the parameters.
     """
@@ -86,6 +88,7 @@ class Rule(NamedTuple):
     init: Callable[[Array, int], PyTree]
     update: Callable[[Array, Seen, PyTree], tuple[Array, PyTree]]
     rotate: Callable[[PyTree, Array], PyTree] | None = None
+    incoming: Callable[[Array, PyTree], Array] | None = None
     whole: str | None = None
     kernel: bool = False
 
@@ -135,6 +138,11 @@ def transformation(
             fresh = fresh._replace(statistics=state.empty_sketches(fresh))
         return fresh
 
+    @functools.cache
+    def shapes_of(size: int, other: int, rank: int) -> list[layout.Shape]:
+        one = jax.eval_shape(lambda: rule.init(jnp.zeros((size, other)), rank))
+        return [x.shape for x in jax.tree.leaves(one)]
+
     def update(
         updates: PyTree,
         held: SpectralState,
@@ -147,10 +155,13 @@ def transformation(
         if not leaves:
             return updates, held
         state.check_version(held)
-        state.check_leaves(held, leaves)
         if rule.whole is not None:
             given = (p for p, x in leaves.items() if isinstance(x, Coordinates))
             refuse(given, rule.whole)
+        state.check_leaves(held, leaves)
+        _check_places(held, leaves, asked)
+        _check_inner(held, shapes_of)
+        refresh.check_interval(asked, held.interval)
         blind = statistics is None and not held.statistics
         if kind == "metric" and blind and held.basis:
             warnings.warn(_NO_STATISTICS, stacklevel=2)
@@ -160,7 +171,7 @@ def transformation(
         whole, given = _gathered(leaves, held)
         others = _others(leaves, kernels)
         there = None if params is None else paths.flatten(params)[0]
-        weights = _weights(rule, held, there)
+        weights = _weights(rule, (*whole, *given), there)
         rest = None if there is None else _others(there, kernels)
 
         def take(operands: Any) -> Any:
@@ -169,11 +180,14 @@ def transformation(
                 rule, asked, held, told, whole, given, statistics is None
             )
             changes = {}
-            for stack in held.stacks:
-                name = stack.name
-                changes[name], inner[name] = _changed(
-                    *(rule, asked, held, stack, bases, whole.get(name)),
-                    *(given.get(name), weights.get(name), inner[name], extra),
+            for stack in (*whole, *given):
+                part = stacks.part(inner[stack.name], stack, held.stacks)
+                changes[stack], part = _changed(
+                    *(rule, asked, held, stack, bases, whole.get(stack)),
+                    *(given.get(stack), weights.get(stack), part, extra),
+                )
+                inner[stack.name] = stacks.put_part(
+                    inner[stack.name], part, stack, held.stacks
                 )
             others, fell = fallback.update(others, held.fallback, rest, **extra)
             count = optax.safe_increment(held.step)
@@ -193,13 +207,13 @@ def transformation(
             )
 
         def skip(operands: Any) -> Any:
-            held, *_, others = operands
+            held, whole, given, others = operands
             nothing = jax.tree.map(jnp.zeros_like, others)
             changes = {
-                s.name: jnp.zeros(
-                    (s.count, s.first.view.size, s.first.view.other)
-                ).astype(s.first.dtype)
-                for s in held.stacks
+                s: jnp.zeros((s.count, s.first.view.size, s.first.view.other)).astype(
+                    s.first.dtype
+                )
+                for s in (*whole, *given)
             }
             new = held._replace(
                 skipped=held.skipped + 1,
@@ -210,8 +224,8 @@ def transformation(
         arrived = whole, given, others
         (changes, others), new = gate(take, skip, arrived, (held, *arrived))
         done = dict(others)
-        for stack in held.stacks:
-            done |= stacks.scatter(changes[stack.name], stack)
+        for stack, change in changes.items():
+            done |= stacks.scatter(change, stack)
         return treedef.unflatten(
             done[path].astype(jnp.result_type(*jax.tree.leaves(leaf)))
             for path, leaf in leaves.items()
@@ -220,15 +234,45 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init, sharding.update_in_place(update))
 
 
+def _check_places(
+    held: SpectralState, leaves: Mapping[str, Any], asked: Choices
+) -> None:
+    """Raise for a kernel of which the state knows nothing."""
+    known = {one.path for one in held.kernels}
+    for path, leaf in leaves.items():
+        if path not in known and plan.is_kernel(path, leaf, asked):
+            raise ValueError(
+                f"the state holds no place for '{path}' of shape {jnp.shape(leaf)}, "
+                f"which is a kernel here; it has {checks.some(sorted(known))}. Remedy: "
+                "pass the tree that init saw, or init again and carry over what there "
+                "was, with_layers(tx.init(params), by_path(state))."
+            )
+
+
+def _check_inner(
+    held: SpectralState, shapes_of: Callable[[int, int, int], list[layout.Shape]]
+) -> None:
+    """Raise for moments that another rule has made: read as one's own they are noise."""
+    for stack in held.stacks:
+        view, rank = stack.first.view, stack.first.rank
+        got = [jnp.shape(x)[1:] for x in jax.tree.leaves(held.inner[stack.name])]
+        if got != (expected := shapes_of(view.size, view.other, rank)):
+            raise ValueError(
+                f"moments of '{stack.name}': got arrays of shapes {got}, expected "
+                f"{expected}. Remedy: the settings that the state was made with (bits, "
+                "inner, residual), or init again."
+            )
+
+
 def _refreshed(
     rule: Rule,
     asked: Choices,
     held: SpectralState,
     told: Mapping[str, Any],
-    whole: Mapping[str, Array],
-    given: Mapping[str, Array],
+    whole: Mapping[Stack, Array],
+    given: Mapping[Stack, Array],
     unsure: bool,
-) -> tuple[Bases, dict[str, Any], dict[str, Array]]:
+) -> tuple[Bases, dict[str, Any], dict[Stack, Array]]:
     """Bases, states of rules and coordinates after what this step refreshes."""
     kernels, bases = held.kernels, held.bases
     dtypes = {one.name: one.first.dtype for one in bases}
@@ -242,8 +286,15 @@ def _refreshed(
 
     def now(operands: Any) -> Any:
         before, inner, given = operands
+
+        def incoming(stack: Stack, gradients: Array) -> Array:
+            if rule.incoming is None:
+                return gradients
+            part = stacks.part(operands[1][stack.name], stack, held.stacks)
+            return jax.vmap(rule.incoming)(gradients, part)
+
         after, rotations = refresh.refreshed(
-            asked, kernels, before, told, whole, held.step, turn, unsure
+            asked, kernels, before, told, whole, held.step, turn, unsure, incoming
         )
         inner, given = dict(inner), dict(given)
         for stack in held.stacks:
@@ -252,8 +303,9 @@ def _refreshed(
             rotation = stacks.of_stack(stack, bases, rotations)
             if rule.rotate is not None:
                 inner[stack.name] = jax.vmap(rule.rotate)(inner[stack.name], rotation)
-            if stack.name in given:
-                given[stack.name] = jnp.matmul(rotation, given[stack.name])
+        for stack, values in given.items():
+            rotation = stacks.of_stack(stack, bases, rotations)
+            given[stack] = jnp.matmul(rotation, values)
         return cast_like((after, inner, given), operands)
 
     operands = before, dict(held.inner), dict(given)
@@ -316,28 +368,23 @@ def _per(one: Kernel) -> int:
 
 def _gathered(
     leaves: Mapping[str, Any], held: SpectralState
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Gradients of the stacks: whole ones, and those that came as coordinates.
-
-    A stack of which any came so is taken in coordinates.
-    """
+) -> tuple[dict[Stack, Array], dict[Stack, Array]]:
+    """Gradients of kernels alike: of those that came whole, and of those that did not."""
     whole, given = {}, {}
     for stack in held.stacks:
-        some = [isinstance(leaves[one.path], Coordinates) for one in stack.kernels]
-        if not any(some):
-            whole[stack.name] = stacks.gather(leaves, stack)
-            continue
-        basis = stacks.of_stack(stack, held.bases, held.basis)
-        parts = []
+        parts: dict[bool, list[Kernel]] = {False: [], True: []}
         for one in stack.kernels:
-            leaf, rows = leaves[one.path], stack.rows(one.path)
-            if isinstance(leaf, Coordinates):
-                values = layout.to_coordinates(leaf.values, one.view)
-                parts.append(values.astype(one.dtype))
-            else:
-                alone = stacks.gather(leaves, Stack(one.path, (one,)))
-                parts.append(jnp.einsum("ndk,ndm->nkm", basis[rows], alone))
-        given[stack.name] = jnp.concatenate(parts)
+            parts[isinstance(leaves[one.path], Coordinates)].append(one)
+        if parts[False]:
+            part = Stack(stack.name, tuple(parts[False]))
+            whole[part] = stacks.gather(leaves, part)
+        if parts[True]:
+            values = [
+                layout.to_coordinates(leaves[one.path].values, one.view)
+                for one in parts[True]
+            ]
+            found = jnp.concatenate(values).astype(stack.first.dtype)
+            given[Stack(stack.name, tuple(parts[True]))] = found
     return whole, given
 
 
@@ -347,8 +394,8 @@ def _others(leaves: Mapping[str, Any], kernels: tuple[Kernel, ...]) -> dict[str,
 
 
 def _weights(
-    rule: Rule, held: SpectralState, leaves: Mapping[str, Any] | None
-) -> dict[str, Array]:
+    rule: Rule, parts: tuple[Stack, ...], leaves: Mapping[str, Any] | None
+) -> dict[Stack, Array]:
     """The parameters as stacks, for a rule that wants them."""
     if not rule.kernel:
         return {}
@@ -357,7 +404,7 @@ def _weights(
             "the spectral sharpness term needs the parameters. Remedy: call "
             "tx.update(updates, state, params)."
         )
-    return {s.name: stacks.gather(leaves, s) for s in held.stacks if s.first.rank}
+    return {s: stacks.gather(leaves, s) for s in parts if s.first.rank}
 
 
 def _init_inner(rule: Rule, kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:

@@ -12,7 +12,7 @@ scaling before an orthogonalisation is mostly undone by it; the one behind short
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax.numpy as jnp
 import optax
@@ -170,7 +170,10 @@ def metric_rule(
             g = keep_norm(g, scaled(g))
         return g, (outer, inner)
 
-    return Rule(init, update, whole="scale_by_activation_metric")
+    def incoming(g: Array, held: PyTree) -> Array:
+        return g if before is None else before.update(g, cast(Any, None), held[0])[0]
+
+    return Rule(init, update, incoming=incoming, whole="scale_by_activation_metric")
 
 
 def metric_factors(

@@ -9,7 +9,7 @@ update = direction(V u + what the residual rule makes of G - V V^T G)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 
 from dsbp_optax.core import checks, plan
 from dsbp_optax.core.paths import PerPath
-from dsbp_optax.core.plan import Basis, When
+from dsbp_optax.core.plan import Basis
 from dsbp_optax.core.schedule import Every, Rank
 from dsbp_optax.core.transform import Rule, Seen, transformation
 from dsbp_optax.linalg import precision, subspace
@@ -49,7 +49,7 @@ def scale_by_spectral_projection(
     direction: Direction | None = None,
     fallback: optax.GradientTransformation | None = None,
     sharpness: optax.ScalarOrSchedule = 0.0,
-    project: When = "auto",
+    project: Literal["auto", "always"] = "auto",
     project_cold: bool = False,
     transport: transport_.Additions = None,
     moment_dtype: Any = None,
@@ -124,7 +124,11 @@ def scale_by_spectral_projection(
       >>> updates, state = tx.update(params, state, params)
     """
     inner = inner_.as_transformation(inner)
-    others = inner_.as_transformation(inner if fallback is None else fallback)
+    others = inner
+    if fallback is not None:
+        others = inner_.as_transformation(fallback, "fallback")
+    if project not in ("auto", "always"):
+        raise ValueError(f"project: got {project!r}, expected 'auto' or 'always'.")
     rule = projection_rule(
         inner,
         spectral_filter,

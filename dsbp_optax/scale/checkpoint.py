@@ -89,8 +89,8 @@ def _listed(tree: PyTree) -> Listing:
 def _check_versions(got: Listing, want: Listing) -> None:
     for path, version in want.versions.items():
         known = got.versions.get(path, "none")
-        prefix = f"{path}/basis/".removeprefix("/")
-        if known != version and any(p.startswith(prefix) for p in got.arrays):
+        ours = tuple(f"{path}/{x}/".removeprefix("/") for x in ("basis", "inner"))
+        if known != version and any(p.startswith(ours) for p in got.arrays):
             raise ValueError(
                 f"checkpoint: the optimizer state '{path}' is of version {known}, "
                 f"expected {version}. Remedy: go on with the dsbp_optax that wrote it, "

@@ -127,26 +127,27 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def _spec(shape: Shape, one: Kernel, spec: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of an array ``(n, ...)`` of a stack: along what is as long as in the kernel."""
+    """Of an array ``(n, ...)`` of a stack: along what is as long as in the kernel.
+
+    The state of a rule round another holds axes of length 1 in front of its matrices.
+    """
     view = one.view
     first = _merged(spec, view.batch) if view.batch else None
-    rest = tuple(shape[1:])
-    if len(rest) != 2:
-        return (first, *(None for _ in rest))
-    sides = ((view.size, view.rows), (view.other, view.columns))
-    if one.rank in rest:  # coordinates, or a basis: which axis is the rank's
-        ranked = 1 if rest == (view.size, one.rank) else 0
-        if rest[ranked] == one.rank and rest[1 - ranked] == sides[ranked][0]:
-            other = _merged(spec, sides[ranked][1])
-            pair = (other, None) if ranked else (None, other)
-            if ranked == 0:
-                pair = (None, _merged(spec, view.columns))
-            return (first, *pair)
-    pairs = zip(rest, sides, strict=True)
-    return (
-        first,
-        *(_merged(spec, axes) if n == length else None for n, (length, axes) in pairs),
-    )
+    ones, rest = tuple(shape[1:-2]), tuple(shape[1:])[-2:]
+    if len(rest) != 2 or any(n != 1 for n in ones):
+        return (first, *(None for _ in shape[1:]))
+    rows, columns = _merged(spec, view.rows), _merged(spec, view.columns)
+    if rest == (view.size, one.rank):  # a basis
+        pair = (rows, None)
+    elif rest == (one.rank, view.other):  # coordinates
+        pair = (None, columns)
+    else:
+        sides = ((view.size, rows), (view.other, columns))
+        pair = tuple(
+            s if n == length else None
+            for n, (length, s) in zip(rest, sides, strict=True)
+        )
+    return (first, *(None for _ in ones), *pair)
 
 
 def _kernel_form(array: Any, kernel: Any, spec: tuple[Any, ...]) -> PartitionSpec:
@@ -160,14 +161,14 @@ def _merged(spec: tuple[Any, ...], axes: Shape) -> Any:
     return None if any(s is not None for s in others) else first
 
 
-def _owner(keys: Sequence[Any], paths: Mapping[str, Any]) -> str | None:
+def _owner(keys: Sequence[Any], known: Mapping[str, Any]) -> str | None:
     """The parameter that a leaf of a state belongs to: named, or by its place."""
     for key in keys:
         name = getattr(key, "key", None)
-        if isinstance(name, str) and name in paths:
+        if isinstance(name, str) and name in known:
             return name
     whole = paths.path_string(keys)
-    fits = [path for path in paths if whole == path or whole.endswith(f"/{path}")]
+    fits = [path for path in known if whole == path or whole.endswith(f"/{path}")]
     return max(fits, key=len, default=None)
 
 

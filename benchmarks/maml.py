@@ -124,7 +124,6 @@ def in_bases(state: BasesState) -> Move:
 
     The bases are one for all tasks, and constants to the outer gradient.
     """
-
     layers = dsbp_optax.by_path(state.bases)
 
     def lift(path: Any, grad: Any, small: Any) -> Any:

@@ -259,9 +259,17 @@ def find_shared_inputs(
 ) -> Groups:
     """Which kernels have one and the same input, so that one basis serves them all.
 
+    Args:
+      loss_fn: as for `value_and_grad`.
+      params: parameters, or their shapes.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
     Returns:
       ``inspect(...).shared``: groups of parameter paths, for ``share=`` of an
-      optimizer. Arguments, errors and cost are those of `inspect`.
+      optimizer. Errors and cost are those of `inspect`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, dsbp_optax
@@ -317,7 +325,7 @@ def inspect(
       >>> plan = dsbp_optax.linen.inspect(loss_fn, params, x)
       >>> print(plan)
       kernel  inputs (0,)  outputs (1, 2)  batch ()  statistics
-      >>> tx = dsbp_optax.dsbp_muon(0.02, axes=plan)
+      >>> tx = dsbp_optax.dsbp_muon(0.02, basis=dsbp_optax.Basis(axes=plan))
     """
     every_rule = {**RULES, **recorder.check_rules(rules)}
     found = []

@@ -123,6 +123,7 @@ def signature(name: str, value: Any) -> str:
     bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     call = found.replace(parameters=bare, return_annotation=found.empty)
     plain = re.sub(r"<class '[\w.]*?(\w+)'>", r"\1", f"{name}{call}")
+    plain = re.sub(r"<function (\w+) at \w+>", r"\1", plain)
     return textwrap.fill(plain, 84, subsequent_indent="    ")
 
 

@@ -1175,15 +1175,17 @@ def test_a_random_basis_stays_and_a_blind_optimizer_sees_no_statistics():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
     seen = {"w": dsbp_optax.Activations(jnp.asarray(rng.normal(size=(99, 64))))}
-    settings = {"update_every": 1, "power_iterations": 1}
     bases = {}
     for control in controls.CONTROLS[:2]:
-        tx = control.contender.factory(0.1, **control.contender.settings, **settings)
+        settings = {"basis": dsbp_optax.Basis(), **control.contender.settings}
+        basis = dataclasses.replace(settings["basis"], power_iterations=1)
+        settings |= {"update_every": 1, "basis": basis}
+        tx = control.contender.factory(0.1, **settings)
         state = tx.init(params)
-        first = state[0].basis["w"].astype(jnp.float32)
+        first = dsbp_optax.by_path(state)["w"].basis.astype(jnp.float32)
         _, state = jax.jit(tx.update)(params, state, params, statistics=seen)
-        spectrum, basis = state[0].spectrum["w"], state[0].basis["w"]
-        cross = np.asarray(first[:, 0].T @ basis[:, 0].astype(jnp.float32))
+        _, basis, spectrum, _ = dsbp_optax.by_path(state)["w"]
+        cross = np.asarray(first.T @ basis.astype(jnp.float32))
         angles = np.linalg.svd(cross, compute_uv=False)
         bases[control.name] = float(angles.min()), int(spectrum.activations.max())
     assert bases["random basis"][0] > 0.99 and bases["random basis"][1] == 1

@@ -322,7 +322,9 @@ def test_statistics_are_right_or_one_warning_says_why(name: str, make: str) -> N
         jax.tree.map(np.testing.assert_array_equal, grads, whole)
     assert set(seen) == set(expected)
     for path, matrices in expected.items():
-        in_kernel_form(seen[path], matrices, dict(plan.axes)[path], basis_of(state, path))
+        in_kernel_form(
+            seen[path], matrices, dict(plan.axes)[path], basis_of(state, path)
+        )
     failing = {p: why for p, why in case.fails.items() if p in owners(state)}
     assert len(caught) == bool(failing), [str(w.message) for w in caught]
     for path, why in failing.items():

@@ -299,7 +299,8 @@ def test_the_statistic_of_a_second_axis_is_that_of_its_layers() -> None:
     loss_fn, params, *_ = loss_of("tall")
     state = optimizer(axes=STACK).init(params)
     seen = dsbp_optax.linen.value_and_grad(loss_fn)(params, opt_state=state)[2]
-    x, basis = jax.random.normal(jax.random.key(1), (20, D)), basis_of(state, "wi/kernel")
+    x = jax.random.normal(jax.random.key(1), (20, D))
+    basis = basis_of(state, "wi/kernel")
     for layer in range(L):
         expected = explicit(x, basis[:, layer])
         assert_same(seen["wi/kernel"].product[:, layer], expected.product)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from states import layer
 
 import dsbp_optax
 from benchmarks import boards, peers, records, results_scoreboard, scoreboard, sweep
@@ -203,10 +204,10 @@ def metric_run(variant, steps=21):
 
     @jax.jit
     def step(variant, state):
-        tx = peers.control(RANK, variant, None, direction, 0.5, "both")
+        tx = peers.control(RANK, variant, direction, 0.5, "both")
         return tx.update(grads, state, statistics=seen)
 
-    tx = peers.control(RANK, variant, None, direction, 0.5, "both")
+    tx = peers.control(RANK, variant, direction, 0.5, "both")
     states = [tx.init(grads)]
     for _ in range(steps):
         updates, state = step(jnp.int32(variant), states[-1])
@@ -217,7 +218,7 @@ def metric_run(variant, steps=21):
 
 def basis_of(state):
     """Orthonormal, ``(D, RANK)``."""
-    return jnp.linalg.qr(state.basis[PATH][:, 0].astype(jnp.float32))[0]
+    return jnp.linalg.qr(layer(state, PATH).basis.astype(jnp.float32))[0]
 
 
 def turned(one, other):
@@ -228,7 +229,7 @@ def turned(one, other):
 
 def energies(state):
     """The eigenvalues that the state holds."""
-    return np.asarray(state.spectrum[PATH].eigenvalues, np.float32).ravel()
+    return np.asarray(layer(state, PATH).spectrum.eigenvalues, np.float32)
 
 
 def test_without_the_metric_the_direction_is_all_there_is():

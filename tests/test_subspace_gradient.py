@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from networks import NETWORKS, ScanNet, batch, init
-from states import basis_of, layer, owners
+from states import layer, owners
 from test_adapters import assert_same, loss_of, nnx_twin, optimizer
 
 import dsbp_optax

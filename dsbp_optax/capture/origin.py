@@ -29,12 +29,14 @@ _SAME = re.compile(
 )
 #: What leaves each number in its place.
 _ELEMENTWISE = re.compile(
-    "abs|add|add_any|broadcast_in_dim|ceil|clamp|cos|div|erf|exp|expm1|floor|"
+    "abs|add|add_any|ceil|clamp|cos|div|erf|exp|expm1|floor|"
     "integer_pow|log|log1p|logistic|max|min|mul|neg|nextafter|pow|rem|round|rsqrt|"
     "select_n|sign|sin|sqrt|square|sub|tanh"
 )
 #: Functions with a derivative of the user's own, which need not be that of their value.
 _CUSTOM = ("custom_jvp", "custom_vjp")
+#: In the key of jax's trace caches.
+_CONTEXT = jax.make_user_context(None)
 _COUNT = itertools.count()
 
 
@@ -46,7 +48,8 @@ class Origin(NamedTuple):
       exact: whether the array is the parameter itself, but for casts. Else it is the
         parameter rewritten number by number (scaled, masked, after an inner step), and
         has a gradient of its own.
-      dims: the parameter's axes that the array's axes are.
+      dims: the parameter's axes that the array's axes are, -1 for one that it has not
+        (tasks that `jax.vmap` adapts it to, each for itself).
       stacked: those along which a loop has taken a slice of it.
     """
 
@@ -58,7 +61,8 @@ class Origin(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether no axis is missing or moved."""
-        return not self.stacked and self.dims == tuple(range(len(self.dims)))
+        own = tuple(axis for axis in self.dims if axis >= 0)
+        return not self.stacked and own == tuple(range(len(own)))
 
 
 class Trace(NamedTuple):
@@ -101,22 +105,6 @@ def trace(function: Callable[..., Any], leaves: Mapping[str, Any]) -> Trace:
     ]
     _walk(closed, starts, found)
     return found
-
-
-def _context() -> Callable[[Any], Any]:
-    """What goes into the key of jax's trace caches: a user's context, where there is.
-
-    Before, the metadata of operations, which nothing reads.
-    """
-    if hasattr(jax, "make_user_context"):
-        made: Callable[[Any], Any] = jax.make_user_context(None)
-        return made
-    from jax.experimental import xla_metadata  # not in every jax
-
-    return lambda count: xla_metadata.set_xla_metadata(dsbp_optax=str(count))
-
-
-_CONTEXT = _context()
 
 
 @contextlib.contextmanager
@@ -168,6 +156,14 @@ def _outcome(
                     _USES[name](eqn, position, one)
                 )
         return lost
+    if name == "broadcast_in_dim" and (one := operands[0]):
+        found.touched.update(mine)
+        spread = [-1] * len(eqn.outvars[0].aval.shape)
+        for axis, place in zip(
+            one.dims, eqn.params["broadcast_dimensions"], strict=True
+        ):
+            spread[place] = axis
+        return [one._replace(exact=False, dims=tuple(spread))]
     if _ELEMENTWISE.fullmatch(name):
         found.touched.update(mine)
         rank = len(eqn.outvars[0].aval.shape)
@@ -204,7 +200,8 @@ def _slice(one: Origin | None) -> Origin | None:
     """What a loop sees of an array in each round."""
     if one is None or not one.dims:
         return None
-    return one._replace(dims=one.dims[1:], stacked=(*one.stacked, one.dims[0]))
+    stacked = one.dims[:1] if one.dims[0] >= 0 else ()
+    return one._replace(dims=one.dims[1:], stacked=one.stacked + stacked)
 
 
 def _of_dot(eqn: Any, position: int, one: Origin) -> Axes | None:
@@ -223,7 +220,7 @@ def _of_convolution(eqn: Any, position: int, one: Origin) -> Axes | None:
 
 
 def _sorted(axes: Sequence[int]) -> Shape:
-    return tuple(sorted(axes))
+    return tuple(sorted(axis for axis in axes if axis >= 0))
 
 
 #: Products, and the axes of a parameter that is a factor; None where rows are taken.

@@ -222,7 +222,8 @@ def _solve(
                 total = jax.tree.map(
                     lambda x, y, mine=mine: _add(x, mine, y), total, more
                 )
-        return jax.tree.map(lambda x: _take(x, rows), total)
+        found: Sketch = jax.tree.map(lambda x: _take(x, rows), total)
+        return found
 
     if told:
         rows = rows_of(told)

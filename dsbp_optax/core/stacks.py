@@ -120,7 +120,7 @@ def _rows_of(part: Stack, all_stacks: tuple[Stack, ...]) -> np.ndarray | None:
 
 
 def part(tree: T, some: Stack, all_stacks: tuple[Stack, ...]) -> T:
-    """What belongs to some kernels of a stack, of arrays ``(n, ...)`` of all of them."""
+    """What belongs to some kernels of a stack, out of arrays ``(n, ...)``."""
     rows = _rows_of(some, all_stacks)
     return tree if rows is None else jax.tree.map(lambda x: x[rows], tree)
 

@@ -199,7 +199,7 @@ def _rows(tree: PyTree, stack: Stack, one: Kernel) -> PyTree:
     rows, shape = stack.rows(one.path), one.view.batch_shape
 
     def cut(x: Any) -> Any:
-        return x[rows].reshape(*shape, *x.shape[1:])
+        return x[rows].reshape((*shape, *x.shape[1:]))
 
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
         return jax.eval_shape(lambda t: jax.tree.map(cut, t), tree)

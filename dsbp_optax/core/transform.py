@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsbp_optax.core import checks, layout, paths, plan, refresh, sharding, stacks, state
+from dsbp_optax.core import (
+    checks,
+    layout,
+    paths,
+    plan,
+    refresh,
+    sharding,
+    stacks,
+    state,
+)
 from dsbp_optax.core.coordinates import refuse
 from dsbp_optax.core.gate import branch, gate
 from dsbp_optax.core.layout import Coordinates
@@ -156,8 +165,8 @@ def transformation(
             return updates, held
         state.check_version(held)
         if rule.whole is not None:
-            given = (p for p, x in leaves.items() if isinstance(x, Coordinates))
-            refuse(given, rule.whole)
+            short = (p for p, x in leaves.items() if isinstance(x, Coordinates))
+            refuse(short, rule.whole)
         state.check_leaves(held, leaves)
         _check_places(held, leaves, asked)
         _check_inner(held, shapes_of)
@@ -252,7 +261,7 @@ def _check_places(
 def _check_inner(
     held: SpectralState, shapes_of: Callable[[int, int, int], list[layout.Shape]]
 ) -> None:
-    """Raise for moments that another rule has made: read as one's own they are noise."""
+    """Raise for moments that another rule has made: read as its own they are noise."""
     for stack in held.stacks:
         view, rank = stack.first.view, stack.first.rank
         got = [jnp.shape(x)[1:] for x in jax.tree.leaves(held.inner[stack.name])]
@@ -369,7 +378,7 @@ def _per(one: Kernel) -> int:
 def _gathered(
     leaves: Mapping[str, Any], held: SpectralState
 ) -> tuple[dict[Stack, Array], dict[Stack, Array]]:
-    """Gradients of kernels alike: of those that came whole, and of those that did not."""
+    """Gradients of kernels alike: those that came whole, and coordinates."""
     whole, given = {}, {}
     for stack in held.stacks:
         parts: dict[bool, list[Kernel]] = {False: [], True: []}
@@ -415,7 +424,7 @@ def _init_inner(rule: Rule, kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:
         zeros = jnp.zeros((first.view.size, first.view.other), first.dtype)
         one = rule.init(zeros, first.rank)
         found[stack.name] = jax.tree.map(
-            lambda x, n=stack.count: jnp.broadcast_to(x, (n, *jnp.shape(x))) + 0, one
+            lambda x, n=stack.count: jnp.repeat(jnp.asarray(x)[None], n, axis=0), one
         )
     return found
 

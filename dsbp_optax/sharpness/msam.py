@@ -172,7 +172,9 @@ def _momentum(state: SpectralState) -> dict[str, Array]:
         if not stack.first.rank:
             continue
         moments, _ = state.inner[stack.name]
-        moment = jax.vmap(transport.first_moment)(moments)
+        moment = None
+        if jax.tree.leaves(moments):
+            moment = jax.vmap(transport.first_moment)(moments)
         if moment is None:
             raise ValueError(
                 "subspace_msam: the optimizer in the subspace keeps no momentum. "

@@ -336,7 +336,6 @@ def subspace_adamw(
     weight_decay: Scalar = 1e-4,
     mask: Mask = None,
     *,
-    mu_dtype: Any = None,
     nesterov: bool = False,
     rank: PerPath[Rank] = _QUARTER,
     clip: Scalar | None = 2.0,
@@ -370,8 +369,6 @@ def subspace_adamw(
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: transformation for parameters that are no kernels; None: the same.
-      mu_dtype: dtype of the first moment in full space, and in coordinates where
-        `moment_dtype` is None; None for that of the parameter.
       nesterov: whether to use Nesterov momentum.
       rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
         callable. By default a quarter of the narrower side, at most 32.
@@ -411,7 +408,7 @@ def subspace_adamw(
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
     return _recipe(
-        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov),
+        optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
         learning_rate,
         weight_decay,
         mask,
@@ -444,10 +441,7 @@ def dsbp_muon(
     exponent: optax.ScalarOrSchedule = 0.5,
     damping: Scalar = 0.2,
     scale: _orthogonal.Scale = "muon",
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
+    fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
     side: PerPath[Side] = "input",
@@ -481,17 +475,15 @@ def dsbp_muon(
       exponent: of the metric, a number or a schedule; 0 turns it off.
       damping: of the metric, in units of the mean eigenvalue.
       scale: size of the orthogonalised update, see `orthogonalize`.
-      adam_learning_rate: of the parameters that are no kernels, a number or a
+      fallback_learning_rate: of the parameters that are no kernels, a number or a
         schedule; None for `learning_rate`.
-      b1: decay of the first moment of Adam, for parameters that are no kernels.
-      b2: decay of its second moment.
-      eps: added to the root of its second moment.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
-      fallback: transformation for parameters that are no kernels, in place of Adam.
+      fallback: transformation for parameters that are no kernels, in place of Adam,
+        ``optax.scale_by_adam(nesterov=nesterov)``.
       solver: eigensolver, None for block power iteration.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
@@ -528,10 +520,10 @@ def dsbp_muon(
         Choices(rank, side, axes, "always", _share.check_share(share)),
         refresh,
         _momentum.quantized_momentum(momentum, _bits(moment_dtype), nesterov),
-        fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
+        fallback or optax.scale_by_adam(nesterov=nesterov),
         _orthogonal.orthogonalize(scale=scale),
         (exponent, damping, basis_dtype, statistics_in_state),
-        (learning_rate, adam_learning_rate, weight_decay, mask),
+        (learning_rate, fallback_learning_rate, weight_decay, mask),
         inside=False,
     )
 
@@ -545,9 +537,6 @@ def subspace_muon(
     whitening: Scalar = 0.0,
     residual: ResidualChoice = None,
     scale: _orthogonal.Scale = "muon",
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
     weight_decay: Scalar = 0.0,
     mask: Mask = None,
     side: PerPath[Side] = "input",
@@ -585,15 +574,13 @@ def subspace_muon(
         `residual_momentum`; likewise "int1" to "int8", "float32"; a number is the
         share of `normalize_residual`; or a rule.
       scale: size of the orthogonalised update, see `orthogonalize`.
-      b1: decay of the first moment of Adam, for parameters that are no kernels.
-      b2: decay of its second moment.
-      eps: added to the root of its second moment.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       side: side of the kernel that carries the basis.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
       power_iterations: q, power iterations a refresh.
-      fallback: transformation for parameters that are no kernels, in place of Adam.
+      fallback: transformation for parameters that are no kernels, in place of Adam,
+        ``optax.scale_by_adam(nesterov=nesterov)``.
       solver: eigensolver, None for block power iteration.
       decay: share of the past kept in the statistic.
       axes: per-path `Axes` where the heuristics misread a kernel.
@@ -641,7 +628,7 @@ def subspace_muon(
         decay=decay,
         axes=axes,
         share=share,
-        fallback=fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
+        fallback=fallback or optax.scale_by_adam(nesterov=nesterov),
         moment_dtype=moment_dtype,
         basis_dtype=basis_dtype,
         statistics_in_state=statistics_in_state,

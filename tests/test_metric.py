@@ -551,12 +551,12 @@ def test_the_contender_of_the_scoreboard_is_the_public_rule(name) -> None:
     rate, aux, decay, b1, b2 = 0.02, 0.003, 0.1, 0.9, 0.95
     contender = peers.CONTENDERS[name].build(rate, aux, decay, jnp.asarray(0))
     mask = {"dense": {"kernel": True, "bias": False}, "embed": {"embedding": False}}
-    settings: dict[str, Any] = {"weight_decay": decay, "mask": mask, "b1": b1, "b2": b2}
-    plain = optax.scale_by_adam(b1, b2)
+    settings: dict[str, Any] = {"weight_decay": decay, "mask": mask}
+    settings["fallback_learning_rate"] = aux
     if name == "dsbp_muon":
-        settings |= {"adam_learning_rate": aux, "fallback": plain}
+        settings["fallback"] = optax.scale_by_adam(b1, b2)
     else:
-        settings |= {"fallback_learning_rate": aux}
+        settings |= {"b1": b1, "b2": b2}
     public = getattr(dsbp_optax, name)(rate, **settings)
 
     def train(tx: Any) -> Any:

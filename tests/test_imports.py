@@ -203,7 +203,9 @@ PLANTED: dict[Rule, Sources] = {
     rule_every_module_has_a_level: {"_stray": ""},
     rule_imports_point_down: {"_basis": "from dsbp_optax import _plan"},
     rule_core_imports_no_flax: {"_plan": "def f():\n    import flax.linen as nn"},
-    rule_core_imports_no_adapter: {"capture.tap": "from dsbp_optax.linen import TrainState"},
+    rule_core_imports_no_adapter: {
+        "capture.tap": "from dsbp_optax.linen import TrainState"
+    },
     rule_adapters_know_one_framework_and_no_optimizer: {
         "nnx": "from flax import linen"
     },

@@ -259,9 +259,17 @@ def find_shared_inputs(
 ) -> Groups:
     """Which kernels have one and the same input, so that one basis serves them all.
 
+    Args:
+      loss_fn: as for `value_and_grad`.
+      params: parameters, or their shapes.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
     Returns:
       ``inspect(...).shared``: groups of parameter paths, for ``share=`` of an
-      optimizer. Arguments, errors and cost are those of `inspect`.
+      optimizer. Errors and cost are those of `inspect`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, dsbp_optax

@@ -197,9 +197,9 @@ class _Loss:
 
     def evaluate(self, leaves: dict[str, Any], recorder: Recorder) -> Array:
         copy = self._observed(recorder)
-        graphdef, own, rest = nnx.split(copy, self.wrt, ...)
-        treedef = _layout.flatten_with_paths(own)[1]
-        merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), _pure(rest))
+        graphdef, *parts = nnx.split(copy, self.wrt, ...)
+        treedef, rest = _layout.flatten_with_paths(parts[0])[1], _pure(parts[1])
+        merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
         with _recording(self.rules, recorder):
             found = self.loss_fn(merged, *self.args, **self.kwargs)
         value: Array = found[0] if self.has_aux else found
@@ -385,9 +385,18 @@ def find_shared_inputs(
 ) -> Groups:
     """Which kernels have one and the same input, so that one basis serves them all.
 
+    Args:
+      loss_fn: as for `value_and_grad`.
+      model: the model; it is not changed.
+      *args: a batch, or its shapes.
+      has_aux: as for `value_and_grad`.
+      wrt: as for `value_and_grad`.
+      rules: as for `value_and_grad`.
+      **kwargs: passed to the loss.
+
     Returns:
       ``inspect(...).shared``: groups of parameter paths, for ``share=`` of an
-      optimizer. Arguments, errors and cost are those of `inspect`.
+      optimizer. Errors and cost are those of `inspect`.
 
     Example:
       >>> import jax.numpy as jnp, dsbp_optax

@@ -71,6 +71,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Statistic",
         "add_statistics",
         "sum_statistics",
+        "tap",
         "put_statistics",
         "project_gradients",
         "Coordinates",
@@ -92,6 +93,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
 }
 MODULES = (
     dsbp_optax.linen,
+    dsbp_optax.capture,
     dsbp_optax.nnx,
     dsbp_optax.diagnostics,
     dsbp_optax.plotting,
@@ -143,7 +145,9 @@ def body(value: Any) -> Iterator[str]:
 
 def alias(module: ModuleType, name: str) -> str:
     """What the comment above an alias says."""
-    files = [pathlib.Path(inspect.getfile(module)), *sorted(FILE.parent.glob("_*.py"))]
+    own = pathlib.Path(inspect.getfile(module))
+    others = [*FILE.parent.glob("_*.py"), *FILE.parent.glob("capture/*.py")]
+    files = [own, *sorted(others)]
     pattern = COMMENT.format(name=name)
     found = [re.search(pattern, file.read_text(), re.MULTILINE) for file in files]
     return one_line(next(x for x in found if x)[1].replace("#: ", ""))

@@ -21,6 +21,7 @@ import dsbp_optax.plotting
 
 MODULES = (
     dsbp_optax,
+    dsbp_optax.capture,
     dsbp_optax.diagnostics,
     dsbp_optax.linen,
     dsbp_optax.nnx,
@@ -76,6 +77,8 @@ def functions() -> dict[str, object]:
 
 def all_modules() -> list[str]:
     names = [info.name for info in pkgutil.iter_modules([str(ROOT)])]
+    inner = [info.name for info in pkgutil.iter_modules([str(ROOT / "capture")])]
+    names += [f"capture.{name}" for name in inner]
     return ["dsbp_optax", *(f"dsbp_optax.{name}" for name in names)]
 
 

@@ -108,7 +108,7 @@ def _displaced(linear: LinearMap, batch: int, x: Array, y: Array, core: Rider) -
         found = jnp.einsum("...nk,...mk->...nm", z.reshape(*front, -1, rank), moves)
         like = jax.ShapeDtypeStruct(y.shape, found.dtype)
         arranged = found.reshape(jax.eval_shape(arrange, like).shape)
-        (back,) = jax.linear_transpose(arrange, like)(arranged)
+        back: Array = jax.linear_transpose(arrange, like)(arranged)[0]
         return back
 
     return y + _sharding.in_place(lifted, y, x, basis, step).astype(y.dtype)

@@ -1,5 +1,7 @@
 """Layers that are an einsum of their input and their kernel."""
 
+from __future__ import annotations
+
 import itertools
 
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Statistics out of losses in plain JAX, Equinox or Haiku, whose layers say `tap`."""
 
+from __future__ import annotations
+
 import contextvars
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,7 +88,17 @@ def value_and_grad(
     Cost: on q of every p steps, ``4 n d k`` FLOPs a layer; when it is traced, one trace
     of the loss on shapes.
 
-    Example: see `tap`.
+    Example:
+      >>> import jax.numpy as jnp, dsbp_optax
+      >>> params, x = {"kernel": jnp.ones((16, 8))}, jnp.ones((4, 16))
+      >>> def loss_fn(params, x):
+      ...     return ((dsbp_optax.tap(x, "kernel") @ params["kernel"]) ** 2).mean()
+      >>> tx = dsbp_optax.dsbp_sgd(0.1, rank=2)
+      >>> opt_state = tx.init(params)
+      >>> step = dsbp_optax.capture.value_and_grad(loss_fn)
+      >>> loss, grads, statistics = step(params, x, opt_state=opt_state)
+      >>> updates, opt_state = tx.update(
+      ...     grads, opt_state, params, statistics=statistics)
     """
 
     def wrapped(

@@ -124,7 +124,7 @@ class Loss(Protocol):
     """A loss as an adapter knows it: one call of the user's, on its arguments."""
 
     #: Path -> parameter.
-    leaves: Mapping[str, Any]
+    leaves: dict[str, Any]
 
     def evaluate(self, leaves: dict[str, Any], recorder: Recorder) -> Array:
         """The value at these parameters."""

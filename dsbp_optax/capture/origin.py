@@ -35,6 +35,8 @@ _ELEMENTWISE = re.compile(
 )
 #: Functions with a derivative of the user's own, which need not be that of their value.
 _CUSTOM = ("custom_jvp", "custom_vjp")
+#: In the key of jax's trace caches.
+_CONTEXT = jax.make_user_context(None)
 _COUNT = itertools.count()
 
 
@@ -101,22 +103,6 @@ def trace(function: Callable[..., Any], leaves: Mapping[str, Any]) -> Trace:
     ]
     _walk(closed, starts, found)
     return found
-
-
-def _context() -> Callable[[Any], Any]:
-    """What goes into the key of jax's trace caches: a user's context, where there is.
-
-    Before, the metadata of operations, which nothing reads.
-    """
-    if hasattr(jax, "make_user_context"):
-        made: Callable[[Any], Any] = jax.make_user_context(None)
-        return made
-    from jax.experimental import xla_metadata  # not in every jax
-
-    return lambda count: xla_metadata.set_xla_metadata(dsbp_optax=str(count))
-
-
-_CONTEXT = _context()
 
 
 @contextlib.contextmanager

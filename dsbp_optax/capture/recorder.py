@@ -320,8 +320,10 @@ def _tell(
         said.append(
             f"kernels without statistics of their own: {'; '.join(each)}. Where they "
             "have a basis, it comes from gradients. Remedy: for layers of your own "
-            "rules={LayerType: rule}, rule(layer) -> LinearMap, in value_and_grad; "
-            "else call the model's own apply on the differentiated parameters, in the "
+            "rules={LayerType: rule}, rule(layer) -> LinearMap, in value_and_grad of "
+            "dsbp_optax.linen for Linen, dsbp_optax.nnx for NNX (neither: "
+            "dsbp_optax.tap in the layer, or pass Activations to update); else call "
+            "the model's own apply on the differentiated parameters, in the "
             "loss; or rank={...} that leaves these kernels out, or share= without "
             "them. strict=True makes an error of layers that are not called."
         )

@@ -283,9 +283,10 @@ def _ways(call: Call, one: origin.Origin, kernel: Shape) -> list[Axes]:
     if len(call.seen) == len(call.kernel):
         choices = [tuple(one.dims[a] for a in call.seen)]
     else:
-        choices = list(itertools.combinations(one.dims, len(call.kernel)))
+        mine = [a for a in one.dims if a >= 0]
+        choices = list(itertools.combinations(mine, len(call.kernel)))
     for kept in choices:
-        if tuple(kernel[a] for a in kept) == call.kernel:
+        if -1 not in kept and tuple(kernel[a] for a in kept) == call.kernel:
             inputs, outputs, inner = (
                 tuple(sorted(kept[a] for a in group)) for group in own
             )

@@ -29,7 +29,7 @@ _SAME = re.compile(
 )
 #: What leaves each number in its place.
 _ELEMENTWISE = re.compile(
-    "abs|add|add_any|broadcast_in_dim|ceil|clamp|cos|div|erf|exp|expm1|floor|"
+    "abs|add|add_any|ceil|clamp|cos|div|erf|exp|expm1|floor|"
     "integer_pow|log|log1p|logistic|max|min|mul|neg|nextafter|pow|rem|round|rsqrt|"
     "select_n|sign|sin|sqrt|square|sub|tanh"
 )
@@ -48,7 +48,8 @@ class Origin(NamedTuple):
       exact: whether the array is the parameter itself, but for casts. Else it is the
         parameter rewritten number by number (scaled, masked, after an inner step), and
         has a gradient of its own.
-      dims: the parameter's axes that the array's axes are.
+      dims: the parameter's axes that the array's axes are, -1 for one that it has not
+        (tasks that `jax.vmap` adapts it to, each for itself).
       stacked: those along which a loop has taken a slice of it.
     """
 
@@ -60,7 +61,8 @@ class Origin(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether no axis is missing or moved."""
-        return not self.stacked and self.dims == tuple(range(len(self.dims)))
+        own = tuple(axis for axis in self.dims if axis >= 0)
+        return not self.stacked and own == tuple(range(len(own)))
 
 
 class Trace(NamedTuple):
@@ -154,6 +156,14 @@ def _outcome(
                     _USES[name](eqn, position, one)
                 )
         return lost
+    if name == "broadcast_in_dim" and (one := operands[0]):
+        found.touched.update(mine)
+        dims = [-1] * len(eqn.outvars[0].aval.shape)
+        for axis, place in zip(
+            one.dims, eqn.params["broadcast_dimensions"], strict=True
+        ):
+            dims[place] = axis
+        return [one._replace(exact=False, dims=tuple(dims))]
     if _ELEMENTWISE.fullmatch(name):
         found.touched.update(mine)
         rank = len(eqn.outvars[0].aval.shape)
@@ -190,7 +200,8 @@ def _slice(one: Origin | None) -> Origin | None:
     """What a loop sees of an array in each round."""
     if one is None or not one.dims:
         return None
-    return one._replace(dims=one.dims[1:], stacked=(*one.stacked, one.dims[0]))
+    stacked = one.dims[:1] if one.dims[0] >= 0 else ()
+    return one._replace(dims=one.dims[1:], stacked=one.stacked + stacked)
 
 
 def _of_dot(eqn: Any, position: int, one: Origin) -> Axes | None:
@@ -209,7 +220,7 @@ def _of_convolution(eqn: Any, position: int, one: Origin) -> Axes | None:
 
 
 def _sorted(axes: Sequence[int]) -> Shape:
-    return tuple(sorted(axes))
+    return tuple(sorted(axis for axis in axes if axis >= 0))
 
 
 #: Products, and the axes of a parameter that is a factor; None where rows are taken.

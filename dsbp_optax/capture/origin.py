@@ -158,12 +158,12 @@ def _outcome(
         return lost
     if name == "broadcast_in_dim" and (one := operands[0]):
         found.touched.update(mine)
-        dims = [-1] * len(eqn.outvars[0].aval.shape)
+        spread = [-1] * len(eqn.outvars[0].aval.shape)
         for axis, place in zip(
             one.dims, eqn.params["broadcast_dimensions"], strict=True
         ):
-            dims[place] = axis
-        return [one._replace(exact=False, dims=tuple(dims))]
+            spread[place] = axis
+        return [one._replace(exact=False, dims=tuple(spread))]
     if _ELEMENTWISE.fullmatch(name):
         found.touched.update(mine)
         rank = len(eqn.outvars[0].aval.shape)

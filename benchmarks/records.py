@@ -18,6 +18,7 @@ import jax
 import dsbp_optax
 from benchmarks.data import DataError
 
+_ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -47,8 +48,24 @@ def _surroundings() -> dict[str, Any]:
             **versions,
             "dsbp_optax": dsbp_optax.__version__,
         },
-        "git": _git(),
+        "git": git(),
     }
+
+
+def git(root: Path = _ROOT) -> dict[str, Any] | None:
+    """Commit, and whether the work tree differs from it; None outside a checkout."""
+
+    def ask(*args: str) -> str:
+        answer = subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=True
+        )
+        return answer.stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
@@ -118,20 +135,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit, and whether the work tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def ask(*args: str) -> str:
-        answer = subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, check=True
-        )
-        return answer.stdout.strip()
-
-    try:
-        commit = ask("rev-parse", "HEAD")
-        return {"commit": commit, "modified": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -95,6 +95,23 @@ def constrained_table(title: str, record: Mapping[str, Any]) -> Table:
     return table
 
 
+def step_cost_table(record: Mapping[str, Any]) -> Table:
+    """What `benchmarks.cost` found; each library beside the other."""
+    libraries = list(record["libraries"])
+    found = {(r["figure"], r["contender"], r["library"]): r for r in record["rows"]}
+    table = cells.table("What a step costs, and the ratio to the plain one", "figure")
+    table.add_column("optimizer")
+    cells.columns(table, *(f"{x}{end}" for x in libraries for end in ("", ", ratio")))
+    for figure, name in dict.fromkeys(key[:2] for key in found):
+        rows = [found.get((figure, name, library), {}) for library in libraries]
+        form = ",.0f" if figure in ("program_bytes", "instructions") else ".4g"
+        form = ".7g" if figure.startswith("loss") else form
+        numbers = [(cells.number(r.get("value"), form), r.get("ratio")) for r in rows]
+        shown = ((value, cells.number(ratio, ".3f")) for value, ratio in numbers)
+        table.add_row(figure, name, *(cell for pair in shown for cell in pair))
+    return table
+
+
 def faults_tables(title: str, found: Mapping[str, Any]) -> list[Table]:
     """Where training was killed, what else befell it, and what came of it."""
     kills = cells.table(f"{title}: kills")

@@ -7,6 +7,7 @@ updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from flax.training import train_state
 
 from dsbp_optax.capture import linen_scope, origin, recorder, state
 from dsbp_optax.capture.coordinates import Displacement
-from dsbp_optax.capture.inspection import ROOT, Inspection, on_shapes
+from dsbp_optax.capture.inspection import ROOT, Inspection
 from dsbp_optax.capture.linen_layers import DETACHED, REWRITERS, RULES, LayerRule
 from dsbp_optax.capture.recorder import Recorder
 from dsbp_optax.capture.tap import LinearMap, parameter_path
@@ -328,15 +329,8 @@ def inspect(
       >>> tx = dsbp_optax.dsbp_muon(0.02, basis=dsbp_optax.Basis(axes=plan))
     """
     every_rule = {**RULES, **recorder.check_rules(rules)}
-    found = []
-
-    def trace(params: PyTree, args: Any, kwargs: Any) -> None:
-        loss = _Loss(every_rule, loss_fn, has_aux, params, args, kwargs)
-        found.append(recorder.inspect_loss(loss).inspection())
-
-    run, arrays = on_shapes(trace, params, args, kwargs)
-    jax.eval_shape(run, arrays)
-    return found[0]
+    make = functools.partial(_Loss, every_rule, loss_fn, has_aux)
+    return recorder.inspect_on_shapes(make, params, args, kwargs)
 
 
 class _Loss(recorder.TreeLoss):

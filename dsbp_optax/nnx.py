@@ -18,7 +18,7 @@ from flax import nnx
 
 from dsbp_optax.capture import coordinates, recorder, state
 from dsbp_optax.capture.coordinates import Displacement
-from dsbp_optax.capture.inspection import Inspection, on_shapes
+from dsbp_optax.capture.inspection import Inspection
 from dsbp_optax.capture.nnx_layers import RULES, LayerRule
 from dsbp_optax.capture.recorder import Recorder
 from dsbp_optax.capture.tap import LinearMap, Rider, parameter_path
@@ -453,15 +453,8 @@ def inspect(
       >>> tx = dsbp_optax.dsbp_muon(0.02, basis=dsbp_optax.Basis(axes=plan))
     """
     every_rule = {**RULES, **recorder.check_rules(rules)}
-    found = []
-
-    def trace(args: Any, kwargs: Any) -> None:
-        loss = _Loss(loss_fn, has_aux, every_rule, wrt, model, args, kwargs)
-        found.append(recorder.inspect_loss(loss).inspection())
-
-    run, arrays = on_shapes(trace, args, kwargs)
-    jax.eval_shape(run, arrays)
-    return found[0]
+    make = functools.partial(_Loss, loss_fn, has_aux, every_rule, wrt, model)
+    return recorder.inspect_on_shapes(make, args, kwargs)
 
 
 #: The rules and the recorder of the trace that goes on.

@@ -166,7 +166,7 @@ def test_linked_files_exist():
 
 def test_files_to_change_exist():
     section = README.split("\n## What to change where\n")[1].split("\n## ")[0]
-    names = set(re.findall(r"`((?:benchmarks/)?\w+\.py)`", section))
+    names = set(re.findall(r"`((?:\w+/)?\w+\.py)`", section))
     assert len(names) > 10
     homes = [ROOT, ROOT / "dsbp_optax"]
     assert [n for n in names if not any((h / n).exists() for h in homes)] == []

@@ -11,9 +11,11 @@ from benchmarks import (
     communication,
     constrained,
     coordinates,
+    cost,
     distributed,
     estimate,
     faults,
+    markdown,
     records,
     report,
     report_scale,
@@ -231,6 +233,52 @@ def constrained_command(
                 progress.advance(task)
     if not quiet:
         console.print(report_scale.constrained_table("", record))
+
+
+@app.command("cost")
+def cost_command(
+    figure: Annotated[
+        list[str] | None, typer.Option(help="repeat it; default: all but caps")
+    ] = None,
+    caps: Annotated[bool, typer.Option("--caps", help="the smallest caps too")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="a checkout of another version, in turns")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of each process")] = 3,
+    width: Annotated[int, typer.Option(min=4, help="of the GPT")] = 128,
+    blocks: Annotated[int, typer.Option(min=1, help="of the GPT")] = 4,
+    wide: Annotated[int, typer.Option(min=1, help="of the update alone")] = 768,
+    show: Annotated[
+        Path | None, typer.Option("--report", help="Markdown of a record; runs nothing")
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """What a step costs to compile and run on a CPU, each figure a process of its own.
+
+    With --against, the library of another checkout is measured beside this one.
+    """
+    if show is not None:
+        with failures():
+            table = report_scale.step_cost_table(records.read(show))
+        console.print(markdown.of_rich(table), soft_wrap=True, highlight=False)
+        return
+    chosen = figure or [name for name in cost.FIGURES if name != "caps"]
+    chosen = list(dict.fromkeys([*chosen, *(["caps"] if caps else [])]))
+    several(cost.FIGURES, chosen, "--figure")
+    roots = {"here": cost.HERE}
+    if against is not None:
+        roots = {"against": against.resolve(), **roots}
+    sizes = {"width": width, "blocks": blocks}
+    record = {**records.environment(), **sizes, "wide": wide, "repeats": repeats}
+    record["libraries"] = {name: records.git(root) for name, root in roots.items()}
+    record["rows"] = []
+    with report.make_progress(console, quiet) as progress:
+        for name in progress.track(chosen, description="figures"):
+            record["rows"] += cost.measure(name, roots, repeats, sizes, wide)
+            save(json, record, True)
+    if not quiet:
+        console.print(report_scale.step_cost_table(record))
 
 
 @app.command("estimate")

@@ -150,7 +150,7 @@ class Notes:
             try:
                 reading = _read(linear, shape, x, y)
             except Exception as error:
-                reason = f"{NOT_LINEAR} ({_first_line(error)})"
+                reason = f"{NOT_LINEAR} ({first_line(error)})"
         seen = _seen(kernel)
         self.calls.append(Call(label, linear, shape, seen, x, reading, reason))
 
@@ -330,23 +330,19 @@ def _read(linear: LinearMap, kernel: Shape, x: Any, y: Any) -> Any:
     return reading
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def on_shapes(function: Callable[..., Any], *trees: PyTree) -> Any:
-    """`function` of arrays and shapes, of which all else stays as it is.
-
-    Returns:
-      A function of the arrays alone, and these.
-    """
+def on_shapes(function: Callable[..., None], *trees: PyTree) -> None:
+    """Call `function` on shapes: arrays become tracers, all else stays as it is."""
     leaves, treedef = jax.tree.flatten(trees)
     arrays = [
         i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")
     ]
 
-    def run(values: list[Any]) -> Any:
+    def run(values: list[Any]) -> None:
         filled = {**dict(enumerate(leaves)), **dict(zip(arrays, values, strict=True))}
-        return function(*jax.tree.unflatten(treedef, filled.values()))
+        function(*jax.tree.unflatten(treedef, filled.values()))
 
-    return run, [leaves[i] for i in arrays]
+    jax.eval_shape(run, [leaves[i] for i in arrays])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dsbp_optax.capture import recorder
-from dsbp_optax.capture.inspection import Inspection, on_shapes
+from dsbp_optax.capture.inspection import Inspection
 from dsbp_optax.capture.recorder import Recorder
 from dsbp_optax.capture.tap import LinearMap, parameter_path, rider_side
 from dsbp_optax.linalg.types import Array, PyTree
@@ -138,15 +138,8 @@ def inspect(
       >>> print(dsbp_optax.capture.inspect(loss_fn, params, x).axes)
       (('kernel', Axes(inputs=(1,), outputs=(0,), batch=())),)
     """
-    found = []
-
-    def trace(params: PyTree, args: Any, kwargs: Any) -> None:
-        loss = _Loss(loss_fn, has_aux, params, args, kwargs)
-        found.append(recorder.inspect_loss(loss).inspection())
-
-    run, arrays = on_shapes(trace, params, args, kwargs)
-    jax.eval_shape(run, arrays)
-    return found[0]
+    make = functools.partial(_Loss, loss_fn, has_aux)
+    return recorder.inspect_on_shapes(make, params, args, kwargs)
 
 
 class _Loss(recorder.TreeLoss):

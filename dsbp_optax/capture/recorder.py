@@ -5,6 +5,7 @@ differentiated with the riders of these kernels. What is left has the basis of i
 gradient, and one warning says so.
 """
 
+import abc
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dsbp_optax.capture import coordinates, inspection, origin, state
-from dsbp_optax.capture.inspection import NO_RULE, NOT_CALLED, Findings, Notes
+from dsbp_optax.capture.inspection import (
+    NO_RULE,
+    NOT_CALLED,
+    Findings,
+    Inspection,
+    Notes,
+)
 from dsbp_optax.capture.tap import (
     LinearMap,
     Rider,
@@ -138,7 +145,7 @@ class Loss(Protocol):
         """The gradients in the user's own tree."""
 
 
-class TreeLoss:
+class TreeLoss(abc.ABC):
     """A `Loss` of a tree of parameters; `run` sets up that its layers are observed."""
 
     def __init__(
@@ -153,9 +160,9 @@ class TreeLoss:
         self.args, self.kwargs = args, kwargs
         self.leaves, self.treedef = paths.flatten(params)
 
+    @abc.abstractmethod
     def run(self, leaves: dict[str, Any], recorder: Recorder) -> Any:
         """`call`, while layers report to `recorder`."""
-        raise NotImplementedError
 
     def call(self, leaves: dict[str, Any]) -> Any:
         """The user's loss at these parameters."""
@@ -196,6 +203,22 @@ def inspect_loss(loss: Loss) -> Findings:
         return loss.evaluate(leaves, Recorder(notes=notes))
 
     return inspection.inspect(run, loss.leaves)
+
+
+def inspect_on_shapes(make: Callable[..., Loss], *trees: PyTree) -> Inspection:
+    """What a loss tells the user of its kernels; nothing is computed.
+
+    Args:
+      make: `trees`, their arrays and shapes traced -> the loss.
+      *trees: what it depends on.
+    """
+    found = []
+
+    def trace(*trees: PyTree) -> None:
+        found.append(inspect_loss(make(*trees)).inspection())
+
+    inspection.on_shapes(trace, *trees)
+    return found[0]
 
 
 class Misread(NamedTuple):
@@ -282,7 +305,7 @@ def collect(
         if strict or moved or not fitting:
             raise
         result = attempt({})
-        told = f"its layer cannot be observed: {inspection._first_line(error)}"
+        told = f"its layer cannot be observed: {inspection.first_line(error)}"
         reasons |= dict.fromkeys(map(parameter_path, fitting), told)
         fitting = {}
     value, grads, cotangents, tapped, elsewhere = result

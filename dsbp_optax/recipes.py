@@ -90,7 +90,8 @@ def dsbp_muon(
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
-      fallback: transformation for parameters that are no kernels, in place of Adam.
+      fallback: transformation for parameters that are no kernels, in place of Adam,
+        ``optax.scale_by_adam(nesterov=nesterov)``.
       basis: how bases are kept, see `Basis`.
 
     Returns:
@@ -165,7 +166,8 @@ def dsbp_adamw(
       fallback_learning_rate: of the parameters that are no kernels, a number or a
         schedule; None for `learning_rate`.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
-      fallback: transformation for parameters that are no kernels, in place of Adam.
+      fallback: transformation for parameters that are no kernels, in place of Adam,
+        ``optax.scale_by_adam(nesterov=nesterov)``.
       basis: how bases are kept, see `Basis`.
 
     Returns:
@@ -316,7 +318,8 @@ def subspace_muon(
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       update_every: p, steps between refreshes; "auto" lets each layer find its own.
-      fallback: transformation for parameters that are no kernels, in place of Adam.
+      fallback: transformation for parameters that are no kernels, in place of Adam,
+        ``optax.scale_by_adam(nesterov=nesterov)``.
       moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
         rounded stochastically; None keeps that of the computation.
       basis: how bases are kept, see `Basis`.
@@ -484,9 +487,10 @@ def dsbp(
       >>> updates, state = tx.update(params, state, params)
     """
     basis = plan.check_basis(basis)
-    given = {"side": "output", "power_iterations": power_iterations}
-    missing = {k: v for k, v in given.items() if getattr(basis, k) is None}
-    basis = dataclasses.replace(basis, **missing)
+    if basis.side is None:
+        basis = dataclasses.replace(basis, side="output")
+    if basis.power_iterations is None:
+        basis = dataclasses.replace(basis, power_iterations=power_iterations)
     tx = scale_by_spectral_projection(
         rank=rank,
         update_every=update_every,

@@ -348,8 +348,8 @@ def test_views_and_kernel_form_are_inverses() -> None:
     for side in ("input", "output"):
         view = layout.matrix_view(shape, axes, side)
         matrices = layout.to_matrices(kernel[None], view)
-        assert matrices.shape == (view.count, view.size, view.other)
-        assert view.count == 2 and view.size * view.other == kernel[0].size
+        assert matrices.shape == (view.matrices, view.size, view.other)
+        assert view.matrices == 2 and view.size * view.other == kernel[0].size
         first = kernel[0].transpose(0, 2, 1, 3).reshape(12, 30)
         np.testing.assert_array_equal(
             matrices[0], first if side == "input" else first.T

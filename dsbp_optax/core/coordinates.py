@@ -85,9 +85,10 @@ def bases_of(states: list[state.SpectralState]) -> dict[str, tuple[Kernel, Array
 
 def _projected(one: Kernel, gradient: Array | Coordinates, basis: Array) -> Coordinates:
     """``V^T G`` of one kernel, summed over the axes of its rows."""
-    view, whole = one.view, not isinstance(gradient, Coordinates)
-    if not whole or jnp.shape(gradient) != view.shape:
-        got = f"shape {jnp.shape(gradient)}" if whole else "Coordinates"
+    view, got = one.view, "Coordinates"
+    if not isinstance(gradient, Coordinates):
+        got = f"shape {jnp.shape(gradient)}"
+    if got != f"shape {view.shape}":
         raise ValueError(
             f"gradient of '{one.path}': got {got}, expected a whole gradient of shape "
             f"{view.shape}. Remedy: pass the gradients of the parameters that init "

@@ -1,8 +1,8 @@
 """How the axes of a parameter form matrices: the only place that reshapes kernels.
 
-A kernel of any number of axes is read as ``(count, d, m)`` matrices: `rows` are the
+A kernel of any number of axes is read as ``(n, d, m)`` matrices: `rows` are the
 axes of the side that carries the basis, `columns` those of the other side, `batch`
-those along which independent kernels are stacked; ``count`` is 1 without any.
+those along which independent kernels are stacked; there is one matrix without any.
 
 What an adapter carries beside a kernel has the *kernel form*: the kernel's axes in the
 kernel's order plus one trailing axis, of length 1 along every axis that the array does
@@ -74,7 +74,7 @@ class Coordinates:
 
 
 class MatrixView(NamedTuple):
-    """One kernel read as ``(count, d, m)`` matrices.
+    """One kernel read as ``(n, d, m)`` matrices.
 
     Attributes:
       shape: of the kernel.
@@ -99,7 +99,7 @@ class MatrixView(NamedTuple):
         return self.batch + self.rows + self.columns
 
     @property
-    def count(self) -> int:
+    def matrices(self) -> int:
         """How many matrices there are."""
         return math.prod(self.batch_shape)
 
@@ -114,13 +114,13 @@ class MatrixView(NamedTuple):
         return math.prod(_lengths(self.shape, self.columns))
 
     def form(self, rows: bool, width: int) -> Shape:
-        """The kernel form of ``(count, d, width)``, or without `rows` of a number."""
+        """The kernel form of ``(n, d, width)``, or without `rows` of a number."""
         kept = self.batch + (self.rows if rows else ())
         lengths = tuple(n if a in kept else 1 for a, n in enumerate(self.shape))
         return (*lengths, width)
 
     def coordinate_form(self, rank: int) -> Shape:
-        """The kernel form of coordinates ``(count, k, m)``."""
+        """The kernel form of coordinates ``(n, k, m)``."""
         lengths = (1 if a in self.rows else n for a, n in enumerate(self.shape))
         return (*lengths, rank)
 
@@ -133,7 +133,7 @@ def matrix_view(shape: Shape, axes: Axes, side: Side) -> MatrixView:
 
 
 def to_matrices(kernels: Array, view: MatrixView) -> Array:
-    """``(j, *kernel) -> (j count, d, m)``, for j kernels that are read alike."""
+    """``(j, *kernel) -> (j n, d, m)``, for j kernels that are read alike."""
     order = (0, *(axis + 1 for axis in view.order))
     return kernels.transpose(order).reshape(-1, view.size, view.other)
 
@@ -145,7 +145,7 @@ def from_matrices(matrices: Array, view: MatrixView) -> Array:
 
 
 def to_kernel_form(array: Array, view: MatrixView) -> Array:
-    """``(count, d or 1, c) -> kernel form``, see the module's docstring."""
+    """``(n, d or 1, c) -> kernel form``, see the module's docstring."""
     rows = _lengths(view.shape, view.rows)
     if array.shape[-2] != view.size:
         rows = (1,) * len(rows)
@@ -155,15 +155,17 @@ def to_kernel_form(array: Array, view: MatrixView) -> Array:
 
 
 def from_kernel_form(array: Array, view: MatrixView) -> Array:
-    """``kernel form -> (count, d or 1, c)``, the inverse of `to_kernel_form`."""
+    """``kernel form -> (n, d or 1, c)``, the inverse of `to_kernel_form`."""
     ordered = array.transpose(*view.order, len(view.shape))
-    return ordered.reshape(view.count, -1, array.shape[-1])
+    return ordered.reshape(view.matrices, -1, array.shape[-1])
 
 
 def to_coordinates(values: Array, view: MatrixView) -> Array:
-    """``kernel form -> (count, k, m)``."""
+    """``kernel form -> (n, k, m)``."""
     order = (*view.batch, *view.columns, *view.rows, len(view.shape))
-    ordered = values.transpose(order).reshape(view.count, view.other, values.shape[-1])
+    ordered = values.transpose(order).reshape(
+        view.matrices, view.other, values.shape[-1]
+    )
     return jnp.swapaxes(ordered, -1, -2)
 
 
@@ -201,7 +203,7 @@ def in_words(view: MatrixView) -> str:
     pair = f"{view.size} x {view.other}"
     if not view.batch:
         return f"one {pair} matrix"
-    return f"{view.count} stacked {pair} matrices"
+    return f"{view.matrices} stacked {pair} matrices"
 
 
 def entry(axes: Axes) -> str:

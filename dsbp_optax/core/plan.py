@@ -319,9 +319,10 @@ def _candidate(
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if (reason := _no_kernel(path, leaf, asked)) is not None:
         return Decision(False, reason)
-    side = paths.resolve(cast(Any, asked.basis.side), path, shape, "input")
+    chosen = paths.resolve(cast(Any, asked.basis.side), path, shape, "input")
+    side = checks.check_side(chosen, path)
     axes, sure = _reading(path, shape, shapes, asked)
-    view = layout.matrix_view(shape, axes, checks.check_side(side, path))
+    view = layout.matrix_view(shape, axes, side)
     rank = paths.resolve(asked.rank, path, shape, None)
     if isinstance(rank, RankFraction):
         most: int | None = rank.of(view.size, view.other)
@@ -450,7 +451,7 @@ def _pointless(
     small += size * rank * dtype.itemsize
     if full and small >= full:
         jointly = " for all that share the basis" if len(group) > 1 else ""
-        count = view.count
+        count = view.matrices
         return f"saves no memory{jointly}: {count * small} >= {count * full} bytes"
     return None
 

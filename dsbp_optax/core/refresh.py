@@ -171,7 +171,8 @@ def _gradients(
 def _joined(groups: Sequence[tuple[np.ndarray, Any]], parts: Sequence[T]) -> T:
     """What was found of groups of rows, in the order of the rows."""
     order = np.argsort(np.concatenate([rows for rows, _ in groups]))
-    return jax.tree.map(lambda *x: _take(jnp.concatenate(x), order), *parts)
+    joined: T = jax.tree.map(lambda *x: _take(jnp.concatenate(x), order), *parts)
+    return joined
 
 
 def _take(x: Array, rows: np.ndarray) -> Array:
@@ -202,7 +203,7 @@ def _solve(
     incoming: Incoming,
 ) -> _Solved:
     """What the solver finds for each matrix, from whatever is known of it."""
-    index = np.arange(stack.count)
+    index = np.arange(stack.matrices)
     given = {one.path: statistics.get(one.path) for one in stack.kernels}
     told = [one for one in stack.kernels if isinstance(given[one.path], Sketch)]
     blind = [one for one in stack.kernels if given[one.path] is None]
@@ -214,7 +215,7 @@ def _solve(
 
     def from_gradients(rows: np.ndarray) -> Sketch:
         """As if the columns of all kernels with one basis lay side by side."""
-        none = jnp.zeros(stack.count, basis.dtype)
+        none = jnp.zeros(stack.matrices, basis.dtype)
         total = Sketch(jnp.zeros_like(basis), none, none)
         for shared in (False, True):
             for mine, g in _gradients(stack, gradients, shared, incoming):
@@ -243,7 +244,7 @@ def _solve(
     for one in stack.kernels:
         if is_instant(given[one.path]):
             groups.append((rows_of([one]), _as_matrices(given[one.path], one)))
-            observed.append(jnp.ones(one.view.count, jnp.int32))
+            observed.append(jnp.ones(one.view.matrices, jnp.int32))
 
     solved = []
     deficient = stack.first.adaptive is not None
@@ -273,7 +274,7 @@ def _as_matrices(statistic: Any, one: Kernel) -> Any:
         count = jnp.broadcast_to(jnp.asarray(statistic.count), view.batch_shape)
         matrix = jnp.reshape(statistic.matrix, (-1, view.size, view.size))
         return Covariance(matrix, count.reshape(-1))
-    return Activations(jnp.reshape(statistic.values, (view.count, -1, view.size)))
+    return Activations(jnp.reshape(statistic.values, (view.matrices, -1, view.size)))
 
 
 def _solve_one(
@@ -407,7 +408,8 @@ def _next_interval(
         jitter=jnp.where(jnp.any(known), jitter, past.jitter),
         reference={n: v.astype(jnp.bfloat16) for n, v in held.basis.items()},
     )
-    return where(turn.last, new, past)
+    kept: Interval = where(turn.last, new, past)
+    return kept
 
 
 def init_interval(asked: Choices, basis: Mapping[str, Array]) -> Any:

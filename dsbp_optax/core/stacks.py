@@ -46,14 +46,14 @@ class Stack(NamedTuple):
         return self.kernels[0]
 
     @property
-    def count(self) -> int:
+    def matrices(self) -> int:
         """Number of matrices."""
-        return len(self.kernels) * self.first.view.count
+        return len(self.kernels) * self.first.view.matrices
 
     def rows(self, path: str) -> slice:
         """Where the matrices of a kernel lie."""
         index = [one.path for one in self.kernels].index(path)
-        each = self.first.view.count
+        each = self.first.view.matrices
         return slice(index * each, (index + 1) * each)
 
 
@@ -102,12 +102,14 @@ def of_stack(stack: Stack, bases: tuple[Stack, ...], held: Mapping[str, T]) -> T
       held: name of a stack of bases -> tree of arrays ``(n, ...)``.
     """
     name, index = _places(stack, bases)
-    length = next(one.count for one in bases if one.name == name)
+    length = next(one.matrices for one in bases if one.name == name)
     if index == tuple(range(length)):
         return held[name]
+    rows: Any = np.asarray(index)
     if index == tuple(range(index[0], index[0] + len(index))):
-        return jax.tree.map(lambda x: x[index[0] : index[-1] + 1], held[name])
-    return jax.tree.map(lambda x: x[np.asarray(index)], held[name])
+        rows = slice(index[0], index[-1] + 1)
+    taken: T = jax.tree.map(lambda x: x[rows], held[name])
+    return taken
 
 
 def _rows_of(part: Stack, all_stacks: tuple[Stack, ...]) -> np.ndarray | None:
@@ -115,7 +117,7 @@ def _rows_of(part: Stack, all_stacks: tuple[Stack, ...]) -> np.ndarray | None:
     whole = next(one for one in all_stacks if one.name == part.name)
     if whole == part:
         return None
-    index = np.arange(whole.count)
+    index = np.arange(whole.matrices)
     return np.concatenate([index[whole.rows(one.path)] for one in part.kernels])
 
 
@@ -188,11 +190,12 @@ def each(
 def one_by_one(function: Callable[..., T], *trees: PyTree) -> T:
     """`function` of the parts of every matrix, one after the other.
 
-    For factorisations: those of a whole batch wait for threads of XLA's pool, and two of
-    them at once on a machine of two cores wait for each other for good.
+    For factorisations: those of a whole batch wait for threads of XLA's pool, and two
+    of them at once on a machine of two cores wait for each other for good.
     """
     if is_traced(trees):
-        return jax.lax.map(lambda parts: function(*parts), trees)
+        mapped: T = jax.lax.map(lambda parts: function(*parts), trees)
+        return mapped
     count = len(jax.tree.leaves(trees)[0])
     found = [
         function(*jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], trees))

@@ -213,7 +213,7 @@ def basis_in_use(layer: Layer) -> Array:
     if layer.spectrum.rank is not None:
         used = jnp.arange(layer.kernel.rank) < layer.spectrum.rank[..., None]
         wide = wide * used[..., None, :]
-    flat = wide.reshape(view.count, view.size, layer.kernel.rank)
+    flat = wide.reshape(view.matrices, view.size, layer.kernel.rank)
     return layout.to_kernel_form(flat, view)
 
 
@@ -357,7 +357,7 @@ def init_bases(
     """
     basis, spectrum = {}, {}
     for stack in bases:
-        first, count = stack.first, stack.count
+        first, count = stack.first, stack.matrices
         wide = jnp.dtype(first.dtype)
         noise = [
             jax.random.normal(
@@ -369,17 +369,21 @@ def init_bases(
         ]
         found = stacks.one_by_one(orthonormalize, jnp.concatenate(noise))
         basis[stack.name] = found.astype(dtype or wide)
-        zero = [jnp.zeros(count, wide) for _ in range(4)]
-        none = [jnp.zeros(count, jnp.int32) for _ in range(3)]
-        rank = None
-        if first.adaptive is not None:
-            rank = jnp.full(count, first.rank, jnp.int32)
         spectrum[stack.name] = Spectrum(
-            jnp.zeros((count, first.rank), wide),
-            *zero,
-            *none,
-            jnp.full(count, -1, jnp.int32),
-            rank,
+            eigenvalues=jnp.zeros((count, first.rank), wide),
+            trace=jnp.zeros(count, wide),
+            weight=jnp.zeros(count, wide),
+            residual=jnp.zeros(count, wide),
+            energy=jnp.zeros(count, wide),
+            iterations=jnp.zeros(count, jnp.int32),
+            failures=jnp.zeros(count, jnp.int32),
+            activations=jnp.zeros(count, jnp.int32),
+            refreshed=jnp.full(count, -1, jnp.int32),
+            rank=(
+                None
+                if first.adaptive is None
+                else jnp.full(count, first.rank, jnp.int32)
+            ),
         )
     return basis, spectrum
 

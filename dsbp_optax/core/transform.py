@@ -130,9 +130,9 @@ def transformation(
         others = {p: x for p, x in leaves.items() if decisions[p].kernel is None}
         check(others)
         basis, spectrum = state.init_bases(stacks.of_bases(kernels), asked.basis.dtype)
-        counters = (jnp.zeros([], jnp.int32) for _ in range(2))
         fresh = SpectralState(
-            *counters,
+            step=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
             collect=jnp.ones([], jnp.int32),
             basis=basis,
             spectrum=spectrum,
@@ -219,8 +219,8 @@ def transformation(
             held, whole, given, others = operands
             nothing = jax.tree.map(jnp.zeros_like, others)
             changes = {
-                s: jnp.zeros((s.count, s.first.view.size, s.first.view.other)).astype(
-                    s.first.dtype
+                s: jnp.zeros(
+                    (s.matrices, s.first.view.size, s.first.view.other), s.first.dtype
                 )
                 for s in (*whole, *given)
             }
@@ -335,7 +335,7 @@ def _changed(
     extra: Mapping[str, Any],
 ) -> tuple[Array, PyTree]:
     """The rule's update and state of all matrices of a stack."""
-    first, count = stack.first, stack.count
+    first, count = stack.first, stack.matrices
     shape = (count, first.view.size, first.view.other)
     known: dict[str, Any] = dict.fromkeys(Seen._fields)
     if first.rank:
@@ -372,7 +372,7 @@ _OF_SPECTRUM = ("trace", "activations", "iterations")
 
 
 def _per(one: Kernel) -> int:
-    return one.view.count
+    return one.view.matrices
 
 
 def _gathered(
@@ -424,7 +424,7 @@ def _init_inner(rule: Rule, kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:
         zeros = jnp.zeros((first.view.size, first.view.other), first.dtype)
         one = rule.init(zeros, first.rank)
         found[stack.name] = jax.tree.map(
-            lambda x, n=stack.count: jnp.repeat(jnp.asarray(x)[None], n, axis=0), one
+            lambda x, n=stack.matrices: jnp.repeat(jnp.asarray(x)[None], n, axis=0), one
         )
     return found
 
@@ -452,4 +452,5 @@ def of_matrix(tx: optax.GradientTransformation) -> Rule:
 
 def value_at(value: optax.ScalarOrSchedule, step: Array) -> Scalar:
     """A number, or what a schedule says at a step."""
-    return value(step) if callable(value) else value
+    found: Scalar = value(step) if callable(value) else value
+    return found

@@ -31,13 +31,13 @@ class FactoredAdam(NamedTuple):
       mu: first moment, as stored.
       rows: mean square of each row, ``(d, 1)``.
       columns: mean square of each column, ``(1, m)``.
-      count: int32, steps so far, for the correction of the bias.
+      steps: int32, taken so far, for the correction of the bias.
     """
 
     mu: PyTree
     rows: Array
     columns: Array
-    count: Array
+    steps: Array
 
 
 class Storage(NamedTuple):
@@ -191,7 +191,7 @@ def quantized_adam(
     def update(g: Array, seen: Seen, held: Any) -> tuple[Array, FactoredAdam]:
         del seen
         first, second = jnp.asarray(b1, g.dtype), jnp.asarray(b2, g.dtype)
-        count = optax.safe_increment(held.count)
+        count = optax.safe_increment(held.steps)
         m = average(first, store.decode(held.mu).astype(g.dtype), g)
         rows, columns, v = factored(second, held.rows, held.columns, g * g)
         step = adam_step(m, v, g, first, second, eps, count, nesterov)

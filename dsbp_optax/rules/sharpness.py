@@ -76,4 +76,6 @@ def sharpness_term(sharpness: optax.ScalarOrSchedule, seen: Seen) -> Array:
     trace = jnp.where(seen.trace > 0, seen.trace, 1)
     share = jnp.where(seen.activations > 0, seen.eigenvalues[0] / trace, 0)
     weight = jnp.asarray(value_at(sharpness, seen.step), share.dtype) * share
-    return weight * leading * jnp.sum(leading * seen.kernel, axis=0, keepdims=True)
+    along = jnp.sum(leading * seen.kernel, axis=0, keepdims=True)
+    term: Array = weight * leading * along
+    return term

@@ -76,8 +76,9 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
 
     def like_parameter(keys: Any, leaf: Any) -> NamedSharding:
         path = _owner(keys, leaves)
-        fits = path is not None and tuple(leaf.shape) == tuple(leaves[path].shape)
-        return NamedSharding(mesh, PartitionSpec(*(specs[path] if fits else ())))
+        if path is None or tuple(leaf.shape) != tuple(leaves[path].shape):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*specs[path]))
 
     def visit(keys: Any, node: Any) -> Any:
         if not isinstance(node, SpectralState):
@@ -137,6 +138,7 @@ def _spec(shape: Shape, one: Kernel, spec: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(rest) != 2 or any(n != 1 for n in ones):
         return (first, *(None for _ in shape[1:]))
     rows, columns = _merged(spec, view.rows), _merged(spec, view.columns)
+    pair: tuple[Any, ...]
     if rest == (view.size, one.rank):  # a basis
         pair = (rows, None)
     elif rest == (one.rank, view.other):  # coordinates

@@ -167,7 +167,7 @@ def _step_away(held: PyTree, tree: PyTree, radius: Array) -> Parts:
 
 def _momentum(state: SpectralState) -> dict[str, Array]:
     """The first moment in coordinates ``(count, k, m)``, by path."""
-    found = {}
+    found: dict[str, Array] = {}
     for stack in state.stacks:
         if not stack.first.rank:
             continue

@@ -422,7 +422,7 @@ def _worthwhile(
     first, *others = group
     if asked.when == "never":
         return {one.path: Decision(False, "no basis", one.kernel(0)) for one in group}
-    reason = _pointless(group, memory) if asked.when == "auto" else None
+    reason = _pointless(group, asked, memory) if asked.when == "auto" else None
     if reason is not None:
         return {one.path: Decision(False, reason, one.kernel(0)) for one in group}
     rank, view = first.rank, first.view
@@ -436,7 +436,9 @@ def _worthwhile(
 
 
 def _pointless(
-    group: tuple[_Candidate, ...], memory: Callable[[Shape, int, Any], int]
+    group: tuple[_Candidate, ...],
+    asked: Choices,
+    memory: Callable[[Shape, int, Any], int],
 ) -> str | None:
     """Why the kernels of a group should not be projected, or None."""
     view, rank = group[0].view, group[0].rank
@@ -448,7 +450,7 @@ def _pointless(
     dtype = compute_dtype(group[0].dtype)
     full = sum(memory((size, one.view.other), 0, dtype) for one in group)
     small = sum(memory((size, one.view.other), rank, dtype) for one in group)
-    small += size * rank * dtype.itemsize
+    small += size * rank * jnp.dtype(asked.basis.dtype or dtype).itemsize
     if full and small >= full:
         jointly = " for all that share the basis" if len(group) > 1 else ""
         count = view.matrices

@@ -15,18 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsbp_optax.core import layout, schedule, stacks
+from dsbp_optax.core import schedule, stacks
 from dsbp_optax.core.plan import Choices, Kernel
 from dsbp_optax.core.schedule import AutoInterval, Turn
 from dsbp_optax.core.stacks import Stack
 from dsbp_optax.core.state import Interval, Spectrum, where
-from dsbp_optax.core.statistics import (
-    Activations,
-    Covariance,
-    Sketch,
-    blend,
-    gradient_sketch,
-)
+from dsbp_optax.core.statistics import Sketch, blend, gradient_sketch
 from dsbp_optax.linalg import subspace
 from dsbp_optax.linalg.types import Array, Eigenpairs, Operator, is_zero
 
@@ -81,11 +75,6 @@ def turn_of(asked: Choices, interval: Any, step: Array, instant: bool) -> Turn:
         return schedule.turn(step - interval.start, asked.every.shortest, window)
     every = to_int(asked.every)
     return schedule.turn(step % every, every, window)
-
-
-def is_instant(statistic: Any) -> bool:
-    """Whether one observation allows all q iterations at once."""
-    return isinstance(statistic, Activations | Covariance)
 
 
 def refreshed(
@@ -204,9 +193,13 @@ def _solve(
 ) -> _Solved:
     """What the solver finds for each matrix, from whatever is known of it."""
     index = np.arange(stack.matrices)
-    given = {one.path: statistics.get(one.path) for one in stack.kernels}
-    told = [one for one in stack.kernels if isinstance(given[one.path], Sketch)]
-    blind = [one for one in stack.kernels if given[one.path] is None]
+    given = {p: s for p, s in statistics.items() if s is not None}
+    told = [one for one in stack.kernels if one.path in given]
+    blind = [one for one in stack.kernels if one.path not in given]
+    told, whole = (
+        [one for one in told if given[one.path].instant == instant]
+        for instant in (False, True)
+    )
     groups: list[tuple[np.ndarray, Any]] = []
     observed: list[Any] = []
 
@@ -228,7 +221,7 @@ def _solve(
 
     if told:
         rows = rows_of(told)
-        each = [_as_matrices(given[one.path], one) for one in told]
+        each = [given[one.path].matrices(one.view, one.dtype) for one in told]
         sketch = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
         seen = jnp.ones(len(rows), jnp.int32)
         if unsure:
@@ -241,10 +234,9 @@ def _solve(
         rows = rows_of(blind)
         groups.append((rows, from_gradients(rows)))
         observed.append(jnp.zeros(len(rows), jnp.int32))
-    for one in stack.kernels:
-        if is_instant(given[one.path]):
-            groups.append((rows_of([one]), _as_matrices(given[one.path], one)))
-            observed.append(jnp.ones(one.view.matrices, jnp.int32))
+    for one in whole:
+        groups.append((rows_of([one]), given[one.path].matrices(one.view, one.dtype)))
+        observed.append(jnp.ones(one.view.matrices, jnp.int32))
 
     solved = []
     deficient = stack.first.adaptive is not None
@@ -252,29 +244,13 @@ def _solve(
         run = functools.partial(_solve_one, asked, deficient)
         held = jax.tree.map(lambda x, rows=rows: _take(x, rows), (basis, past))
         found = stacks.one_by_one(run, *held, statistic, seen)
-        if is_instant(statistic):
+        if statistic.instant:
             first = turn.first
             found = found._replace(
                 something=found.something & first, good=found.good & first
             )
         solved.append(found)
     return _joined(groups, solved)
-
-
-def _as_matrices(statistic: Any, one: Kernel) -> Any:
-    """Arrays ``(count, ...)``: sketches come in kernel form."""
-    view = one.view
-    if isinstance(statistic, Sketch):
-        product, count, trace = (
-            layout.from_kernel_form(jnp.asarray(x).astype(one.dtype), view)
-            for x in (statistic.product, statistic.count, statistic.trace)
-        )
-        return Sketch(product, count[..., 0, 0], trace[..., 0, 0])
-    if isinstance(statistic, Covariance):
-        count = jnp.broadcast_to(jnp.asarray(statistic.count), view.batch_shape)
-        matrix = jnp.reshape(statistic.matrix, (-1, view.size, view.size))
-        return Covariance(matrix, count.reshape(-1))
-    return Activations(jnp.reshape(statistic.values, (view.matrices, -1, view.size)))
 
 
 def _solve_one(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -14,7 +14,7 @@ from dsbp_optax.core import checks, layout, plan, stacks
 from dsbp_optax.core.paths import KnownPaths
 from dsbp_optax.core.plan import Kernel
 from dsbp_optax.core.stacks import Stack
-from dsbp_optax.core.statistics import Activations, Covariance, Sketch
+from dsbp_optax.core.statistics import FORMS, Activations, Sketch
 from dsbp_optax.linalg.eigensolvers import orthonormalize
 from dsbp_optax.linalg.types import Array, PyTree
 
@@ -505,34 +505,22 @@ def check_mapping(statistics: Any, known: KnownPaths) -> None:
 
 def _checked(one: Kernel, given: Any) -> Any:
     """`given` as a statistic that fits the kernel; bare arrays are activations."""
-    whole = isinstance(given, Sketch | Activations | Covariance)
+    whole = isinstance(given, FORMS)
     if not whole and not (hasattr(given, "shape") and hasattr(given, "dtype")):
         raise TypeError(
             f"statistics['{one.path}']: got {type(given).__name__}, expected Sketch, "
             "Activations, Covariance, or an activation matrix (n, d)."
         )
     statistic = given if whole else Activations(given)
-    view, batch = one.view, one.view.batch_shape
-    shapes: dict[str, list[Any]]
-    match statistic:
-        case Sketch():
-            number = [view.form(False, 1)]
-            product = [view.form(True, one.rank)]
-            shapes = {"product": product, "count": number, "trace": number}
-        case Covariance():
-            shapes = {
-                "matrix": [(*batch, view.size, view.size)],
-                "count": [(), batch],
-            }
-        case _:
-            shapes = {"values": [(*batch, None, view.size)]}
-    for field, allowed in shapes.items():
+    for field, allowed in statistic.shapes(one.view, one.rank).items():
         array = getattr(statistic, field)
         _check_array(f"statistics['{one.path}'].{field}", array, allowed)
     return statistic
 
 
-def _check_array(where: str, array: Any, allowed: list[tuple[int | None, ...]]) -> None:
+def _check_array(
+    where: str, array: Any, allowed: Sequence[tuple[int | None, ...]]
+) -> None:
     kind = getattr(array, "dtype", None) or np.result_type(type(array))
     if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
         raise TypeError(f"{where}: got dtype {kind}, expected a real number's.")

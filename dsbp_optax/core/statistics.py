@@ -1,6 +1,10 @@
 """What a layer's activations leave behind, in three forms behind one protocol.
 
-Every form yields the per-sample second moment ``C = A^T A / n`` as an `Operator`.
+Every form yields the per-sample second moment ``C = A^T A / n`` as an `Operator`. It
+says which shapes its fields have in the ``statistics`` mapping (`shapes`), how they are
+those of a kernel's matrices (`matrices`), and whether one observation allows all
+iterations of a refresh at once (`instant`). `FORMS` lists them.
+
 The fields of a sketch and of a second moment are sums over samples, so they add up over
 micro-batches, devices and calls of a shared layer; only ratios by `count` are used.
 """
@@ -8,12 +12,17 @@ micro-batches, devices and calls of a shared layer; only ratios by `count` are u
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from dsbp_optax.core.layout import MatrixView, from_kernel_form
 from dsbp_optax.linalg.types import Array, Operator, Scalar
+
+#: Name of a field -> the shapes that it may have; None for any length.
+Shapes: TypeAlias = Mapping[str, Sequence[tuple[int | None, ...]]]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -35,6 +44,22 @@ class Sketch:
     product: Array
     count: Array
     trace: Array
+
+    instant: ClassVar[bool] = False
+
+    @staticmethod
+    def shapes(view: MatrixView, rank: int) -> Shapes:
+        """Of the fields, in kernel form."""
+        number = [view.form(False, 1)]
+        return {"product": [view.form(True, rank)], "count": number, "trace": number}
+
+    def matrices(self, view: MatrixView, dtype: Any) -> Sketch:
+        """Fields ``(n, ...)``, one entry a matrix of the kernel."""
+        product, count, trace = (
+            from_kernel_form(x, view)
+            for x in _as(dtype, self.product, self.count, self.trace)
+        )
+        return Sketch(product, count[..., 0, 0], trace[..., 0, 0])
 
     def operator(self, basis: Array) -> Operator:
         """The second moment, right on span `basis` ``(d, k)`` only."""
@@ -64,6 +89,17 @@ class Activations:
 
     values: Array
 
+    instant: ClassVar[bool] = True
+
+    @staticmethod
+    def shapes(view: MatrixView, rank: int) -> Shapes:
+        """Of the fields, the axes of the projected side flattened."""
+        return {"values": [(*view.batch_shape, None, view.size)]}
+
+    def matrices(self, view: MatrixView, dtype: Any) -> Activations:
+        """Values ``(n, samples, d)``, one entry a matrix of the kernel."""
+        return Activations(jnp.reshape(self.values, (view.matrices, -1, view.size)))
+
     def operator(self, basis: Array) -> Operator:
         """The second moment ``A^T A / n``; costs two products with ``A`` a use."""
         (a,) = _as(basis.dtype, self.values)
@@ -89,6 +125,20 @@ class Covariance:
     matrix: Array
     count: Scalar = 1.0
 
+    instant: ClassVar[bool] = True
+
+    @staticmethod
+    def shapes(view: MatrixView, rank: int) -> Shapes:
+        """Of the fields, the axes of the projected side flattened."""
+        batch = view.batch_shape
+        return {"matrix": [(*batch, view.size, view.size)], "count": [(), batch]}
+
+    def matrices(self, view: MatrixView, dtype: Any) -> Covariance:
+        """Matrices ``(n, d, d)``, one entry a matrix of the kernel."""
+        count = jnp.broadcast_to(jnp.asarray(self.count), view.batch_shape)
+        matrix = jnp.reshape(self.matrix, (-1, view.size, view.size))
+        return Covariance(matrix, count.reshape(-1))
+
     def operator(self, basis: Array) -> Operator:
         """The second moment ``matrix / count``."""
         matrix, count = _as(basis.dtype, self.matrix, self.count)
@@ -98,6 +148,10 @@ class Covariance:
             return jnp.matmul(matrix, v, precision=_HIGHEST) / n
 
         return Operator(matmul, jnp.trace(matrix) / n, count, exact=True)
+
+
+#: What ``statistics=`` may hold.
+FORMS = (Sketch, Activations, Covariance)
 
 
 def gradient_sketch(gradient: Array, basis: Array) -> Sketch:

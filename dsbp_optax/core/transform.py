@@ -290,7 +290,7 @@ def _refreshed(
     if not bases:
         return before, dict(held.inner), dict(given)
     owners = [one.path for stack in bases for one in stack.kernels]
-    instant = all(refresh.is_instant(told.get(path)) for path in owners)
+    instant = all(path in told and told[path].instant for path in owners)
     turn = refresh.turn_of(asked, held.interval, held.step, instant)
 
     def now(operands: Any) -> Any:

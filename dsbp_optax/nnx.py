@@ -395,8 +395,8 @@ def find_shared_inputs(
       **kwargs: passed to the loss.
 
     Returns:
-      ``inspect(...).shared``: groups of parameter paths, for ``share=`` of an
-      optimizer. Errors and cost are those of `inspect`.
+      ``inspect(...).shared``: groups of parameter paths, for ``share=`` of a
+      `dsbp_optax.Basis`. Errors and cost are those of `inspect`.
 
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
@@ -434,8 +434,8 @@ def inspect(
       **kwargs: passed to the loss.
 
     Returns:
-      `dsbp_optax.capture.Inspection`, for ``axes=`` of an optimizer, which prints as a
-      table; its ``shared`` is for ``share=``.
+      `dsbp_optax.capture.Inspection`, for ``axes=`` of a `dsbp_optax.Basis`; prints
+      as a table; its ``shared`` is for ``share=``.
 
     Raises:
       TypeError: for `rules` that are none.

@@ -35,8 +35,8 @@ NOT_LINEAR = "its layer does not act on its input through it as the rule says"
 class Inspection(NamedTuple):
     """What `inspect` of an adapter found out about the kernels of a model.
 
-    Handed to an optimizer as ``axes=inspection``, and ``share=inspection.shared``;
-    prints as a table.
+    Handed to an optimizer as ``basis=Basis(axes=it, share=it.shared)``; prints
+    as a table.
 
     Attributes:
       axes: (path, `Axes`) of each kernel whose axes the loss tells.

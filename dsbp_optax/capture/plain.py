@@ -127,7 +127,7 @@ def inspect(
       **kwargs: passed to the loss.
 
     Returns:
-      `Inspection`, for ``axes=`` of an optimizer.
+      `Inspection`, for ``axes=`` of a `dsbp_optax.Basis`.
 
     Cost: one abstract trace of the loss; nothing is computed.
 

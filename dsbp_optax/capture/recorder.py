@@ -335,8 +335,9 @@ def _tell(
         said.append(
             f"kernels read otherwise than their layers use them: {'; '.join(each)}. "
             "They have no statistic, their bases come from gradients, and their "
-            f"updates another size. Remedy: axes={{{', '.join(entries)}}} in the "
-            "optimizer, or axes= what inspect of the adapter gives; and init again."
+            "updates another size. Remedy: in the optimizer basis=dsbp_optax.Basis("
+            f"axes={{{', '.join(entries)}}}), or axes= what inspect of the adapter "
+            "gives; and init again."
         )
     if reasons:
         each = [f"'{path}': {why}" for path, why in reasons.items()]

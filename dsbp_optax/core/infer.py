@@ -184,7 +184,7 @@ def tell_guesses(guesses: Mapping[str, tuple[MatrixView, Axes]]) -> str:
         f"the axes of kernels were guessed: {'; '.join(each)}. If that is wrong, their "
         "updates have another size and their bases another meaning. Remedy: say which "
         "axes face the layer's input and which its output; if this is right, "
-        f"axes={{{', '.join(entries)}}}."
+        f"basis=dsbp_optax.Basis(axes={{{', '.join(entries)}}})."
     )
 
 

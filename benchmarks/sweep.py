@@ -210,7 +210,7 @@ def group_of(
 
     def common(opt_state: Any) -> Any:
         return jax.tree.map(
-            lambda axis, leaf: leaf if axis == 0 else leaf.max(0),
+            lambda axis, leaf: leaf if axis == 0 or leaf is None else leaf.max(0),
             axes,
             opt_state,
             is_leaf=lambda axis: axis is None,

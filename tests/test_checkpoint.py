@@ -49,7 +49,7 @@ def test_a_state_goes_on_with_the_rank_it_was_made_with() -> None:
 
 def test_a_kernel_that_the_other_optimizer_would_not_project_is_named() -> None:
     make = functools.partial(dsbp_optax.subspace_muon, 0.1, residual="int6")
-    old, new = (make(rank=rank) for rank in ({"first*": 2, "*": 6}, 2))
+    old, new = (make(rank=rank) for rank in ({"first*": 2, "*": 8}, 2))
     params = make_params()
     state = jax.eval_shape(old.init, params)
     said = r"'second/kernel' of.* no basis, .*expected.* rank 2, .*Remedy: .*the rank"

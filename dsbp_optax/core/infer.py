@@ -196,8 +196,3 @@ def _axes(ndim: int, batch: int, outputs: int) -> Axes:
 def _splits(ndim: int) -> list[tuple[int, int]]:
     """(stacking axes, output axes) that leave at least one input axis."""
     return [(b, o) for b in range(ndim - 1) for o in range(1, ndim - b)]
-
-
-def plain_view(path: str, shape: Shape) -> MatrixView:
-    """The view of an array of two axes or more that nothing else is known of."""
-    return layout.matrix_view(shape, infer_axes(path, shape, None).axes, "input")

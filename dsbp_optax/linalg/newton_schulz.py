@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from dsbp_optax.linalg.types import Array, compute_dtype
@@ -27,7 +28,10 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
     a, b, c = _QUINTIC
-    for _ in range(steps):
+
+    def step(_: int, x: Array) -> Array:
         gram = jnp.einsum("...ij,...kj->...ik", x, x)
-        x = a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)
+        return a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)
+
+    x = jax.lax.fori_loop(0, steps, step, x)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(matrix.dtype)

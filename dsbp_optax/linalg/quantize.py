@@ -6,7 +6,6 @@ scales are kept in bfloat16, whose rounding is far below a level's width.
 `benchmarks/FINDINGS.md` tells what other scales gave.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -103,28 +102,31 @@ def _planes(bits: int) -> list[tuple[int, int]]:
 
 def _pack(index: Array, bits: int) -> Array:
     """``(*batch, a, b)`` codes below ``2^bits`` in bytes, plane by plane."""
+    *batch, a, b = index.shape
     packed = []
     for width, lowest in _planes(bits):
         plane = (index >> lowest) & jnp.uint8(2**width - 1)
-        count = 8 // width
-        rows = -(-index.shape[-2] // count)
-        padding = [(0, 0)] * index.ndim
-        padding[-2] = (0, rows * count - index.shape[-2])
-        blocks = jnp.split(jnp.pad(plane, padding), count, axis=-2)
-        shifted = [block << (width * i) for i, block in enumerate(blocks)]
-        packed.append(functools.reduce(jnp.bitwise_or, shifted))
+        rows, places = -(-a // (8 // width)), _places(width)
+        padding = [*[(0, 0)] * len(batch), (0, rows * len(places) - a), (0, 0)]
+        blocks = jnp.pad(plane, padding).reshape(*batch, len(places), rows, b)
+        packed.append(jnp.sum(blocks << places, axis=-3, dtype=jnp.uint8))
     return jnp.concatenate(packed, axis=-2)
 
 
 def _unpack(codes: Array, rows: int, bits: int) -> Array:
     """The inverse of `_pack` for a matrix of so many rows."""
+    *batch, _, b = codes.shape
     index, start = jnp.zeros((), jnp.uint8), 0
     for width, lowest in _planes(bits):
-        count = 8 // width
-        stop = start - (-rows // count)
-        plane = codes[..., start:stop, :]
-        mask = jnp.uint8(2**width - 1)
-        parts = [(plane >> (width * i)) & mask for i in range(count)]
-        index = index | (jnp.concatenate(parts, axis=-2)[..., :rows, :] << lowest)
+        places = _places(width)
+        stop = start - (-rows // len(places))
+        plane = codes[..., None, start:stop, :] >> places
+        plane = (plane & jnp.uint8(2**width - 1)).reshape(*batch, -1, b)
+        index = index | (plane[..., :rows, :] << lowest)
         start = stop
     return index
+
+
+def _places(width: int) -> Array:
+    """``(8 / width, 1, 1)``: the lowest bit of each block in a byte."""
+    return jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]

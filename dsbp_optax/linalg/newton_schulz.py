@@ -27,11 +27,11 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
     x = jnp.swapaxes(x, -1, -2) if tall else x
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
-    a, b, c = _QUINTIC
-
-    def step(_: int, x: Array) -> Array:
-        gram = jnp.einsum("...ij,...kj->...ik", x, x)
-        return a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)
-
-    x = jax.lax.fori_loop(0, steps, step, x)
+    x = jax.lax.fori_loop(0, steps, _step, x)
     return (jnp.swapaxes(x, -1, -2) if tall else x).astype(matrix.dtype)
+
+
+def _step(_: int, x: Array) -> Array:
+    a, b, c = _QUINTIC
+    gram = jnp.einsum("...ij,...kj->...ik", x, x)
+    return a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)

@@ -1,0 +1,123 @@
+"""Faults that were found in 0.2, each of which its test here showed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dsbp_optax
+from dsbp_optax import Activations, Basis, Sketch
+
+PARAMS = {"kernel": jnp.ones((32, 24))}
+
+
+def draw(*shape: int, seed: int = 0) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def layer(opt_state: Any) -> Any:
+    return dsbp_optax.by_path(opt_state)["kernel"]
+
+
+def test_a_dtype_of_the_inner_optimizer_is_not_rounded_before_ours() -> None:
+    """To nearest, a slow moment in bfloat16 stood still at a quarter of its size."""
+    gradient = {"kernel": draw(32, 24)}
+    tx = dsbp_optax.scale_by_spectral_projection(
+        optax.scale_by_adam(b1=0.999), rank=4, moment_dtype="bfloat16"
+    )
+    state = tx.init(PARAMS)
+    update = jax.jit(lambda s: tx.update(gradient, s, statistics={})[1])
+    state = jax.lax.fori_loop(0, 3000, lambda _, s: update(s), state)
+    mu = layer(state).inner[0].mu
+    inside = layer(state).basis.T.astype(jnp.float32) @ gradient["kernel"]
+    share = float(jnp.linalg.norm(mu.astype(jnp.float32)) / jnp.linalg.norm(inside))
+    assert abs(share - (1 - 0.999**3000)) < 0.03
+    with pytest.raises(ValueError, match="mu_dtype"):
+        dsbp_optax.scale_by_spectral_projection(
+            optax.scale_by_adam(mu_dtype=jnp.bfloat16), moment_dtype="bfloat16"
+        ).init(PARAMS)
+
+
+def test_refreshes_that_are_refused_leave_moments_alone() -> None:
+    """They were multiplied by V^T V of a rounded basis, each time."""
+    tx = dsbp_optax.dsbp_sgd(1.0, momentum=0.0, whitening=0.0, rank=4, update_every=1)
+    gradient = {"kernel": draw(32, 24)}
+    state = tx.init(PARAMS)
+    good = {"kernel": Activations(draw(64, 32, seed=1))}
+    _, state = tx.update(gradient, state, PARAMS, statistics=good)
+    before = layer(state)
+    nothing = {"kernel": Activations(jnp.zeros((64, 32)))}
+    frozen = jax.tree.map(jnp.zeros_like, gradient)
+
+    @jax.jit
+    def refuse(state: Any) -> Any:
+        kept = state[0].inner
+        _, after = tx.update(frozen, state, PARAMS, statistics=nothing)
+        return after, kept
+
+    for _ in range(3):
+        state, _ = refuse(state)
+    after = layer(state)
+    assert int(after.spectrum.failures) == 3
+    np.testing.assert_array_equal(after.basis, before.basis)
+
+
+def test_an_eager_update_does_not_compile_anew_at_each_call() -> None:
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend" in event else None
+    )
+    tx = optax.inject_hyperparams(dsbp_optax.dsbp_muon)(learning_rate=0.02)
+    gradient, state = {"kernel": draw(32, 24)}, None
+    state = tx.init(PARAMS)
+    for number in range(30):
+        if number == 25:  # Refreshes begin again every 20 steps.
+            compiled.clear()
+        _, state = tx.update(gradient, state, PARAMS, statistics={})
+    assert compiled == []
+
+
+def test_a_place_for_statistics_that_stays_empty_is_filled_by_the_gradient() -> None:
+    tx = dsbp_optax.dsbp_adamw(
+        1e-3, rank=4, update_every=1, basis=Basis(statistics_in_state=True)
+    )
+    state = tx.init(PARAMS)
+    before = layer(state).basis
+    _, state = tx.update({"kernel": draw(32, 24)}, state, PARAMS)
+    after = layer(state)
+    assert int(after.spectrum.iterations) == 1 and not int(after.spectrum.activations)
+    assert float(jnp.max(jnp.abs(after.basis - before))) > 1e-2
+
+
+def test_decay_is_that_of_a_window_in_every_form() -> None:
+    """Sketches of a window of q steps forgot q times what a whole matrix forgets."""
+    windows = [draw(256, 32, seed=s) * scale for s, scale in ((1, 1.0), (2, 3.0))]
+    traces = {}
+    for form in (Activations, Sketch):
+        tx = dsbp_optax.scale_by_spectral_projection(
+            rank=4, update_every=4, basis=Basis(power_iterations=3, decay=0.8)
+        )
+        state = tx.init(PARAMS)
+        for number in range(8):
+            a = windows[number // 4]
+            given = Activations(a)
+            if form is Sketch:
+                v = layer(state).basis
+                total = jnp.sum(a * a).reshape(1, 1)
+                given = Sketch(
+                    (a.T @ (a @ v))[:, None], jnp.full((1, 1, 1), 256.0), total[None]
+                )
+            _, state = tx.update(
+                {"kernel": draw(32, 24)}, state, statistics={"kernel": given}
+            )
+        traces[form] = float(layer(state).spectrum.trace)
+    np.testing.assert_allclose(traces[Sketch], traces[Activations], rtol=1e-5)
+
+
+def test_a_key_with_a_slash_and_a_nest_are_two_parameters_or_an_error() -> None:
+    params = {"a/b": jnp.ones((8, 8)), "a": {"b": jnp.ones((8, 8))}}
+    with pytest.raises(ValueError, match="a/b"):
+        dsbp_optax.dsbp_muon(0.02).init(params)

@@ -14,7 +14,6 @@ from dsbp_optax.core import checks, paths, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis, Choices
 from dsbp_optax.core.schedule import Every, Rank, RankFraction
-from dsbp_optax.core.state import find_states
 from dsbp_optax.core.transform import Rule, transformation
 from dsbp_optax.linalg import quantize
 from dsbp_optax.linalg.types import PyTree, Scalar, is_zero
@@ -573,8 +572,7 @@ def _finished(
         if limit is not None:
             updates, held = limit.update(updates, held)
         updates, new = tx.update(updates, tuple(chained), params, **extra)
-        before, after = (find_states(s[0])[0] for s in (state, new))
-        taken = after.skipped == before.skipped
+        taken = new[0].skipped == state[0].skipped
         updates = jax.tree.map(
             lambda u: jnp.where(taken, u, 0).astype(u.dtype), updates
         )

@@ -121,3 +121,84 @@ def test_a_key_with_a_slash_and_a_nest_are_two_parameters_or_an_error() -> None:
     params = {"a/b": jnp.ones((8, 8)), "a": {"b": jnp.ones((8, 8))}}
     with pytest.raises(ValueError, match="a/b"):
         dsbp_optax.dsbp_muon(0.02).init(params)
+
+
+def test_a_skipped_step_decays_nothing_whatever_the_fallback_is() -> None:
+    tx = dsbp_optax.dsbp_muon(
+        0.1, weight_decay=0.1, fallback=dsbp_optax.scale_by_quantized_adam()
+    )
+    params = {"a": PARAMS, "embed": jnp.ones((32, 16))}
+    broken = jax.tree.map(lambda x: x * jnp.nan, params)
+    updates, _ = tx.update(broken, tx.init(params), params, statistics={})
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+
+
+def test_layers_that_were_carried_over_are_refreshed_again() -> None:
+    tx = dsbp_optax.dsbp_muon(0.1, rank=4, update_every=2)
+    gradient, old = {"kernel": draw(32, 24)}, tx.init(PARAMS)
+    seen = {"kernel": Activations(draw(64, 32, seed=1))}
+    for _ in range(9):
+        _, old = tx.update(gradient, old, PARAMS, statistics=seen)
+    new = dsbp_optax.with_layers(tx.init(PARAMS), dsbp_optax.by_path(old))
+    np.testing.assert_array_equal(layer(new).basis, layer(old).basis)
+    for _ in range(3):
+        _, new = tx.update(gradient, new, PARAMS, statistics={})
+    assert int(layer(new).spectrum.refreshed) == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dsbp_optax.dsbp_muon(0.1, rank=4, basis=Basis(side="output")),
+        lambda: dsbp_optax.dsbp_muon(0.1, rank=dsbp_optax.AutoRank(most=4)),
+        lambda: dsbp_optax.dsbp_muon(0.1, rank=4, moment_dtype="float32"),
+    ],
+)
+def test_layers_of_another_optimizer_are_refused(make: Any) -> None:
+    params = {"kernel": jnp.ones((32, 32))}
+    layers = dsbp_optax.by_path(dsbp_optax.dsbp_muon(0.1, rank=4).init(params))
+    with pytest.raises(ValueError, match=r"with_layers: 'kernel': got .*Remedy"):
+        dsbp_optax.with_layers(make().init(params), layers)
+
+
+def test_a_metric_refuses_an_inner_optimizer_that_descends() -> None:
+    with pytest.raises(ValueError, match="inner: its update points downhill"):
+        dsbp_optax.scale_by_activation_metric(inner=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        {"a": 8, "*": dsbp_optax.AutoRank(most=8)},
+        {
+            "a": dsbp_optax.AutoRank(most=8, least=2),
+            "*": dsbp_optax.AutoRank(most=8, least=4),
+        },
+    ],
+)
+@pytest.mark.parametrize("share", [(), (("a", "b"),)])
+def test_kernels_alike_may_have_other_rules_of_rank(rank: Any, share: Any) -> None:
+    params = {name: draw(64, 64) for name in "abc"}
+    tx = dsbp_optax.dsbp_sgd(0.1, rank=rank, basis=Basis(share=share))
+    seen = {name: Activations(draw(64, 64, seed=1)) for name in params}
+    updates, _ = tx.update(params, tx.init(params), params, statistics=seen)
+    assert all(jnp.isfinite(u).all() for u in updates.values())
+
+
+def test_a_state_with_an_adaptive_interval_can_be_donated() -> None:
+    tx = dsbp_optax.dsbp_muon(0.1, rank=4, update_every="auto")
+    state, params = tx.init(PARAMS), {"kernel": draw(32, 24)}
+    update = jax.jit(tx.update, donate_argnums=1)
+    for _ in range(2):
+        _, state = update(params, state, params, statistics={})
+
+
+def test_a_state_of_numpy_arrays_is_one() -> None:
+    params = {"a": draw(64, 32), "b": draw(64, 64)}
+    tx = dsbp_optax.dsbp_muon(0.1, rank=4)
+    state = tx.init(params)
+    (one, _), (two, _) = (
+        tx.update(params, s, params, statistics={})
+        for s in (state, jax.device_get(state))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, two)

@@ -278,9 +278,10 @@ def test_quantisation_error_is_that_of_the_best_uniform_levels(
     x = draw(rows, 64, seed=9)
     held = quantize.quantize(x, bits)
     got = float(jnp.sum((quantize.dequantize(held, bits) - x) ** 2) / jnp.sum(x * x))
-    assert held.codes.dtype == jnp.uint8
-    assert held.codes.shape[0] in range(rows * bits // 8, rows * bits // 8 + 3)
-    assert held.codes.shape == quantize.empty(x, bits).codes.shape
+    chex.assert_trees_all_equal_shapes_and_dtypes(held, quantize.empty(x, bits))
+    assert {plane.dtype for plane in held.codes} == {jnp.dtype(jnp.uint8)}
+    stored = sum(len(plane) for plane in held.codes)
+    assert stored in range(rows * bits // 8, rows * bits // 8 + 4)
     assert got < 1.15 * error
     assert got > 0.8 * error, "a smaller error is not possible: the test is wrong"
 
@@ -291,7 +292,7 @@ def test_quantised_zeros_stay_zero_and_scale_carries() -> None:
     assert not quantize.dequantize(quantize.empty(x, 4), 4).any()
     y = draw(64, 3)
     one, big = (quantize.quantize(c * y, 4) for c in (1, 2**20))
-    np.testing.assert_array_equal(one.codes, big.codes)
+    chex.assert_trees_all_equal(one.codes, big.codes)
     np.testing.assert_allclose(2**20 * one.rows, big.rows, rtol=1e-5)
     np.testing.assert_allclose(one.scale, big.scale, rtol=1e-5)
     stacked = quantize.quantize(jnp.stack([y, 2 * y]), 2)

@@ -425,13 +425,14 @@ def _worthwhile(
     reason = _pointless(group, asked, memory) if asked.when == "auto" else None
     if reason is not None:
         return {one.path: Decision(False, reason, one.kernel(0)) for one in group}
-    rank, view = first.rank, first.view
+    rank, view, owner = first.rank, first.view, first.kernel(first.rank)
     up_to = "up to " if schedule.auto_rank(first.asked) else ""
     text = f"{first.side} side, rank {up_to}{rank} of {view.size}{_stacked(view)}"
-    decisions = {first.path: Decision(True, text, first.kernel(rank))}
+    decisions = {first.path: Decision(True, text, owner)}
     for one in others:
         text = f"shares the basis of '{first.path}', rank {rank} of {view.size}"
-        decisions[one.path] = Decision(True, text, one.kernel(rank, first.path))
+        kernel = one.kernel(rank, first.path)._replace(adaptive=owner.adaptive)
+        decisions[one.path] = Decision(True, text, kernel)
     return decisions
 
 

@@ -169,11 +169,13 @@ def _take(x: Array, rows: np.ndarray) -> Array:
 
 
 def _put(x: Array, rows: np.ndarray, new: Array) -> Array:
-    return new if np.array_equal(rows, np.arange(len(x))) else x.at[rows].set(new)
+    whole = np.array_equal(rows, np.arange(len(x)))
+    return new if whole else jnp.asarray(x).at[rows].set(new)
 
 
 def _add(x: Array, rows: np.ndarray, new: Array) -> Array:
-    return x + new if np.array_equal(rows, np.arange(len(x))) else x.at[rows].add(new)
+    whole = np.array_equal(rows, np.arange(len(x)))
+    return x + new if whole else jnp.asarray(x).at[rows].add(new)
 
 
 def _energy(basis: Array, gradient: Array) -> Array:
@@ -397,7 +399,9 @@ def init_interval(asked: Choices, basis: Mapping[str, Array]) -> Any:
         length=jnp.asarray(asked.every.shortest, jnp.int32),
         drift=jnp.zeros([]),
         jitter=jnp.zeros([]),
-        reference={name: v.astype(jnp.bfloat16) for name, v in basis.items()},
+        reference={  # Copies: of bases in bfloat16 too, whose buffers are donated.
+            name: jnp.array(v, jnp.bfloat16, copy=True) for name, v in basis.items()
+        },
     )
 
 

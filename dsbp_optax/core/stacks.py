@@ -10,6 +10,7 @@ path of its first kernel.
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -60,7 +61,9 @@ class Stack(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def of_kernels(kernels: tuple[Kernel, ...]) -> tuple[Stack, ...]:
     """The stacks of all kernels, with a basis or without."""
-    return _grouped(kernels, lambda one: (one.view, one.side, one.rank, one.dtype))
+    return _grouped(
+        kernels, lambda one: (one.view, one.side, one.rank, one.dtype, one.adaptive)
+    )
 
 
 @functools.lru_cache(maxsize=512)
@@ -132,7 +135,7 @@ def put_part(tree: T, new: T, some: Stack, all_stacks: tuple[Stack, ...]) -> T:
     rows = _rows_of(some, all_stacks)
     if rows is None:
         return new
-    put: T = jax.tree.map(lambda x, y: x.at[rows].set(y), tree, new)
+    put: T = jax.tree.map(lambda x, y: jnp.asarray(x).at[rows].set(y), tree, new)
     return put
 
 
@@ -152,39 +155,45 @@ def scatter(matrices: Array, stack: Stack) -> dict[str, Array]:
 
 
 def each(
-    function: Callable[[Any, Any], Any], changed: PyTree, fixed: PyTree, numbers: int
+    function: Callable[[Any, Any], Any], changed: PyTree, fixed: PyTree, stack: Stack
 ) -> PyTree:
     """`function` of every matrix: ``(changed, fixed) -> changed``.
 
     Small matrices are worked on together. Large ones in a loop over a few at a time,
     which writes each result where its argument lay: the temporaries are those of one
-    launch.
+    launch. The few lie as far apart as they can: a stacking axis that is split over
+    devices stays where it is.
 
     Args:
       function: of the parts of one matrix; keeps the shapes and dtypes of `changed`.
       changed: tree of arrays ``(n, ...)``.
       fixed: another.
-      numbers: of one matrix.
+      stack: the matrices.
     """
-    count = len(jax.tree.leaves(changed)[0])
+    view, count = stack.first.view, stack.matrices
     together = jax.vmap(function)
-    fit = [n for n in range(1, count + 1) if count % n == 0 and n * numbers <= _AT_ONCE]
-    size = max(fit, default=1)
-    if size == count or not is_traced((changed, fixed)):
+    least = math.gcd(count, jax.device_count()) if view.batch else 1
+    most = least * max(1, _AT_ONCE // (view.size * view.other * least))
+    size = max(n for n in range(least, most + 1, least) if count % n == 0)
+    if size >= count or not is_traced((changed, fixed)):
         return together(changed, fixed)
 
-    def cut(x: Array, i: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * size, size)
+    def cut(x: Array, i: Array) -> Any:
+        return jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
 
     def body(i: Array, changed: PyTree) -> PyTree:
-        parts = [jax.tree.map(lambda x: cut(x, i), tree) for tree in (changed, fixed)]
+        parts = [jax.tree.map(lambda x: cut(x, i), tree) for tree in (changed, apart)]
         return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0),
+            lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1),
             changed,
             together(*parts),
         )
 
-    return jax.lax.fori_loop(0, count // size, body, changed)
+    changed, apart = jax.tree.map(
+        lambda x: jnp.reshape(x, (size, count // size, *x.shape[1:])), (changed, fixed)
+    )
+    changed = jax.lax.fori_loop(0, count // size, body, changed)
+    return jax.tree.map(lambda x: jnp.reshape(x, (count, *x.shape[2:])), changed)
 
 
 def one_by_one(function: Callable[..., T], *trees: PyTree) -> T:

@@ -231,7 +231,8 @@ def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
       A state of the structure of `opt_state`.
 
     Raises:
-      ValueError: where the shapes of a kernel's arrays are not those of `opt_state`.
+      ValueError: where a kernel is read otherwise, or the shapes of its arrays are not
+        those of `opt_state`.
 
     Example:
       >>> import jax.numpy as jnp, dsbp_optax
@@ -243,16 +244,27 @@ def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
 
     def put(path: str, whole: Any, part: Any, rows: slice) -> Any:
         def one(x: Any, y: Any) -> Any:
-            flat = jnp.reshape(y, (-1, *x.shape[1:])) if y.size else y
+            flat = jnp.reshape(y, (-1, *x.shape[1:])) if jnp.size(y) else jnp.asarray(y)
             if flat.shape != x[rows].shape:
                 raise ValueError(
                     f"with_layers: '{path}': got an array of shape {jnp.shape(y)}, "
-                    f"expected one of {x[rows].shape}. Remedy: layers of the same "
-                    "shapes, rank and bits."
+                    f"expected one of {x[rows].shape}. {_ALIKE}"
                 )
             return jnp.asarray(x).at[rows].set(flat.astype(x.dtype))
 
+        got, expected = (str(jax.tree.structure(x)) for x in (part, whole))
+        if got != expected:
+            raise ValueError(
+                f"with_layers: '{path}': got {got}, expected {expected}. {_ALIKE}"
+            )
         return jax.tree.map(one, whole, part)
+
+    def check(layer: Layer, one: Kernel) -> None:
+        got, expected = (k._replace(path="", owner="") for k in (layer.kernel, one))
+        if got != expected:
+            raise ValueError(
+                f"with_layers: '{one.path}': got {got}, expected {expected}. {_ALIKE}"
+            )
 
     def visit(state: SpectralState) -> SpectralState:
         suffix = "#moments" if state.kind == "moments" else state.suffix
@@ -261,6 +273,7 @@ def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
         for one in state.kernels:
             if (layer := layers.get(one.path + suffix)) is None:
                 continue
+            check(layer, one)
             for stack in state.stacks:
                 if one in stack.kernels and stack.name in inner:
                     rows = stack.rows(one.path)
@@ -271,10 +284,16 @@ def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
                 if one in stack.kernels:
                     rows, name = stack.rows(one.path), stack.name
                     basis[name] = put(one.path, basis[name], layer.basis, rows)
-                    spectrum[name] = put(one.path, spectrum[name], layer.spectrum, rows)
+                    # Steps of this state: what lies ahead of it has not happened.
+                    done = jnp.minimum(layer.spectrum.refreshed, state.step - 1)
+                    told = layer.spectrum._replace(refreshed=done)
+                    spectrum[name] = put(one.path, spectrum[name], told, rows)
         return state._replace(basis=basis, spectrum=spectrum, inner=inner)
 
     return map_states(visit, opt_state)
+
+
+_ALIKE = "Remedy: layers of the same shapes, axes, side, rank, inner and bits."
 
 
 def find_states(opt_state: PyTree) -> list[SpectralState]:

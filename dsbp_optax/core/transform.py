@@ -345,7 +345,11 @@ def _changed(
             basis = basis * refresh.in_use(spectrum.rank, first.rank)[:, None, :]
         known |= {"basis": basis, "eigenvalues": spectrum.eigenvalues}
         known |= {name: getattr(spectrum, name) for name in _OF_SPECTRUM}
-    seeds = [plan.seed(one.path) + i for one in stack.kernels for i in range(_per(one))]
+    seeds = [
+        (plan.seed(one.path) + i) % 2**32
+        for one in stack.kernels
+        for i in range(one.view.matrices)
+    ]
     known |= {"coordinates": given, "kernel": weights}
     known["seed"] = jnp.asarray(seeds, jnp.uint32)
     arrays = {name: x for name, x in known.items() if x is not None}
@@ -363,16 +367,12 @@ def _changed(
 
     if whole is None:
         whole = jnp.zeros(shape, first.dtype)
-    changed = stacks.each(one, (whole, inner), arrays, shape[1] * shape[2])
+    changed = stacks.each(one, (whole, inner), arrays, stack)
     update, inner = changed
     return update, inner
 
 
 _OF_SPECTRUM = ("trace", "activations", "iterations")
-
-
-def _per(one: Kernel) -> int:
-    return one.view.matrices
 
 
 def _gathered(

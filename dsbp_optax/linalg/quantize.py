@@ -30,14 +30,15 @@ class Quantized(NamedTuple):
     """A matrix in a few bits a number; how many, those who read it must know.
 
     Attributes:
-      codes: ``(*batch, about a bits / 8, b)`` uint8; bits that do not divide a byte
-        lie in planes of 4, 2 and 1, and a byte holds its rows from as many blocks.
+      codes: uint8, a plane ``(*batch, a w / 8, b)`` for each w of 8, 4, 2 and 1 that
+        the bits are a sum of; a byte holds neighbouring rows, so that rows which are
+        split over devices stay where they are.
       scale: ``(*batch, 1, b)`` bfloat16, what a unit of the levels stands for in a
         column.
       rows: ``(*batch, a, 1)`` bfloat16, RMS of each row.
     """
 
-    codes: Array
+    codes: tuple[Array, ...]
     scale: Array
     rows: Array
 
@@ -100,7 +101,7 @@ def _planes(bits: int) -> list[tuple[int, int]]:
     return found
 
 
-def _pack(index: Array, bits: int) -> Array:
+def _pack(index: Array, bits: int) -> tuple[Array, ...]:
     """``(*batch, a, b)`` codes below ``2^bits`` in bytes, plane by plane."""
     *batch, a, b = index.shape
     packed = []
@@ -108,25 +109,21 @@ def _pack(index: Array, bits: int) -> Array:
         plane = (index >> lowest) & jnp.uint8(2**width - 1)
         rows, places = -(-a // (8 // width)), _places(width)
         padding = [*[(0, 0)] * len(batch), (0, rows * len(places) - a), (0, 0)]
-        blocks = jnp.pad(plane, padding).reshape(*batch, len(places), rows, b)
-        packed.append(jnp.sum(blocks << places, axis=-3, dtype=jnp.uint8))
-    return jnp.concatenate(packed, axis=-2)
+        blocks = jnp.pad(plane, padding).reshape(*batch, rows, len(places), b)
+        packed.append(jnp.sum(blocks << places, axis=-2, dtype=jnp.uint8))
+    return tuple(packed)
 
 
-def _unpack(codes: Array, rows: int, bits: int) -> Array:
+def _unpack(codes: tuple[Array, ...], rows: int, bits: int) -> Array:
     """The inverse of `_pack` for a matrix of so many rows."""
-    *batch, _, b = codes.shape
-    index, start = jnp.zeros((), jnp.uint8), 0
-    for width, lowest in _planes(bits):
-        places = _places(width)
-        stop = start - (-rows // len(places))
-        plane = codes[..., None, start:stop, :] >> places
-        plane = (plane & jnp.uint8(2**width - 1)).reshape(*batch, -1, b)
-        index = index | (plane[..., :rows, :] << lowest)
-        start = stop
+    index = jnp.zeros((), jnp.uint8)
+    for plane, (width, lowest) in zip(codes, _planes(bits), strict=True):
+        *batch, _, b = plane.shape
+        parts = (plane[..., None, :] >> _places(width)) & jnp.uint8(2**width - 1)
+        index = index | (parts.reshape(*batch, -1, b)[..., :rows, :] << lowest)
     return index
 
 
 def _places(width: int) -> Array:
-    """``(8 / width, 1, 1)``: the lowest bit of each block in a byte."""
-    return jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]
+    """``(8 / width, 1)``: the lowest bit of each of the rows in a byte."""
+    return jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]

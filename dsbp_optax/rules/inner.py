@@ -42,7 +42,7 @@ def check_inner(inner: optax.GradientTransformation) -> None:
         if "params" not in str(error) and "NoneType" not in str(error):
             raise
         raise ValueError(
-            "inner: needs the parameters, which have no coordinates in the subspace "
+            "inner: needs the parameters, which have no place beside a basis "
             f"({str(error).splitlines()[0]}). Remedy: keep weight decay and trust "
             "ratios outside, e.g. optax.chain(scale_by_spectral_projection(inner="
             "optax.scale_by_adam()), optax.add_decayed_weights(1e-4), "
@@ -51,8 +51,8 @@ def check_inner(inner: optax.GradientTransformation) -> None:
     if downhill:
         raise ValueError(
             "inner: its update points downhill already (it contains a learning "
-            "rate), so the projected part would descend and the rest ascend. Remedy: "
-            "pass a scale_by_* transformation and put the learning rate after: "
+            "rate), which a learning rate after it would turn round. Remedy: pass a "
+            "scale_by_* transformation and put the learning rate after: "
             "optax.chain(scale_by_spectral_projection(inner=optax.scale_by_adam()), "
             "optax.scale_by_learning_rate(lr))."
         )

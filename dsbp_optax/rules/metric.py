@@ -98,9 +98,10 @@ def scale_by_activation_metric(
       ...     optax.scale_by_learning_rate(0.02),
       ... )
     """
-    between = None if inner is None else of_matrix(inner_.as_transformation(inner))
-    rule = metric_rule(direction, exponent, damping, where, between=between)
     rest = inner_.as_transformation(inner)
+    inner_.check_inner(rest)
+    between = None if inner is None else of_matrix(rest)
+    rule = metric_rule(direction, exponent, damping, where, between=between)
     return transformation(
         "metric", rule, rest, metric_choices(rank, update_every, basis)
     )

@@ -223,7 +223,7 @@ def residual_adam(
     Raises:
       ValueError: for other numbers of bits.
 
-    Cost: ``bits d m / 8 + 4 (d + m)`` bytes of state for each kernel; one
+    Cost: ``bits d m / 8 + 6 (d + m)`` bytes of state for each kernel; one
     more lift, ``2 d k m`` FLOPs, and two reductions over the residual.
 
     Reference: the factors are those of Adafactor, arXiv 1804.04235.

@@ -129,7 +129,10 @@ def first_moment(state: PyTree, table: Table = TABLE) -> Any:
             found.append(moment)
         return moment
 
-    map_moments(note, state, table)
+    try:
+        map_moments(note, state, table)
+    except ValueError:  # Of a type that the table does not know.
+        return None
     return found[0] if found else None
 
 

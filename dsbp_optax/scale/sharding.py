@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsbp_optax.core import checks, paths, stacks
@@ -90,7 +91,7 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
             return places
 
         def place(stack: Stack, leaf: Any) -> NamedSharding:
-            votes = (_spec(leaf.shape, one, specs[one.path]) for one in stack.kernels)
+            votes = (_spec(leaf, one, specs[one.path], mesh) for one in stack.kernels)
             ((spec, _),) = Counter(votes).most_common(1)
             return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -111,6 +112,11 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
             reference = each(node.interval.reference, node.bases)
             interval = interval._replace(reference=reference)
         return places._replace(
+            fallback=jax.tree_util.tree_map_with_path(
+                lambda more, part: visit((*keys, *more), part),
+                node.fallback,
+                is_leaf=lambda x: isinstance(x, SpectralState),
+            ),
             basis=each(node.basis, node.bases),
             spectrum=each(node.spectrum, node.bases),
             inner=each(node.inner, stacks.of_kernels(node.kernels)),
@@ -127,12 +133,12 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def _spec(shape: Shape, one: Kernel, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+def _spec(leaf: Any, one: Kernel, spec: tuple[Any, ...], mesh: Any) -> tuple[Any, ...]:
     """Of an array ``(n, ...)`` of a stack: along what is as long as in the kernel.
 
     The state of a rule round another holds axes of length 1 in front of its matrices.
     """
-    view = one.view
+    view, shape = one.view, leaf.shape
     first = _merged(spec, view.batch) if view.batch else None
     ones, rest = tuple(shape[1:-2]), tuple(shape[1:])[-2:]
     if len(rest) != 2 or any(n != 1 for n in ones):
@@ -144,11 +150,9 @@ def _spec(shape: Shape, one: Kernel, spec: tuple[Any, ...]) -> tuple[Any, ...]:
     elif rest == (one.rank, view.other):  # coordinates
         pair = (None, columns)
     else:
-        sides = ((view.size, rows), (view.other, columns))
-        pair = tuple(
-            s if n == length else None
-            for n, (length, s) in zip(rest, sides, strict=True)
-        )
+        packed = leaf.dtype == np.uint8 and rest[0] % _parts(rows, mesh) == 0
+        along = rest[0] == view.size or (packed and view.size % rest[0] == 0)
+        pair = (rows if along else None, columns if rest[1] == view.other else None)
     return (first, *(None for _ in ones), *pair)
 
 
@@ -177,13 +181,21 @@ def _owner(keys: Sequence[Any], known: Mapping[str, Any]) -> str | None:
 def _check_divides(path: str, shape: Shape, spec: tuple[Any, ...], mesh: Any) -> None:
     """Raise for an axis that cannot be split into equal parts."""
     for axis, (length, names) in enumerate(zip(shape, spec, strict=True)):
-        split = () if names is None else names if isinstance(names, tuple) else (names,)
-        parts = math.prod(mesh.shape[name] for name in split)
+        parts = _parts(names, mesh)
         if length % parts:
             whole = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
             raise ValueError(
                 f"state_shardings: got '{path}' of shape {shape} with axis {axis} over "
-                f"{split} of the mesh {dict(mesh.shape)}, expected a length that the "
-                f"{parts} devices divide. Remedy: leave that axis whole, {whole}, or "
-                f"make it {length + -length % parts} long."
+                f"{_names(names)} of the mesh {dict(mesh.shape)}, expected a length that "
+                f"the {parts} devices divide. Remedy: leave that axis whole, {whole}, "
+                f"or make it {length + -length % parts} long."
             )
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    return () if names is None else names if isinstance(names, tuple) else (names,)
+
+
+def _parts(names: Any, mesh: Any) -> int:
+    """Over how many devices an axis of these names is split."""
+    return math.prod(mesh.shape[name] for name in _names(names))

@@ -177,7 +177,8 @@ def _momentum(state: SpectralState) -> dict[str, Array]:
             moment = jax.vmap(transport.first_moment)(moments)
         if moment is None:
             raise ValueError(
-                "subspace_msam: the optimizer in the subspace keeps no momentum. "
+                "subspace_msam: the optimizer in the subspace keeps no momentum that "
+                "is known here. "
                 "Remedy: optax.trace, optax.scale_by_adam or another with a first "
                 "moment as `inner`, or subspace_sam."
             )

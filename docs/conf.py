@@ -14,7 +14,7 @@ import dsbp_optax  # noqa: E402
 
 project = "dsbp_optax"
 author = "The dsbp_optax authors"
-copyright = author
+copyright = author  # noqa: A001
 version = release = dsbp_optax.__version__
 
 extensions = [
@@ -85,6 +85,20 @@ def _process(
     lines[:] = _literal_formulas(lines)
 
 
+#: What links in the repository lead to on the site.
+_PAGES = {
+    "](../benchmarks/RESULTS.md)": "](results.md)",
+    "](FINDINGS.md)": "](findings.md)",
+}
+
+
+def _link_pages(app: Any, where: Any, *rest: Any) -> None:
+    """Links to files that are pages of the site lead to these."""
+    content = rest[-1]
+    for file, page in _PAGES.items():
+        content[0] = content[0].replace(file, page)
+
+
 def _copy_notebooks() -> None:
     """The notebooks beside the pages, with the outputs that they are stored with."""
     target = HERE / "notebooks"
@@ -100,3 +114,5 @@ _copy_notebooks()
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("source-read", _link_pages)
+    app.connect("include-read", _link_pages)

@@ -102,9 +102,9 @@ def metric() -> Figure:
     _arrow(left, (0, 0), 3.2 * strong, PEER, style="--")
     left.text(*(3.2 * strong + [0.1, -0.42]), "strong direction $v_1$", color=PEER)
     _arrow(left, (0, 0), step, INK)
-    left.text(*(step + [0.1, 0.1]), "update D", color=INK)
+    left.text(*(step + 0.1), "update D", color=INK)
     _arrow(left, (0, 0), shortened, OURS)
-    left.text(*(shortened + [-1.3, 0.2]), "S D, its norm kept", color=OURS)
+    left.text(*(shortened + np.array([-1.3, 0.2])), "S D, its norm kept", color=OURS)
     left.set(aspect="equal", xlim=(-3.6, 5.4), ylim=(-1.6, 3.8), xticks=[], yticks=[])
     left.spines[:].set_visible(False)
     left.set_title("S turns the update away from $v_1$", fontsize=11)
@@ -182,8 +182,42 @@ def coordinates() -> Figure:
     return figure
 
 
+def flow() -> Figure:
+    """Who hands what to whom in one step of training."""
+    figure, (axes,) = _figure(9.6, 3.6)
+    boxes = {
+        "batch": (0, 2.6, 1.9, 0.9, PALE, "parameters,\nbatch"),
+        "state": (0, 0.4, 1.9, 0.9, PALE, "optimizer state\nV, λ, moments"),
+        "vg": (3.0, 1.5, 2.1, 0.9, "#f3d3d6", "value_and_grad\nof the adapter"),
+        "refresh": (6.9, 0.4, 1.9, 0.9, "#d6e3ee", "refresh\nV and λ"),
+        "rule": (6.9, 2.6, 1.9, 0.9, "#d6e3ee", "S, Adam or\nMuon, S"),
+        "updates": (10.4, 2.6, 1.4, 0.9, PALE, "updates"),
+    }
+    axes.add_patch(Rectangle((6.4, 0.0), 2.9, 3.9, fill=False, edgecolor=PEER))
+    axes.text(7.85, 4.05, "tx.update", ha="center", color=PEER)
+    for box in boxes.values():
+        _block(axes, *box)
+    for start, end, text, at in (
+        ((1.95, 2.95), (2.95, 2.1), "", (0, 0)),
+        ((1.95, 0.95), (2.95, 1.7), "V", (2.3, 1.42)),
+        ((5.15, 2.1), (6.85, 2.95), "gradient G", (5.0, 2.75)),
+        ((5.15, 1.75), (6.85, 0.95), "statistics\nY = Aᵀ(A V)", (5.0, 0.72)),
+        ((7.85, 1.35), (7.85, 2.55), "V, λ", (7.95, 1.85)),
+        ((8.85, 3.05), (10.35, 3.05), "", (0, 0)),
+    ):
+        _arrow(axes, start, end, INK)
+        axes.text(*at, text, fontsize=9)
+    back = [(7.85, 0.35), (7.85, -0.45), (0.95, -0.45), (0.95, 0.35)]
+    axes.plot(*zip(*back[:3], strict=True), color=INK, linewidth=1.8)
+    _arrow(axes, back[2], back[3], INK)
+    axes.text(3.2, -0.35, "new V, λ and moments", fontsize=9)
+    axes.set(xlim=(-0.1, 11.9), ylim=(-0.6, 4.4))
+    axes.set_axis_off()
+    return figure
+
+
 PICTURES: Mapping[str, Callable[[], Figure]] = {
-    f.__name__: f for f in (gpt, basis, metric, refresh, residual, coordinates)
+    f.__name__: f for f in (gpt, basis, metric, refresh, residual, coordinates, flow)
 }
 
 

@@ -1,9 +1,10 @@
 """The pictures of the site and of the README: `python docs/pictures.py`.
 
-All but the first are drawings: their data are made up here. The first is drawn from the
-records of the scoreboard.
+The first two are drawn from records of the benchmarks. The others are drawings, with
+data that are made up here.
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,17 @@ RECORDS = HERE.parent / "benchmarks" / "results"
 BOARD = "gpt_d128_b24"
 
 OURS, PEER, CONTROL, INK, PALE = "#b3202f", "#30638e", "#8a6d3b", "#333333", "#dfe6ec"
+COST = "cost-2026-11-27.json"
+#: Contender -> label; Muon is told which axes of stacks are which.
+MEMORY: Mapping[str, str] = {
+    "adamw": "AdamW",
+    "dsbp_adamw": "dsbp_adamw",
+    "muon_kernels": "Muon",
+    "dsbp_muon": "dsbp_muon",
+    "sgd": "SGD, momentum",
+    "dsbp_sgd": "dsbp_sgd",
+}
+PARTS = ("parameters", "gradients", "optimizer state", "temporaries of the update")
 #: Contender -> label, colour, line.
 LINES: Mapping[str, tuple[str, str, str]] = {
     "adamw": ("AdamW", PEER, "-"),
@@ -61,6 +73,44 @@ def gpt() -> Figure:
     right.set_yticks(places, labels, fontsize=9)
     right.set(xlim=(0, max(sizes) * 1.25), xlabel="MiB")
     right.set_title("Optimizer state of its kernels", fontsize=11)
+    return figure
+
+
+def memory() -> Figure:
+    """Bytes a parameter during an update, stacked; temporaries are from a record."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.cost import make_optimizer
+    from dsbp_optax.diagnostics import state_bytes
+
+    record = json.loads((RECORDS / COST).read_text())
+    temporary = {(r["figure"], r["contender"]): r["value"] for r in record["rows"]}
+    wide = record["wide"]
+    shapes = [(wide, wide)] * 4 + [(wide, 4 * wide), (4 * wide, wide)]
+    figure, both = _figure(10, 3.7, columns=2)
+    for axes, lead, layout, title in (
+        (both[0], (), "unrolled", "Layers written out"),
+        (both[1], (8,), "stacks of 8", "Layers scanned, in stacks of 8"),
+    ):
+        arrays = [jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for s in shapes]
+        params = {f"dense_{i}": {"kernel": x} for i, x in enumerate(arrays)}
+        count = sum(x.size for x in arrays)
+        for place, name in enumerate(reversed(MEMORY)):
+            state = jax.eval_shape(make_optimizer(name).init, params)
+            parts = (4, 4, state_bytes(state) / count)
+            parts += (temporary[f"temporary bytes a parameter, {layout}", name],)
+            ends = np.cumsum(parts)
+            colors = ("#b9c6d2", "#8fa5b8", OURS, "#e8cf9a")
+            for size, end, color, part in zip(parts, ends, colors, PARTS, strict=True):
+                label = part if place == 0 else None
+                axes.barh(place, size, left=end - size, color=color, label=label)
+            axes.text(ends[-1] + 0.4, place, f"{ends[-1]:.1f}", va="center", fontsize=9)
+        axes.set_yticks(range(len(MEMORY)), [*reversed(MEMORY.values())])
+        axes.set(xlim=(0, 46), xlabel="bytes a parameter")
+        axes.set_title(title, fontsize=11)
+    handles = both[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -217,7 +267,8 @@ def flow() -> Figure:
 
 
 PICTURES: Mapping[str, Callable[[], Figure]] = {
-    f.__name__: f for f in (gpt, basis, metric, refresh, residual, coordinates, flow)
+    f.__name__: f
+    for f in (gpt, memory, basis, metric, refresh, residual, coordinates, flow)
 }
 
 

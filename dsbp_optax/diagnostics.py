@@ -215,7 +215,7 @@ def principal_angles(first: PyTree, second: PyTree) -> dict[str, Array]:
 
 
 def warnings(opt_state: PyTree) -> list[str]:
-    """What is amiss with the bases, in words, with the remedy; empty if nothing is.
+    """What is wrong with the bases, each with its remedy; empty if nothing is.
 
     The two ways in which the method fails by its authors' account are a *stale basis*,
     one that the activations have left behind, and an *ill-conditioned or diverging

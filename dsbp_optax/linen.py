@@ -12,12 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax.core import meta, unfreeze
-from flax.training import train_state
+
+try:
+    import flax.linen as nn
+    from flax.core import meta, unfreeze
+    from flax.training import train_state
+except ModuleNotFoundError as error:
+    from dsbp_optax.core.checks import missing
+
+    raise missing("flax", "flax") from error
 
 from dsbp_optax.capture import linen_scope, origin, recorder, state
 from dsbp_optax.capture.coordinates import Displacement

@@ -14,7 +14,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
+
+try:
+    from flax import nnx
+except ModuleNotFoundError as error:
+    from dsbp_optax.core.checks import missing
+
+    raise missing("flax", "flax") from error
 
 from dsbp_optax.capture import coordinates, recorder, state
 from dsbp_optax.capture.coordinates import Displacement

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsbp_optax.core import checks
 from dsbp_optax.instruments.curvature import Density
 from dsbp_optax.instruments.snapshot import Snapshot
 from dsbp_optax.instruments.surface import Surface
@@ -181,8 +182,9 @@ def loss_surface(surface: Surface, ax: "Axes | None" = None) -> "Axes":
 def _axes(ax: "Axes | None", height: float = 4.0) -> "Axes":
     if ax is not None:
         return ax
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with checks.brought_by("instruments"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), layout="constrained")
     FigureCanvasAgg(figure)  # So that no window and no global state is involved.

@@ -65,7 +65,7 @@ def dsbp_muon(
     update_every: Every = metric.EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon in the metric of each layer's activations, its momentum in five bits.
+    """Muon, scaled by each layer's activations, with its momentum in five bits.
 
         m <- momentum m + G in five bits a number,   S = I - V diag(1 - f) V^T
         W <- W - eta (unit(S orthogonalize(S m)) + weight_decay W)
@@ -141,7 +141,7 @@ def dsbp_adamw(
     update_every: Every = metric.EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW in the metric of each layer's activations, in a ninth of its moments.
+    """AdamW, scaled by each layer's activations, with a ninth of AdamW's state.
 
         m <- b1 m + (1 - b1) S G in five bits,   v = rows columns^T / mean(rows)
         W <- W - eta (|D| / |S D| S D + weight_decay W),   D = m / (sqrt(v) + eps)
@@ -214,7 +214,7 @@ def dsbp_sgd(
     update_every: Every = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, whitened in the activation eigenbasis and coarse outside.
+    """SGD whose momentum is whitened by each layer's activations, in few bits.
 
         u = momentum(f V^T G),   r = momentum(G - V V^T G) in a few bits a number
         W <- W - eta (V u + r + weight_decay W)
@@ -291,7 +291,7 @@ def subspace_muon(
     update_every: Every = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon on coordinates in the activation eigenbasis, for gradients never formed.
+    """Muon that needs only coordinates of gradients in each layer's eigenbasis.
 
         u = momentum(f V^T G)
         W <- W - eta (V orthogonalize(u) + weight_decay W)
@@ -375,7 +375,7 @@ def subspace_adamw(
     update_every: Every = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on coordinates in the activation eigenbasis, for gradients never formed.
+    """AdamW that needs only coordinates of gradients in each layer's eigenbasis.
 
         u = adam(V^T G)
         W <- W - eta (V u + weight_decay W)

@@ -239,7 +239,7 @@ def test_a_fallback_of_another_kind():
 
 
 def test_a_fallback_with_a_rate_of_its_own_masks_and_arguments():
-    """What README's table says in place of a learning rate, and what it may use."""
+    """What is said for a learning rate of its own, and what it may use."""
     paths = [path for path in known_paths(make_params()).all if path not in KERNELS]
     rate = optax.chain(optax.scale_by_adam(), optax.scale(0.1))
     decay = optax.add_decayed_weights(0.1, dict.fromkeys(paths, True))

@@ -299,5 +299,26 @@ def test_import_does_not_load_flax():
     assert not {name for name in loaded if name.split(".")[0] == "flax"}
 
 
+@pytest.mark.parametrize(
+    "package, extra, statement",
+    [
+        ("flax", "flax", "dsbp_optax.linen"),
+        ("flax", "flax", "from dsbp_optax.nnx import value_and_grad"),
+        (
+            "matfree",
+            "instruments",
+            "dsbp_optax.diagnostics.top_eigenvalues(lambda v: v, jax.numpy.ones(2), 1)",
+        ),
+        ("matplotlib", "instruments", "dsbp_optax.plotting._axes(None)"),
+    ],
+)
+def test_a_package_that_is_missing_names_its_extra(package, extra, statement):
+    code = f"import jax, sys, dsbp_optax; sys.modules['{package}'] = None; {statement}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ModuleNotFoundError: {package} is not installed. Remedy")
+    assert f"[{extra}]" in last
+
+
 def test_flax_is_seen_when_it_is_loaded():
     assert "flax" in loaded_by("import dsbp_optax; dsbp_optax.linen")

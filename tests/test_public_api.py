@@ -12,7 +12,6 @@ import re
 import tomllib
 
 import pytest
-import reference
 
 import dsbp_optax
 import dsbp_optax.capture
@@ -171,23 +170,6 @@ def test_examples_are_found():
 def test_pydoc_renders(module):
     text = pydoc.plain(pydoc.render_doc(module))
     assert all(name in text for name in module.__all__)
-
-
-def test_reference_is_written_from_the_docstrings():
-    assert reference.FILE.read_text() == reference.reference(), (
-        "Remedy: python tests/reference.py"
-    )
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
-def test_reference_holds_every_public_name(module):
-    names = [n for n in module.__all__ if not inspect.ismodule(getattr(module, n))]
-    found: dict[str, list[str]] = {}
-    for chapter in reference.FILE.read_text().split("\n## ")[1:]:
-        heading = chapter.partition("\n")[0]
-        home = heading if heading.startswith("dsbp_optax.") else "dsbp_optax"
-        found.setdefault(home, []).extend(re.findall(r"^### (\w+)$", chapter, re.M))
-    assert sorted(found[module.__name__]) == names
 
 
 @pytest.mark.parametrize("name", functions())

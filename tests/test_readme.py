@@ -1,143 +1,61 @@
-"""Everything in the README that can be executed is executed."""
+"""Everything in the README that can be executed is executed; it stays short."""
 
-import ast
-import contextlib
-import inspect
-import io
-import pathlib
 import re
 import tomllib
 
-import optax
 import pytest
+from pages import ROOT, before_and_after, blocks, broken_links, examples, run
 
-import dsbp_optax
-
-ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-COLAB = "https://colab.research.google.com/github"
+MOST_LINES = 250
 MOST_INSERTED_LINES = 5
 COMMANDS = [
     'pip install -e ".[all]" && python -m benchmarks demo',
     'pip install -e ".[all]" && pytest',
 ]
-
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return [body for kind, body in FENCE.findall(text) if kind == language]
+#: What the first examples may import: no more than the extra "flax" brings.
+FIRST = {"flax", "jax", "optax", "dsbp_optax"}
 
 
-def examples(text: str) -> dict[str, tuple[str, str | None]]:
-    """Heading -> Python block and, where a text block follows, what it prints."""
-    found = {}
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        heading, fences = section.partition("\n")[0], FENCE.findall(section)
-        for i, (kind, body) in enumerate(fences):
-            after = fences[i + 1] if i + 1 < len(fences) else ("", "")
-            if kind == "python":
-                assert heading not in found, f"two Python blocks under '{heading}'"
-                found[heading] = (body, after[1] if after[0] == "text" else None)
-    return found
+def section(heading: str) -> str:
+    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def run(code: str, name: str) -> str:
-    """What a block prints, run on its own."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, f"README.md: {name}", "exec"), {"__name__": "readme"})
-    return printed.getvalue()
+def test_it_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= MOST_LINES
 
 
-def before_and_after(diff: str) -> tuple[str, str]:
-    lines = diff.splitlines()
-    assert all(line[:1] in ("+", "-", " ") for line in lines), "not a diff"
-    before = "\n".join(line[1:] for line in lines if line[0] != "+")
-    after = "\n".join(line[1:] for line in lines if line[0] != "-")
-    return before, after
+@pytest.mark.parametrize("framework", ["Linen", "NNX"])
+def test_example_runs_and_learns(framework):
+    (example,) = examples(section(f"Flax {framework}"))
+    printed = run(example.code, f"README.md: {framework}")
+    assert float(printed.removeprefix("loss ").split("(")[-1].rstrip(")\n")) < 1.0
 
 
-def badge_address(notebook: str) -> str:
-    """Where a badge must lead: it follows from the project's own address."""
-    owner_and_name = PROJECT["urls"]["Homepage"].removeprefix("https://github.com/")
-    return f"{COLAB}/{owner_and_name}/blob/main/notebooks/{notebook}"
+def test_first_examples_use_the_recommended_recipe_and_flax_alone():
+    found = examples(README)
+    assert len(found) == 2
+    for example in found:
+        assert "dsbp_adamw(" in example.code
+        imported = re.findall(r"^(?:import|from) (\w+)", example.code, re.MULTILINE)
+        assert set(imported) <= FIRST
 
 
-@pytest.mark.parametrize("heading", examples(README))
-def test_example_runs(heading):
-    code, expected = examples(README)[heading]
-    printed = run(code, heading)
-    if expected is not None:
-        assert printed == expected
-
-
-def test_examples_are_found():
-    assert {"Flax Linen", "Flax NNX", "Your own layer"} <= set(examples(README))
-    assert len(examples(README)) == len(blocks(README, "python"))
-
-
-def test_first_examples_use_the_recommended_recipe():
-    first, second = list(examples(README).items())[:2]
-    assert [first[0], second[0]] == ["Flax Linen", "Flax NNX"]
-    assert "dsbp_adamw(" in first[1][0]
-    assert "dsbp_adamw(" in second[1][0]
-
-
-def test_a_wrong_example_fails():
-    text = "## A\n```python\nprint(1)\n```\n```text\n2\n```\n"
-    code, expected = examples(text)["A"]
-    assert run(code, "A") == "1\n" != expected
-    with pytest.raises(NameError):
-        run("undefined", "A")
-
-
-@pytest.mark.parametrize("diff", blocks(README, "diff"), ids=["linen", "nnx"])
 @pytest.mark.parametrize("which", [0, 1], ids=["before", "after"])
-def test_ported_script_runs(diff, which):
-    run(before_and_after(diff)[which], "diff")
+def test_ported_script_runs(which):
+    (diff,) = blocks(README, "diff")
+    run(before_and_after(diff)[which], "README.md: diff")
 
 
-@pytest.mark.parametrize("diff", blocks(README, "diff"), ids=["linen", "nnx"])
-def test_port_is_short(diff):
+def test_port_is_short():
+    (diff,) = blocks(README, "diff")
     inserted = sum(line.startswith("+") for line in diff.splitlines())
     assert 0 < inserted <= MOST_INSERTED_LINES
 
 
-def calls_of_the_migration(text: str) -> list[tuple[object, ast.Call]]:
-    """Functions of Optax and ours, and how the table calls them."""
-    section = text.split("\n## From Optax\n")[1].split("\n## ")[0]
-    found = []
-    for code in re.findall(r"`([^`]+\(.+?\))`(?= |,|:|;|$)", section, re.MULTILINE):
-        call = ast.parse(code).body[0]
-        if isinstance(call, ast.Expr):
-            name = ast.unparse(call.value.func).removeprefix("contrib.")
-            homes = (dsbp_optax, optax, optax.contrib)
-            (home,) = [home for home in homes if hasattr(home, name)]
-            found.append((getattr(home, name), call.value))
-    return found
-
-
-def test_arguments_of_the_migration_exist():
-    calls = calls_of_the_migration(README)
-    assert len(calls) >= 10
-    for function, call in calls:
-        keywords = {keyword.arg: None for keyword in call.keywords}
-        inspect.signature(function).bind(*call.args, **keywords)
-
-
-def test_a_wrong_migration_fails():
-    text = "x\n## From Optax\n\n| `sgd(lr)` | `dsbp_sgd(lr, warmth=3)` |\n"
-    (_, good), (function, call) = calls_of_the_migration(text)
-    assert not good.keywords
-    with pytest.raises(TypeError, match="warmth"):
-        inspect.signature(function).bind(0.1, **{k.arg: None for k in call.keywords})
-
-
 def test_two_commands():
-    section = README.split("\n## Two commands\n")[1].split("\n## ")[0]
-    code = [line for block in blocks(section, "bash") for line in block.splitlines()]
+    code = [line for block in blocks(README, "bash") for line in block.splitlines()]
     assert code == COMMANDS
 
 
@@ -147,37 +65,23 @@ def test_commands_are_what_ci_does():
         assert all(part in script for part in command.split(" && "))
 
 
-def test_every_notebook_has_a_badge_of_the_project_address():
-    notebooks = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
-    found = sorted(re.findall(rf"\({re.escape(COLAB)}[^)]*\)", README))
-    assert found == [f"({badge_address(name)})" for name in notebooks]
-    assert notebooks
+def test_tables_are_short():
+    for heading in ("Should I use it?", "Results"):
+        rows = [line for line in section(heading).splitlines() if line[:1] == "|"]
+        assert len(rows) == 2 + 5
+    assert section("Limits").count("\n- **") == 6
 
 
-def test_readme_says_that_it_is_unpublished_beside_the_badges():
-    assert "unpublished" in README[: README.index(COLAB)].rpartition("\n## ")[2]
+def test_every_result_names_its_control():
+    rows = [line for line in section("Results").splitlines() if line[:1] == "|"]
+    assert rows[0].endswith("| control |")
+    assert all(row.split("|")[-2].strip() for row in rows[2:])
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert broken_links(ROOT / "README.md") == []
 
 
-def test_files_to_change_exist():
-    section = README.split("\n## What to change where\n")[1].split("\n## ")[0]
-    names = set(re.findall(r"`((?:\w+/)?\w+\.py)`", section))
-    assert len(names) > 10
-    homes = [ROOT, ROOT / "dsbp_optax"]
-    assert [n for n in names if not any((h / n).exists() for h in homes)] == []
-
-
-def test_versions_match_the_declared_bounds():
-    oldest = re.search(r"^\| oldest \| (.*) \|$", README, re.MULTILINE)[1].split(" | ")
-    bounds = " ".join(
-        PROJECT["dependencies"] + PROJECT["optional-dependencies"]["flax"]
-    )
-    expected = [PROJECT["requires-python"].removeprefix(">=")]
-    for package in ("jax", "optax", "flax"):
-        expected.append(re.search(rf"\b{package}>=([\d.]+)", bounds)[1])
-    assert oldest == expected
+def test_extras_that_it_names_exist():
+    extras = set(re.findall(r'"\.\[(\w+)\]"', README))
+    assert extras and extras <= set(PROJECT["optional-dependencies"])

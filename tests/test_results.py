@@ -144,10 +144,10 @@ def test_every_table_has_its_provenance():
         assert re.search(r"20\d\d-\d\d-\d\d", part), part[:60]
 
 
-def test_the_readme_shows_the_picture_and_leads_to_the_page():
-    text = (ROOT / "README.md").read_text()
+def test_the_site_shows_the_picture_and_leads_to_the_page():
+    text = (ROOT / "docs" / "evidence.md").read_text()
     for target in ("benchmarks/RESULTS.png", "benchmarks/RESULTS.md"):
-        assert f"({target})" in text and (ROOT / target).is_file()
+        assert f"(../{target})" in text and (ROOT / target).is_file()
 
 
 # Made-up records.

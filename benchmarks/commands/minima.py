@@ -48,7 +48,7 @@ def minima_command(
     tuned: Records = RESULTS,
     quiet: Quiet = False,
 ) -> None:
-    """Train, the KL term along the way, then look at the minimum; can be continued."""
+    """Train, then measure curvature, robustness and bounds at the end; resumable."""
     deadline = time.monotonic() + 3600 * hours
     chosen, entered = entrants(workload, optimizer, steps, quick, tuned, learning_rate)
     for name in looks or ():

@@ -93,7 +93,7 @@ def _fixed_figures(quiet: bool) -> list[speed.Row]:
 def transport_command(
     seeds: Seeds = 10, json: Json = None, quiet: Quiet = False
 ) -> None:
-    """What moments are worth that follow a turning basis, against an oracle."""
+    """Compare ways in which moments follow a turning basis, against an oracle."""
     with report.make_progress(console, quiet) as progress:
         task = progress.add_task("streams", total=seeds)
         rows = transport.compare(range(seeds), after=lambda: progress.advance(task))
@@ -113,7 +113,7 @@ def stability_command(
     quick: Quick = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ours against the plain optimizers at every rate of theirs, from many seeds."""
+    """Compare training losses with the plain optimizers' at each of their rates."""
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     ours = {name: c for name, c in CONTENDERS.items() if c.plain}
     contenders = several(ours, optimizer, "--optimizer")
@@ -142,7 +142,7 @@ def controls_command(
     quick: Quick = False,
     quiet: Quiet = False,
 ) -> None:
-    """A rule with one part taken away at a time, at its own rate; can be continued."""
+    """Train a rule with one part taken away at a time, at its own rate; resumable."""
     deadline = time.monotonic() + 3600 * hours
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     known = {control.of: CONTENDERS[control.of] for control in controls.CONTROLS}
@@ -185,7 +185,7 @@ def ablation_command(
     steps: Steps = None,
     quiet: Quiet = False,
 ) -> None:
-    """Each part of the rule at each of its levels, crossed; can be continued.
+    """Train each combination of the parts of a rule; resumable.
 
     Default workloads: digits_cnn, fashion_mnist_mlp, at their quick lengths.
     """

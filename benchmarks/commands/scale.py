@@ -48,7 +48,7 @@ def communication_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """What a data-parallel step sends, read off its compiled program; nothing runs."""
+    """Count what a data-parallel step sends, by its compiled program; nothing runs."""
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     lookup(communication.ROUTES, route, "--route")
     jax.config.update("jax_num_cpu_devices", devices)
@@ -75,7 +75,7 @@ def coordinates_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Gradients in coordinates against whole ones: time, memory, losses.
+    """Compare gradients in coordinates with whole ones: time, memory, losses.
 
     Time and memory against `optax.adamw`, of dense layers on random numbers; memory
     also on the workload, and losses there against projecting whole gradients. Times
@@ -113,7 +113,7 @@ def distributed_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Several processes on this machine against one, on the same global batches."""
+    """Compare several processes with one, on the same global batches."""
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     contender = lookup(CONTENDERS, optimizer, "--optimizer")
     rate, _ = learning_rate_for(chosen, contender, RESULTS)
@@ -159,7 +159,7 @@ def faults_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Kill training at random moments: it must go on as if nothing had been.
+    """Kill training at random moments and compare with a run that was not.
 
     Default optimizers: dsbp_muon, dsbp_adamw. The first is also put through torn
     checkpoints, a full disk and the loss of one process of two.
@@ -205,7 +205,7 @@ def constrained_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """The smallest cap of memory, on one core, under which each optimizer trains.
+    """Find the smallest memory limit, on one core, under which each optimizer trains.
 
     Rows that the record of --json has are not made again.
     """
@@ -254,7 +254,7 @@ def cost_command(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """What a step costs to compile and run on a CPU, each figure a process of its own.
+    """Measure what a step costs to compile and run on a CPU, each figure on its own.
 
     With --against, the library of another checkout is measured beside this one.
     """
@@ -294,7 +294,7 @@ def estimate_command(
     network: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 5e10,
     write: Annotated[Path | None, typer.Option(help="a Markdown file")] = None,
 ) -> None:
-    """State, FLOPs, traffic and time of a step of a large model, by formulas."""
+    """Estimate state, FLOPs, traffic and time of a step of a large model."""
     chosen = model or list(estimate.MODELS)
     for name in chosen:
         lookup(estimate.MODELS, name, "--model")

@@ -52,7 +52,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder of the record and plot")] = RUNS,
     quiet: Quiet = False,
 ) -> None:
-    """Optimizers on the embedded digits: tables, plot and record in `runs/`."""
+    """Train eight optimizers on the digits: tables, a plot and a record in `runs/`."""
     workload = WORKLOADS["digits_cnn"]
     with failures():
         data = workload.load(None)
@@ -113,7 +113,7 @@ def campaign(
     ] = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Tune on validation samples, then train from fresh seeds; can be continued."""
+    """Tune on validation samples, then train from fresh seeds; resumable."""
     deadline = time.monotonic() + 3600 * hours
     lanes = [
         Lane(out, chosen, contender, seeds, quick)
@@ -146,7 +146,7 @@ def report_command(
     out: Records = RESULTS,
     plots: Annotated[Path, typer.Option(help="folder of the PNG files")] = RUNS,
 ) -> None:
-    """Tables and a picture for each workload that has final records."""
+    """Write tables and a picture for each workload that has final records."""
     names = [c.name for c in several(CONTENDERS, optimizer, "--optimizer")]
     for chosen in several(WORKLOADS, workload or USUAL, "WORKLOAD"):
         with failures():
@@ -171,12 +171,12 @@ def results_command(
         Path, typer.Option(help="the page; its picture lies beside it")
     ] = results_page.PAGE,
 ) -> None:
-    """Write RESULTS.md, and the picture of the README, from the records alone."""
+    """Write RESULTS.md and its pictures from the records alone."""
     with failures():
         report.written(console, results_page.write(write, records_in))
 
 
 @app.command("list")
 def list_command() -> None:
-    """Workloads and optimizers, one line each."""
+    """List workloads and optimizers, one line each."""
     report.list_names(console)

@@ -22,7 +22,7 @@ _DENSE = LinearMap(jnp.matmul)
 
 
 def tap(x: Array, path: str, linear: LinearMap | None = None) -> Array:
-    """The input of a layer, itself; inside `value_and_grad` it is observed.
+    """Return the input of a layer; inside `value_and_grad` it is observed.
 
     Args:
       x: what enters the layer, ``(*samples, d)`` for a product ``x @ kernel``.

@@ -1,8 +1,9 @@
 """Checks of what users pass; messages say got, expected, where and remedy."""
 
+import contextlib
 import difflib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,24 @@ import jax.numpy as jnp
 from dsbp_optax.linalg.types import Side
 
 SIDES: tuple[Side, ...] = ("input", "output")
+
+
+def missing(extra: str, package: str) -> ModuleNotFoundError:
+    """The error for a package that is not installed, with the extra that brings it."""
+    return ModuleNotFoundError(
+        f"{package} is not installed. Remedy: pip install {package}, or install "
+        f"dsbp_optax from a checkout with pip install -e '.[{extra}]'.",
+        name=package,
+    )
+
+
+@contextlib.contextmanager
+def brought_by(extra: str) -> Iterator[None]:
+    """An import inside of it that fails says which extra it wants."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing(extra, (error.name or "").partition(".")[0]) from error
 
 
 def check_side(side: Any, path: str = "") -> Side:

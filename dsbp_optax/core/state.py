@@ -154,7 +154,7 @@ class Layer(NamedTuple):
 
 
 def by_path(opt_state: PyTree) -> dict[str, Layer]:
-    """What belongs to each kernel: basis, spectrum, moments.
+    """What a state holds of each kernel: basis, spectrum, moments.
 
     Args:
       opt_state: any nest of optax states, or its shapes.
@@ -218,7 +218,7 @@ def basis_in_use(layer: Layer) -> Array:
 
 
 def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
-    """`opt_state` with what `by_path` showed, of this model or of one like it.
+    """Write what `by_path` shows into a state, of this model or of a similar one.
 
     For states of a model that has changed, and of optimizers that stack otherwise:
     kernels that `layers` does not have stay as they are.
@@ -430,7 +430,7 @@ def empty_sketches(state: SpectralState) -> dict[str, Sketch]:
 
 
 def put_statistics(opt_state: PyTree, statistics: Mapping[str, Any]) -> PyTree:
-    """Hand statistics over inside the state, through wrappers that drop keywords.
+    """Put statistics into the state, for wrappers that drop keywords.
 
     For ``optax.lookahead``, ``MultiSteps`` in a chain and the like. The optimizer
     must have been built with ``basis=Basis(statistics_in_state=True)``.

@@ -199,7 +199,7 @@ def blend(
 
 
 def add_statistics(left: Any, right: Any) -> Any:
-    """Statistics of two micro-batches as one.
+    """Sum of the statistics of two micro-batches.
 
     Args:
       left: a mapping path -> statistic, as an adapter returns it.
@@ -225,7 +225,7 @@ def add_statistics(left: Any, right: Any) -> Any:
 
 
 def sum_statistics(stacked: Any) -> Any:
-    """Statistics stacked along a leading axis (a `jax.lax.scan` over micro-batches).
+    """Sum of statistics stacked along a leading axis, as by `jax.lax.scan`.
 
     Args:
       stacked: a mapping path -> statistic with one more leading axis.

@@ -93,7 +93,7 @@ mlir.register_lowering(_mean_p, _refuse)
 
 
 def stack_batches(batches: Iterable[PyTree]) -> PyTree:
-    """Batches of one shape as one tree with a leading axis, for what follows.
+    """Batches of one shape, stacked into one tree with a leading axis.
 
     Args:
       batches: trees of arrays.
@@ -123,7 +123,7 @@ def stack_batches(batches: Iterable[PyTree]) -> PyTree:
 
 
 def stream_batches(read: Callable[[], Iterable[PyTree]]) -> Stream:
-    """Batches out of a data iterator, one after the other, for whatever takes batches.
+    """Batches from a data iterator, read one after the other.
 
     What uses them runs its loops on the host and compiles what is done with one batch.
     On a CPU that is also the fast way for convolutions: XLA runs those of a compiled

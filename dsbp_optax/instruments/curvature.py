@@ -233,7 +233,8 @@ def trace(product: Product, params: PyTree, key: Array, samples: int = 32) -> Es
       >>> float(found.mean)
       6.0
     """
-    from matfree import stochtrace
+    with checks.brought_by("instruments"):
+        from matfree import stochtrace
 
     checks.check_integer("samples", samples, 2)
     integrand = stochtrace.monte_carlo_trace()
@@ -310,7 +311,8 @@ def _lanczos(
     product: Product, unravel: Callable[[Array], PyTree], start: Array, steps: int
 ) -> tuple[Array, Array]:
     """Krylov vectors ``(steps, n)`` and the tridiagonal matrix ``(steps, steps)``."""
-    from matfree import decomp
+    with checks.brought_by("instruments"):
+        from matfree import decomp
 
     tridiagonalise = decomp.tridiag_sym(steps, custom_vjp=False)
     krylov, matrix, *_ = tridiagonalise(

@@ -26,7 +26,7 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(opt_state: PyTree) -> Snapshot:
-    """The layers at this moment, for `dsbp_optax.plotting`.
+    """Figures of all layers at this moment, for `dsbp_optax.plotting`.
 
     Args:
       opt_state: any nest of optax states, not traced.

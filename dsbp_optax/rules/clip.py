@@ -30,7 +30,7 @@ class ClipByNormGrowthState(NamedTuple):
 def clip_by_norm_growth(
     factor: Scalar = 2.0, decay: Scalar = 0.99
 ) -> optax.GradientTransformation:
-    """The norm of the whole gradient, at most `factor` times its running mean.
+    """Clip the norm of the whole gradient at `factor` times its running mean.
 
         g <- g min(1, factor a / |g|),   a <- decay a + (1 - decay) |g|
 

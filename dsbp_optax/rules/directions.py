@@ -60,7 +60,7 @@ def orthogonalize(steps: int = 5, scale: Scale = "muon") -> Direction:
 
 
 def scale_by_orthogonalization(steps: int = 5) -> optax.GradientTransformation:
-    """Orthogonalises every matrix of a tree: Muon's step without its momentum.
+    """Orthogonalise every matrix of a tree: Muon's step without its momentum.
 
     As part of an ``inner`` it acts on the ``k x m`` coordinates alone, at ``k / d`` of
     the cost on the whole kernel.

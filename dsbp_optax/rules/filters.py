@@ -64,7 +64,7 @@ def whiten(exponent: Scalar = 0.5, damping: Scalar = 1.0) -> Filter:
 
 
 def complement() -> Filter:
-    """Nothing of the eigenbasis: only what a residual rule makes of the rest is left.
+    """Drop what lies in the eigenbasis; a residual rule keeps the rest.
 
         f = 0
 

@@ -51,7 +51,7 @@ def scale_by_activation_metric(
     update_every: Every = EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Take the direction of each kernel's update in the metric of its activations.
+    """Scale the update of each kernel by the metric of its layer's activations.
 
         S = I - V diag(1 - f) V^T,   f = min(1, (rest + g) / (lambda + g))^exponent
         update = |D| / |S D| S D,   D = direction(inner(S M)),   g = damping tr C / d

@@ -32,7 +32,7 @@ class Listing(NamedTuple):
 
 
 def check_checkpoint(saved: PyTree, expected: PyTree) -> None:
-    """Raise, by path, where a checkpoint does not fit what is to be restored.
+    """Raise an error that says by path where a checkpoint does not fit.
 
     Another model, another optimizer, another rank, another version of the state: the
     message says which, and what to do.

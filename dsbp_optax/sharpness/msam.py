@@ -88,7 +88,7 @@ def subspace_msam(
 
 
 def evaluation_params(opt_state: PyTree, params: PyTree) -> PyTree:
-    """The parameters without the step that `subspace_msam` has taken away from them.
+    """The parameters to evaluate: without the uphill step of `subspace_msam`.
 
     Args:
       opt_state: the optimizer state that belongs to `params`, any nest of optax states.

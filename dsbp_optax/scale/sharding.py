@@ -186,9 +186,9 @@ def _check_divides(path: str, shape: Shape, spec: tuple[Any, ...], mesh: Any) ->
             whole = PartitionSpec(*spec[:axis], None, *spec[axis + 1 :])
             raise ValueError(
                 f"state_shardings: got '{path}' of shape {shape} with axis {axis} over "
-                f"{_names(names)} of the mesh {dict(mesh.shape)}, expected a length that "
-                f"the {parts} devices divide. Remedy: leave that axis whole, {whole}, "
-                f"or make it {length + -length % parts} long."
+                f"{_names(names)} of the mesh {dict(mesh.shape)}, expected a length "
+                f"that the {parts} devices divide. Remedy: leave that axis whole, "
+                f"{whole}, or make it {length + -length % parts} long."
             )
 
 

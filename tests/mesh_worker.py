@@ -66,7 +66,10 @@ def _moment(held: Any) -> dict[str, Any]:
     nodes = jax.tree.leaves(held, is_leaf=lambda x: hasattr(x, "mu") or _coarse(x))
     first = next(x for x in nodes if hasattr(x, "mu") or _coarse(x))
     first = getattr(first, "mu", first)
-    return first._asdict() if _coarse(first) else {"whole": first}
+    if not _coarse(first):
+        return {"whole": first}
+    planes = {f"plane {i}": plane for i, plane in enumerate(first.codes)}
+    return {**planes, "scale": first.scale, "rows": first.rows}
 
 
 def _coarse(node: Any) -> bool:

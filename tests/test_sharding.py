@@ -64,13 +64,15 @@ def test_arrays_are_sharded_along_what_they_share_with_their_kernel(found) -> No
         fsdp, tensor = (found["mesh"][f"{route} {kind}"] for kind in KINDS)
         assert fsdp["basis"]["up/kernel"] == [None, "data", None]
         assert fsdp["moments"]["up/kernel"] == {
-            "codes": [None, None, "model"],
+            "plane 0": [None, "data", "model"],
+            "plane 1": [None, "data", "model"],
             "scale": [None, None, "model"],
             "rows": [None, "data", None],
         }
         for moment in tensor["moments"].values():
             assert moment == {
-                "codes": [None, None, "model"],
+                "plane 0": [None, None, "model"],
+                "plane 1": [None, None, "model"],
                 "scale": [None, None, "model"],
                 "rows": [None, None, None],
             }
@@ -217,8 +219,9 @@ def test_kernels_of_one_by_one_convolutions_are_sharded_as_others() -> None:
         }
         if tx is in_coordinates:
             assert specs[1, 4, 128] == (None, None, "data")
-        codes = (1, window * window * 64 * 6 // 8, 128)
-        assert specs[codes] == (None, None, "data")
+        for width in (4, 2):
+            plane = (1, window * window * 64 * width // 8, 128)
+            assert specs[plane] == (None, None, "data")
 
 
 @pytest.mark.parametrize("bits", [5, 8, 32])

@@ -32,7 +32,7 @@ NAMES = {
 }
 #: Beginnings of folders on the machine that executed a notebook.
 FOLDERS = re.compile(
-    r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|var|mnt|content|Users)/|[A-Z]:\\"
+    r"(?<![\w.])/(?:home|root|tmp|work|usr|opt|var|mnt|content|Users)/|(?<!\w)[A-Z]:\\"
 )
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -70,10 +70,7 @@ def train(job: Job) -> Record:
     data, step = workload.load(None).train, make_step(workload, contender)
     rows = workload.batch_size // jax.process_count()
     mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=3, create=True, enable_async_checkpointing=False
-    )
-    with ocp.CheckpointManager(Path(job.folder).resolve(), options=options) as manager:
+    with open_folder(Path(job.folder)) as manager:
         start, held = restore(manager, held)
         print(f"start {start}", flush=True)
         for number in range(start, job.steps):
@@ -87,9 +84,22 @@ def train(job: Job) -> Record:
             held = params, state, held[2].at[number].set(loss)
             print(f"step {number}", flush=True)
             if (number + 1) % job.every == 0:
-                manager.save(number + 1, args=ocp.args.StandardSave(held))
+                seal = jax.device_put(sealed(held), whole)
+                manager.save(number + 1, args=ocp.args.StandardSave((held, seal)))
                 print(f"saved {number + 1}", flush=True)
     return {"started": start, **digests(held)}
+
+
+def open_folder(folder: Path) -> Any:
+    """The checkpoints in a folder, by orbax: the last three."""
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=3, create=True, enable_async_checkpointing=False
+    )
+    handler = ocp.StandardCheckpointHandler()
+    told = {"options": options, "item_handlers": handler}
+    return ocp.CheckpointManager(folder.resolve(), **told)
 
 
 def restore(manager: Any, held: Any) -> tuple[int, Any]:
@@ -119,11 +129,17 @@ def _read(manager: Any, step: int, shapes: Any) -> Any:
     tree = getattr(found, "tree", found)
     if not jax.tree.leaves(tree):
         raise OSError("it lists no arrays")
+    place = jax.tree.leaves(shapes)[0].sharding
+    seal = jax.ShapeDtypeStruct((32,), np.uint8, sharding=place)
     try:
-        dsbp_optax.check_checkpoint(tree, shapes)
+        dsbp_optax.check_checkpoint(tree, (shapes, seal))
     except ValueError as error:
         raise DataError(f"checkpoint of step {step}: {error}") from error
-    return manager.restore(step, args=ocp.args.StandardRestore(shapes))
+    args = ocp.args.StandardRestore((shapes, seal))
+    held, found = manager.restore(step, args=args)
+    if not np.array_equal(found, sealed(held)):
+        raise OSError("its bits have changed")
+    return held
 
 
 def digests(arrays: Any) -> dict[str, str]:
@@ -134,6 +150,12 @@ def digests(arrays: Any) -> dict[str, str]:
         ).hexdigest()
         for keys, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     }
+
+
+def sealed(arrays: Any) -> np.ndarray:
+    """One hash of every bit, which betrays what a disk changes later."""
+    whole = "".join(digests(arrays).values()).encode()
+    return np.frombuffer(hashlib.sha256(whole).digest(), np.uint8)
 
 
 def start(job: Job, cache: Path) -> "subprocess.Popen[str]":

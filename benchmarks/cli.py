@@ -25,7 +25,7 @@ from benchmarks.core import records
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, build, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
-from benchmarks.report import plots, tables
+from benchmarks.report import tables
 from benchmarks.report.entries import Entry, campaign_entries, entries
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, DataError, Workload
@@ -170,6 +170,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Optimizers on the embedded digits: table, plot and record in `runs/`."""
+    from benchmarks.report import plots  # Matplotlib takes its time.
+
     workload = WORKLOADS["digits_cnn"]
     with bars(quiet) as progress:
         data = workload.load(None)
@@ -254,6 +256,8 @@ def report(
     pictures: Annotated[Path, typer.Option(help="folder of PNG files")] = Path("runs"),
 ) -> None:
     """Tables and a picture for each workload that has final records."""
+    from benchmarks.report import plots
+
     contenders = several(CONTENDERS, optimizer, "--optimizer")
     for chosen in several(WORKLOADS, workload or USUAL, "WORKLOAD"):
         found = campaign_entries(chosen, out, contenders)

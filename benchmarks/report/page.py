@@ -13,7 +13,7 @@ from benchmarks.core import records, statistics
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.statistics import Interval
 from benchmarks.optimizers import CONTENDERS
-from benchmarks.report import claims, plots, tables
+from benchmarks.report import claims, tables
 from benchmarks.report.entries import Entry, campaign_entries, entries
 from benchmarks.report.tables import markdown, table
 from benchmarks.studies import controls, fewshot, finetune
@@ -283,6 +283,8 @@ def _files(found: Found) -> pd.DataFrame:
 
 def write(page: Path, root: Path = RESULTS) -> list[Path]:
     """The page, and beside it its pictures, where there is something to draw."""
+    from benchmarks.report import plots
+
     found, drawn = Found(root), [page]
     page.write_text(document(found), encoding="utf-8", newline="\n")
 

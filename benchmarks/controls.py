@@ -1,28 +1,18 @@
 """Controls: a rule with one of its parts taken away, at the rule's own learning rate.
 
-What a part is worth is the difference to the rule without it, seed by seed. Each run
-leaves one record; what has a record is not run again.
+What a part is worth is the difference to the rule without it, seed by seed. A new
+control is one `_control` in `CONTROLS`.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 import dsbp_optax
-from benchmarks import records
-from benchmarks.data import Data
-from benchmarks.experiment import Order, Record, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
-from benchmarks.train import Program, build
-from benchmarks.workloads import Workload
-
-#: Below the folder of a workload's records.
-FOLDER = "controls"
 
 
 def keep_basis(
@@ -78,17 +68,11 @@ def orthogonal_coordinates(
 
 @dataclass(frozen=True)
 class Control:
-    """One rule with something taken away.
-
-    Attributes:
-      name: as recorded.
-      of: the contender that it is a control of.
-      contender: what is trained.
-    """
+    """One rule with something taken away."""
 
     name: str
-    of: str
-    contender: Contender
+    of: str  # the contender that it is a control of
+    contender: Contender  # what is trained
 
 
 def _control(of: str, name: str, summary: str, **changes: Any) -> Control:
@@ -96,11 +80,8 @@ def _control(of: str, name: str, summary: str, **changes: Any) -> Control:
     factory = changes.pop("factory", base.factory)
     training = changes.pop("training", {})
     settings = changes.pop("settings", {**base.settings, **changes})
-    full = f"{of}, {name}"
-    contender = replace(
-        base, name=full, summary=summary, factory=factory, settings=settings, **training
-    )
-    return Control(name, of, contender)
+    told = {"summary": summary, "factory": factory, "settings": settings, **training}
+    return Control(name, of, replace(base, name=f"{of}, {name}", **told))
 
 
 def _of_any(of: str) -> tuple[Control, ...]:
@@ -126,11 +107,9 @@ CONTROLS: tuple[Control, ...] = (
         settings={},
     ),
     _control(
-        *(
-            "projected_muon",
-            "gradients in coordinates",
-            "32 x m numbers, whole ones never",
-        ),
+        "projected_muon",
+        "gradients in coordinates",
+        "32 x m numbers, whole ones never",
         rank=32,
         residual=None,
         training={"coordinates": True, "warm_start": True},
@@ -139,55 +118,3 @@ CONTROLS: tuple[Control, ...] = (
     _control("dsbp_sgd", "no whitening", "momentum as it is", whitening=0.0),
     _control("dsbp_sgd", "no residual", "what is outside dropped", residual=None),
 )
-
-
-def orders(
-    workload: Workload, control: Control, rate: float, seeds: int, quick: bool
-) -> list[Order]:
-    """All runs of one control, given the rate of its rule."""
-    steps = workload.quick_steps if quick else workload.steps
-    source = f"that of {control.of}"
-    return [
-        Order("final", rate, seed, steps, quick, source=source) for seed in range(seeds)
-    ]
-
-
-def path_of(out: Path, workload: Workload, control: Control, order: Order) -> Path:
-    """``<out>/<workload>/controls/<rule>-<control>-<rate>-<seed>.json``."""
-    words = control.name.replace(" ", "_")
-    name = f"{control.of}-{words}-{order.rate:g}-{order.seed}.json"
-    return out / workload.name / FOLDER / name
-
-
-def carry_out_missing(
-    out: Path,
-    workload: Workload,
-    data: Data,
-    control: Control,
-    wanted: Sequence[Order],
-    deadline: float,
-    after_run: Callable[[], None] = lambda: None,
-) -> bool:
-    """Make the runs that have no record yet.
-
-    Returns:
-      Whether all are made; False when the time (of `time.monotonic`) is up.
-    """
-    program: Program | None = None
-    for order in wanted:
-        path = path_of(out, workload, control, order)
-        if not path.exists():
-            if time.monotonic() > deadline:
-                return False
-            program = program or build(workload, control.contender)
-            records.write(path, carry_out(program, data, order))
-        after_run()
-    return True
-
-
-def made(
-    out: Path, workload: Workload, control: Control, wanted: Sequence[Order]
-) -> list[Record]:
-    """Records of the runs that were made."""
-    paths = [path_of(out, workload, control, order) for order in wanted]
-    return [records.read(path) for path in paths if path.exists()]

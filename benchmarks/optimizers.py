@@ -12,7 +12,7 @@ from typing import Any
 import optax
 
 import dsbp_optax
-from benchmarks.kernels import map_kernels
+from benchmarks.core.kernels import map_kernels
 
 #: Rank of GaLore, twice that of a projection; period of every low-rank contender; of
 #: ours, those that project take so many iterations to refresh.
@@ -33,36 +33,27 @@ _MUON = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer of the comparison.
+    """One optimizer of the comparison."""
 
-    Attributes:
-      name: as typed on the command line.
-      summary: one line for people.
-      factory: ``(learning_rate, **settings) -> optimizer``.
-      grid: learning rates tried first; tuning extends it where the best is at an edge.
-      default_rate: used where no tuning record exists.
-      settings: keywords for the factory; the rest keeps the factory's defaults, weight
-        decay included.
-      ours: whether it is of this package; the others are its peers.
-      plain: of ours, the optimizer whose place and learning rate it takes.
-      period: steps between refreshes of a basis, 0 for optimizers without one.
-      window: steps at the start of each period that refresh.
-      warm_start: whether all iterations of the first refresh happen on the first
-        batch, as the paper has it.
-      coordinates: whether gradients of projected kernels are taken in coordinates.
-    """
-
-    name: str
-    summary: str
+    name: str  # as typed on the command line
+    summary: str  # one line for people
+    # ``(learning_rate, **settings) -> optimizer``
     factory: Callable[..., optax.GradientTransformation]
+    # learning rates tried first; tuning extends it where the best is at an edge
     grid: tuple[float, ...]
-    default_rate: float
+    default_rate: float  # used where no tuning record exists
+    # keywords for the factory; the rest keeps the factory's defaults, weight decay
+    # included
     settings: Mapping[str, Any] = field(default_factory=dict)
-    ours: bool = False
+    ours: bool = False  # whether it is of this package; the others are its peers
+    # of ours, the optimizer whose place and learning rate it takes
     plain: str | None = None
-    period: int = 0
-    window: int = 0
+    period: int = 0  # steps between refreshes of a basis, 0 for optimizers without one
+    window: int = 0  # steps at the start of each period that refresh
+    # whether all iterations of the first refresh happen on the first batch, as the
+    # paper has it
     warm_start: bool = False
+    # whether gradients of projected kernels are taken in coordinates
     coordinates: bool = False
 
     def build(
@@ -240,12 +231,7 @@ CONTENDERS = {
             **OURS,
         ),
         Contender(
-            "sgd",
-            "optax.sgd with momentum",
-            optax.sgd,
-            _COARSE,
-            0.1,
-            {"momentum": 0.9},
+            "sgd", "optax.sgd with momentum", optax.sgd, _COARSE, 0.1, {"momentum": 0.9}
         ),
         Contender("adamw", "optax.adamw", optax.adamw, _FINE, 1e-2),
         Contender(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import dsbp_optax
-from benchmarks.kernels import is_kernel, map_kernels, path_of
+from benchmarks.core.kernels import is_kernel, map_kernels, path_of
 from dsbp_optax.core import transform
 from dsbp_optax.rules import metric, moments
 
@@ -33,35 +33,25 @@ Build = Callable[[Any, Any, Any, Any], optax.GradientTransformation]
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer of the scoreboard.
+    """One optimizer of the scoreboard."""
 
-    Attributes:
-      name: as typed on the command line.
-      summary: one line for people.
-      build: rate of kernels, rate of the rest, weight decay, variant -> optimizer.
-      statistics: what its update takes beside gradients: "none"; "package", the
-        statistics of `dsbp_optax.linen`; "inputs", ``second_moments=``, the mean of
-        ``a a^T`` over each dense layer's inputs.
-      rates: of kernels, tried first.
-      aux_rates: of the rest, tried first.
-      decays: weight decays, 0 first.
-      program: name of the contender whose compiled program serves this one too.
-      variant: what tells it from that one.
-      plain: the optimizer whose place it takes, and whose state its own is a share of.
-      ours: whether it is a rule of this package, or a control of one.
-    """
-
-    name: str
-    summary: str
+    name: str  # as typed on the command line
+    summary: str  # one line for people
+    # rate of kernels, rate of the rest, weight decay, variant -> optimizer
     build: Build
+    # what its update takes beside gradients: "none"; "package", the statistics of
+    # `dsbp_optax.linen`; "inputs", ``second_moments=``, the mean of ``a a^T`` over each
+    # dense layer's inputs
     statistics: str = "none"
-    rates: tuple[float, ...] = _MUON
-    aux_rates: tuple[float, ...] = _AUX
-    decays: tuple[float, ...] = _MUON_DECAYS
+    rates: tuple[float, ...] = _MUON  # of kernels, tried first
+    aux_rates: tuple[float, ...] = _AUX  # of the rest, tried first
+    decays: tuple[float, ...] = _MUON_DECAYS  # weight decays, 0 first
+    # name of the contender whose compiled program serves this one too
     program: str | None = None
-    variant: int = 0
+    variant: int = 0  # what tells it from that one
+    # the optimizer whose place it takes, and whose state its own is a share of
     plain: str = "muon"
-    ours: bool = False
+    ours: bool = False  # whether it is a rule of this package, or a control of one
 
 
 def assemble(
@@ -109,34 +99,24 @@ def _muon() -> optax.GradientTransformation:
 
 
 class Seen(NamedTuple):
-    """What a rule sees of one kernel in one step.
+    """What a rule sees of one kernel in one step."""
 
-    Attributes:
-      gradient: as a matrix ``(d, m)``, inputs first.
-      step: number of steps before this one, int32.
-      second_moment: ``A^T A / n (d, d)`` of the layer's inputs, or None.
-    """
-
-    gradient: jax.Array
-    step: jax.Array
+    gradient: jax.Array  # as a matrix ``(d, m)``, inputs first
+    step: jax.Array  # number of steps before this one, int32
+    # ``A^T A / n (d, d)`` of the layer's inputs, or None
     second_moment: jax.Array | None
 
 
 class Rule(NamedTuple):
-    """How one kernel, as a matrix, is optimized.
+    """How one kernel, as a matrix, is optimized."""
 
-    Attributes:
-      init: zeros ``(d, m)`` -> state.
-      update: `Seen`, state -> ascent direction ``(d, m)``, state.
-      refresh: `Seen`, state -> state, every `period` steps after the update of a step,
-        the first one included.
-      period: steps between refreshes.
-    """
-
-    init: Callable[[jax.Array], Any]
+    init: Callable[[jax.Array], Any]  # zeros ``(d, m)`` -> state
+    # `Seen`, state -> ascent direction ``(d, m)``, state
     update: Callable[[Seen, Any], tuple[jax.Array, Any]]
+    # `Seen`, state -> state, every `period` steps after the update of a step, the first
+    # one included
     refresh: Callable[[Seen, Any], Any] | None = None
-    period: int = 1
+    period: int = 1  # steps between refreshes
 
 
 class RuleState(NamedTuple):
@@ -244,12 +224,7 @@ def _adam_before_metric(rate: Any, aux_rate: Any, decay: Any, variant: Any) -> A
 
 
 def control(
-    rank: Any,
-    variant: Any,
-    direction: Any,
-    exponent: float,
-    where: Any,
-    **stages: Any,
+    rank: Any, variant: Any, direction: Any, exponent: float, where: Any, **stages: Any
 ) -> optax.GradientTransformationExtraArgs:
     """A rule in the metric and its controls, chosen by a traced integer.
 

@@ -4,7 +4,6 @@ The first two are drawn from records of the benchmarks. The others are drawings,
 data that are made up here.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ RECORDS = HERE.parent / "benchmarks" / "results"
 BOARD = "gpt_d128_b24"
 
 OURS, PEER, CONTROL, INK, PALE = "#b3202f", "#30638e", "#8a6d3b", "#333333", "#dfe6ec"
-COST = "cost-2026-11-27.json"
 #: Contender -> label; Muon is told which axes of stacks are which.
 MEMORY: Mapping[str, str] = {
     "adamw": "AdamW",
@@ -31,6 +29,7 @@ MEMORY: Mapping[str, str] = {
     "sgd": "SGD, momentum",
     "dsbp_sgd": "dsbp_sgd",
 }
+OWN = {name for name in MEMORY if name.startswith("dsbp")}
 PARTS = ("parameters", "gradients", "optimizer state", "temporaries of the update")
 #: Contender -> label, colour, line.
 LINES: Mapping[str, tuple[str, str, str]] = {
@@ -44,15 +43,14 @@ LINES: Mapping[str, tuple[str, str, str]] = {
 
 def gpt() -> Figure:
     """Loss against steps with intervals, and the state of the kernels, from records."""
-    from benchmarks import results_scoreboard
-    from benchmarks.metrics import mean_interval
+    from benchmarks.core import records
+    from benchmarks.core.statistics import mean_interval
 
-    rows = results_scoreboard.read(RECORDS)[BOARD]
-    finals = results_scoreboard.finals_of(rows)
+    rows = records.read(RECORDS / "scoreboard" / f"{BOARD}.jsonl", phase="final")
     figure, (left, right) = _figure(10, 4.2, columns=2, widths=(1.55, 1))
     sizes, labels = [], []
     for name, (label, color, line) in LINES.items():
-        runs = list(finals[name].values())
+        runs = [row for row in rows if row["optimizer"] == name]
         steps = [point["step"] for point in runs[0]["curve"]]
         losses = np.array([[point["loss"] for point in r["curve"]] for r in runs])
         bands = np.array([mean_interval(column) for column in losses.T]).T
@@ -81,11 +79,16 @@ def memory() -> Figure:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.cost import make_optimizer
+    from benchmarks.core import records
+    from benchmarks.studies.cost_worker import make_optimizer
     from dsbp_optax.diagnostics import state_bytes
 
-    record = json.loads((RECORDS / COST).read_text())
-    temporary = {(r["figure"], r["contender"]): r["value"] for r in record["rows"]}
+    record = records.read(RECORDS / "cost.jsonl")[-1]
+    temporary = {
+        (r["figure"], r["contender"]): r["value"]
+        for r in record["rows"]
+        if r["library"] == "here" or r["contender"] not in OWN
+    }
     wide = record["wide"]
     shapes = [(wide, wide)] * 4 + [(wide, 4 * wide), (4 * wide, wide)]
     figure, both = _figure(10, 3.7, columns=2)

@@ -1,206 +1,135 @@
 """Real processes, really killed; what goes on is compared bit by bit."""
 
-import json
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
+import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import dsbp_optax
-from benchmarks import faults
-from benchmarks.checkpoints import Checkpoints, Saved, digests
-from benchmarks.data import DataError
-from benchmarks.faults import Event, Nursery, Order, Stream
-from benchmarks.train import make_step
-from benchmarks.workloads import WORKLOADS
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("orbax.checkpoint")
 
-KILLS = 5
+from typer.testing import CliRunner
+
+import dsbp_optax
+from benchmarks.core import records
+from benchmarks.studies import app, distributed, faults
+from benchmarks.studies.faults import Job
+from benchmarks.tasks import WORKLOADS
+from benchmarks.tasks.base import DataError
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    """A short run; XLA compiles in a hurry, once for all children."""
-    before = pytest.MonkeyPatch()
-    before.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    root = tmp_path_factory.mktemp("faults")
-    order = Order("digits_cnn", "dsbp_muon", None, "", 24, 4, 0.01)
-    yield Nursery(root, order, seconds=300)
-    before.undo()
+def place(tmp_path_factory):
+    """XLA compiles in a hurry, once for all children."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")
-def expected(nursery):
-    return faults.unbroken(nursery)
+def job(place):
+    return Job(str(place / "whole"), steps=16, every=4)
 
 
-def test_five_kills_change_no_bit(nursery, expected) -> None:
-    found = faults.kill_at_random(nursery, expected, 0, KILLS, seed=2)
-    assert found["different"] == []
-    assert sum(found["places"].values()) == KILLS
-    assert found["jobs"] >= 1
-    losses = expected["losses"]
-    assert len(losses) == nursery.order.steps and losses[-1] < losses[0]
+@pytest.fixture(scope="module")
+def expected(place, job):
+    return faults.finish(faults.start(job, place / "cache"))
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(nursery, expected) -> None:
-    """Written by a child, torn here in three ways, read by another process."""
-    kept, folders = nursery.root / "unbroken", []
-    for how in faults.TEARS:
-        folders.append(nursery.root / f"torn {how}")
-        shutil.copytree(kept, folders[-1])
-        steps = sorted(int(x.name) for x in kept.iterdir() if x.name.isdigit())
-        faults.tear(folders[-1] / str(steps[-1]), how)
-    found = _worked("torn", *folders)
-    for row in found:
-        assert any(re.search(rf"/{steps[-1]}: torn", said) for said in row["said"])
-        assert row["written"], "anew"
-        assert len(row["losses"]) == steps[-2]
-        assert row["losses"] == expected["losses"][: steps[-2]]
-    rows = [(row["step"], row["steps"]) for row in found]
-    assert rows == [(steps[-2], steps[:-1])] * 3
+def test_kills_change_no_bit(place, job, expected):
+    """In a step that refreshes, in another, and while a checkpoint is written."""
+    mine = job._replace(folder=str(place / "killed"))
+    for step, wait in ((2, 0.0), (7, 0.01), (9, 0.0)):
+        last = faults.kill_at(faults.start(mine, place / "cache"), f" {step}", wait)
+        assert last in ("step", "saved")
+    found = faults.finish(faults.start(mine, place / "cache"))
+    assert found["started"] == 8 and expected["started"] == 0
+    assert faults.different(found, expected) == []
+    assert len(expected) > 10
 
 
-def _worked(what: str, *folders: pathlib.Path):
-    """What `restore_worker` prints."""
-    worker = pathlib.Path(__file__).parent / "restore_worker.py"
-    command = [sys.executable, str(worker), what, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def tear(folder: pathlib.Path, how: str) -> None:
+    """Damage the largest file of a checkpoint, as a disk may."""
+    files = sorted(x for x in folder.rglob("*") if x.is_file())
+    largest = max(files, key=lambda x: x.stat().st_size)
+    whole = largest.read_bytes()
+    middle = len(whole) // 2
+    if how == "deleted":
+        largest.unlink()
+        return
+    inverted = bytes(255 - byte for byte in whole[middle : middle + 64])
+    torn = inverted + whole[middle + 64 :] if how == "overwritten" else b""
+    largest.write_bytes(whole[:middle] + torn)
 
 
-#: What `dsbp_optax.RankFraction` gives the digits, but for the widest kernel.
-FEWER = {"Dense_0/*": 4, "Conv_1/*": 4, "*": 1}
+def test_a_torn_checkpoint_gives_way_to_the_one_before(place, job, expected):
+    children = {}
+    for how in ("truncated", "deleted", "overwritten"):
+        mine = job._replace(folder=str(place / how), steps=20)
+        shutil.copytree(job.folder, mine.folder)
+        tear(pathlib.Path(mine.folder) / "16", how)
+        children[how] = faults.start(mine._replace(steps=16), place / "cache")
+    for how, child in children.items():
+        found = faults.finish(child)
+        assert found["started"] == 12, how
+        assert "step 16 is torn" in found["said"], how
+        assert faults.different(found, expected) == [], how
 
 
-def _like(order: Order, **settings) -> object:
-    """Shapes of parameters and state of an order."""
-    workload = WORKLOADS[order.workload]
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    tx = dsbp_optax.dsbp_muon(lambda count: order.rate * count, **settings)
-
-    def both():
-        params = workload.init(0)
-        return params, tx.init(params)
-
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(both),
-    )
-
-
-def test_another_model_or_rank_is_an_error_with_the_path(nursery, expected) -> None:
-    folder, order = nursery.root / "unbroken", nursery.order
-    with Checkpoints(folder) as checkpoints:
-        newest = checkpoints.steps()[-1]
-        named = rf"{folder}/{newest}: checkpoint: "
-        with pytest.raises(DataError, match=rf"{named}.*rank 16, .*expected .*rank 4"):
-            checkpoints.restore(_like(order, rank=FEWER))
-        other = _like(order._replace(workload="fashion_mnist_mlp"))
-        with pytest.raises(DataError, match=rf"{named}of another model.*it has no '0/"):
-            checkpoints.restore(other)
-        assert checkpoints.steps()[-1] == newest, "none is thrown away"
-        assert checkpoints.restore(_like(order)).step == newest
+def test_another_rank_is_an_error_and_throws_nothing_away(place, job, expected):
+    workload = WORKLOADS["digits_cnn"]
+    params = workload.init(0)
+    losses = np.zeros(job.steps, np.float32)
+    with faults.open_folder(pathlib.Path(job.folder)) as manager:
+        for rank, words in ((4, r"rank 1, .*expected .*rank 4"), (None, None)):
+            told = {} if rank is None else {"rank": {"Dense_0/*": rank, "*": 4}}
+            tx = dsbp_optax.dsbp_muon(lambda count: 0.01, **told)
+            held = jax.device_put((params, tx.init(params), losses), jax.devices()[0])
+            if words is None:
+                step, found = faults.restore(manager, held)
+                assert step == 16 and faults.digests(found).items() <= expected.items()
+                continue
+            with pytest.raises(DataError, match=words):
+                faults.restore(manager, held)
+        assert sorted(manager.all_steps()) == [8, 12, 16]
 
 
-def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path) -> None:
-    arrays = ({"kernel": jnp.arange(5000.0)}, ())
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
-    )
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.save(Saved(1, arrays, {"n": 1}))
-        said = "/2: not written.*still that of step 1"
-        with faults._disk(full=True), pytest.warns(UserWarning, match=said):
-            assert not checkpoints.save(Saved(2, arrays, {"n": 2}))
-        assert checkpoints.steps() == [1]
-        assert checkpoints.restore(like).notes == {"n": 1}
-        assert checkpoints.save(Saved(3, arrays, {"n": 3}))
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(like).notes == {"n": 3}
+def test_one_process_of_two_that_is_killed_ends_the_other(place, job, expected):
+    def pair():
+        address = f"127.0.0.1:{distributed.free_port()}"
+        told = [(address, 2, number, 1) for number in range(2)]
+        mine = job._replace(folder=str(place / "pair"), steps=8)
+        return [faults.start(mine._replace(place=one), place / "cache") for one in told]
+
+    victim, other = pair()
+    assert faults.kill_at(victim, " 5") in ("step", "saved")
+    begun = time.monotonic()
+    try:
+        said, _ = other.communicate(timeout=4 * job.timeout)
+    except subprocess.TimeoutExpired:
+        other.kill()
+        raise
+    assert other.returncode and re.search(r"step \d", said)
+    assert time.monotonic() - begun < 4 * job.timeout
+    one, two = (faults.finish(child) for child in pair())
+    assert one["started"] == two["started"] == 4
+    assert faults.different(one, two) == []
 
 
-def test_a_checkpoint_goes_onto_meshes_of_other_shapes(nursery, expected):
-    """From one device to 2 x 4 and from there to 4 x 2: the same bits elsewhere."""
-    kept, other = nursery.root / "unbroken", nursery.root / "sharded"
-    found = _worked("meshes", kept, other)
-    with Checkpoints(kept) as checkpoints:
-        alone = digests(checkpoints.restore(_like(nursery.order)).arrays)
-    assert found["digests"] == [alone, alone]
-    assert found["meshes"] == [{"data": 2, "model": 4}, {"data": 4, "model": 2}]
-    split = [{p for p, s in specs.items() if any(s)} for specs in found["specs"]]
-    assert split[0] and split[1]
-
-
-def test_a_resume_that_forgets_something_is_caught(nursery, expected, monkeypatch):
-    """Planted: the batches from the start; a step that refreshes out of turn."""
-    order = nursery.order._replace(steps=10)
-    place = jax.devices()[0]
-    with Checkpoints(nursery.root / "unbroken") as checkpoints:
-        saved = checkpoints.restore(_like(order))
-    workload = WORKLOADS[order.workload]
-    step = make_step(workload, faults.contender(order.optimizer))
-
-    def go_on(saved, position) -> dict[str, str]:
-        stream = Stream(workload, None, seed=0)
-        stream.resume(saved.notes) if position else None
-        arrays = jax.device_put(saved.arrays, place)
-        batch = jax.device_put(next(stream), place)
-        copies = jax.tree.map(jnp.copy, arrays)
-        *arrays, _ = step(*copies, batch, np.float32(order.rate), np.float32(24))
-        return {"digests": digests(tuple(arrays)), "notes": stream.notes()}
-
-    right = go_on(saved, True)
-    assert faults.difference(go_on(saved, True), right) == []
-    forgot = faults.difference(go_on(saved, False), right)
-    assert "notes" in forgot and any("/inner/" in path for path in forgot)
-    params, (metric, *rest) = saved.arrays
-    assert metric.step % faults.PERIOD >= faults.WINDOW
-    begun = metric.step - metric.step % faults.PERIOD
-    turn = metric._replace(step=begun, collect=jnp.ones_like(metric.collect))
-    state = (turn, *rest)
-    early = faults.difference(
-        go_on(saved._replace(arrays=(params, state)), True), right
-    )
-    assert any("basis" in path for path in early), "the turn to refresh"
-    wrong = {**saved.notes, "rng": {"state": 0}}
-    with pytest.raises(DataError, match="the batches: got"):
-        Stream(workload, None, seed=0).resume(wrong)
-
-
-def test_one_process_of_two_that_is_killed_ends_the_other(nursery, expected) -> None:
-    short = nursery._replace(order=nursery.order._replace(steps=8, timeout=10))
-    found, results = faults.lose_one(short, victim=0, after=5)
-    assert found["ended"] and found["seconds"] <= 2 * found["timeout"]
-    assert found["resumed"] == 4
-    assert results[0] == results[1]
-    alone = expected["losses"][: short.order.steps]
-    np.testing.assert_allclose(results[0]["losses"], alone, rtol=1e-4)
-
-
-def test_where_a_kill_falls_is_what_the_child_said_last() -> None:
-    places = [
-        Event("step", 3, True),
-        Event("step", 4),
-        Event("save", 4),
-        Event("saved", 4),
-    ]
-    assert [event.place for event in places] == [
-        "refresh window",
-        "other step",
-        "save",
-        "between steps",
-    ]
-
-
-def test_a_child_that_fails_says_why(nursery) -> None:
-    child = nursery.child("nowhere", optimizer="nobody")
-    with pytest.raises(DataError, match="KeyError: 'nobody'"):
-        child.result()
+def test_the_command_compares_jobs_that_were_killed(place):
+    path = place / "faults.jsonl"
+    told = ["faults", "--optimizer", "sgd", "--kills", "1", "--steps", "20"]
+    result = CliRunner().invoke(app, [*told, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    (record,) = records.read(path)
+    assert records.problems(record) == [] and record["passed"]
+    assert sum(record["kills"][0]["places"].values()) == 1
+    assert "identical" in result.output

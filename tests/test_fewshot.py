@@ -1,7 +1,6 @@
 """Few-shot episodes: lawful tasks, the right meta-gradient, runs that go on."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,14 @@ from states import layer
 from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks import data, fewshot, records
-from benchmarks.cli import app
-from benchmarks.data import Characters, DataError, Episode, omniglot
-from benchmarks.fitting import Plan
-from benchmarks.learners import LEARNERS
-from benchmarks.maml import Inner, adapt, in_bases, keep_bases, meta_loss
-from benchmarks.models import DrawingsMlp
-from benchmarks.pretrained import linear_probe, nearest_mean
-from benchmarks.results_page import document
+from benchmarks.core import records
+from benchmarks.report import page
+from benchmarks.studies import app, fewshot
+from benchmarks.studies.fewshot import LEARNERS, Plan, linear_probe, nearest_mean
+from benchmarks.studies.maml import Inner, adapt, in_bases, keep_bases, meta_loss
+from benchmarks.tasks import omniglot
+from benchmarks.tasks.base import DataError
+from benchmarks.tasks.omniglot import Characters, DrawingsMlp, Episode
 
 # Episodes.
 
@@ -67,8 +65,8 @@ def broken_laws(tasks, ways, shots, queries):
 
 
 def drawn(shots=3, seed=0):
-    found = data.episodes(coded(), 5, shots, 4, np.random.default_rng(seed))
-    return data.stacked(found, 8)
+    found = omniglot.episodes(coded(), 5, shots, 4, np.random.default_rng(seed))
+    return omniglot.stacked(found, 8)
 
 
 @pytest.mark.parametrize("shots", [1, 5])
@@ -80,46 +78,23 @@ def test_episodes_keep_the_laws(shots):
     assert np.any(tasks.support != other.support)
 
 
-def _asked(tasks):
-    query = tasks.query.copy()
+def test_a_wrong_sampler_is_rejected():
+    tasks, query = drawn(), drawn().query.copy()
     query[:, 0] = tasks.support[:, 0]
-    return tasks._replace(query=query)
-
-
-def _relabelled(tasks):
-    return tasks._replace(query_labels=np.roll(tasks.query_labels, 4, axis=1))
-
-
-def _mixed(tasks):
-    return tasks._replace(support_labels=np.roll(tasks.support_labels, 1, axis=1))
-
-
-def _twice(tasks):
-    support = tasks.support.copy()
-    support[:, 1] = support[:, 0]
-    return tasks._replace(support=support)
-
-
-def _one_character(tasks):
-    """The second class shows other drawings of the first."""
-    support = tasks.support.copy()
-    first = support[:, :1] // DRAWINGS * DRAWINGS
-    support[:, 3:6] = first + (support[:, :3] + 7 - first) % DRAWINGS
-    return tasks._replace(support=support)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "law"),
-    [
-        (_asked, "a support is asked for"),
-        (_relabelled, "a query is labelled otherwise than its supports"),
-        (_mixed, "a label stands for several characters"),
-        (_twice, "a drawing comes twice"),
-        (_one_character, "a character has several labels"),
-    ],
-)
-def test_a_wrong_sampler_is_rejected(wrong, law):
-    assert law in broken_laws(wrong(drawn()), 5, 3, 4)
+    wrong = {
+        "a support is asked for": tasks._replace(query=query),
+        "a query is labelled otherwise than its supports": tasks._replace(
+            query_labels=np.roll(tasks.query_labels, 4, axis=1)
+        ),
+        "a label stands for several characters": tasks._replace(
+            support_labels=np.roll(tasks.support_labels, 1, axis=1)
+        ),
+    }
+    for law, given in wrong.items():
+        assert law in broken_laws(given, 5, 3, 4)
+    for told in ((13, 1, 1), (5, 10, 11), (5, 0, 1)):
+        with pytest.raises(ValueError, match="Remedy"):
+            next(omniglot.episodes(coded(), *told, np.random.default_rng(0)))
 
 
 def write_drawings(folder):
@@ -134,27 +109,27 @@ def write_drawings(folder):
 
 def test_no_alphabet_of_the_test_is_trained_on(tmp_path):
     write_drawings(tmp_path)
-    parts = fewshot.load(tmp_path)
+    parts = omniglot.load_omniglot(tmp_path)
     seen = [set(np.unique((255 * p.images).round() // 16)) for p in parts]
     assert seen == [{1, 2, 3, 4, 5}, {6}, {7, 8}]
     assert [len(part) for part in parts] == [4 * 30, 6, 12]
-    tasks = fewshot.judging_episodes(parts, 1, final=True)
+    tasks = fewshot.judging(parts, 1, final=True)
     assert set(np.unique((255 * tasks.support).round() // 16)) <= seen[2]
-    tasks = fewshot.judging_episodes(parts, 1, final=False)
+    tasks = fewshot.judging(parts, 1, final=False)
     assert set(np.unique((255 * tasks.query).round() // 16)) == seen[1]
+    np.savez(tmp_path / "omniglot_small_28.npz", x=np.zeros((2, 3)), names=["a"])
+    with pytest.raises(DataError, match=r"float64.*Remedy"):
+        omniglot.load_omniglot(tmp_path)
 
 
-def test_turned_characters_are_others_and_halves_are_means():
+def test_turned_characters_are_others():
     images = np.random.default_rng(0).random((2, 20, 4, 4, 1)).astype(np.float32)
-    found = data.with_rotations(Characters(images, np.asarray(["Latin", "Greek"])))
+    found = omniglot.with_rotations(Characters(images, np.asarray(["Latin", "Greek"])))
     assert len(found) == 8 and list(found.alphabets[:2]) == ["Latin", "Greek"]
     np.testing.assert_array_equal(found.images[:2], images)
     for turns in range(1, 4):
         expected = np.rot90(images[1, 3, :, :, 0], turns)
         np.testing.assert_array_equal(found.images[2 * turns + 1, 3, :, :, 0], expected)
-    small = data.halved(found).images
-    assert small.shape == (8, 20, 2, 2, 1)
-    assert small[0, 0, 0, 1, 0] == pytest.approx(images[0, 0, :2, 2:].mean())
 
 
 # The meta-gradient, against differences of an oracle that imports nothing of ours.
@@ -357,7 +332,7 @@ def test_learners_learn(name):
     images = np.asarray(prototypes ^ flips, np.float32)
     characters = Characters(images, np.asarray(["Greek"] * 30))
     fitted = LEARNERS[name].make(1)(characters, Plan(3e-3, 0.4, 20, 0))
-    tasks = data.stacked(data.episodes(characters, 5, 1, 15, rng), 10)
+    tasks = omniglot.stacked(omniglot.episodes(characters, 5, 1, 15, rng), 10)
     assert fitted.judge(tasks, 0.4).mean() > 0.6
     assert fitted.loss < np.log(30) and fitted.state_bytes > 0
 
@@ -365,7 +340,9 @@ def test_learners_learn(name):
 @pytest.mark.parametrize("tx", [dsbp_optax.dsbp_adamw(1e-3), dsbp_optax.dsbp_muon(1)])
 def test_the_outer_loss_shows_the_activations_of_every_kernel(tx):
     model = DrawingsMlp()
-    tasks = data.stacked(data.episodes(coded(), 5, 1, 2, np.random.default_rng(0)), 2)
+    tasks = omniglot.stacked(
+        omniglot.episodes(coded(), 5, 1, 2, np.random.default_rng(0)), 2
+    )
 
     def loss(params, images, labels):
         logits = model.apply({"params": params}, images)
@@ -390,63 +367,40 @@ def test_the_outer_loss_shows_the_activations_of_every_kernel(tx):
 # Runs.
 
 
-def made(phase, number, rate, inner, seed, value):
-    key = "test_accuracy" if phase == "final" else "validation_accuracy"
-    return {
-        "phase": phase,
-        "round": number,
-        "learning_rate": rate,
-        "inner_rate": inner,
-        "seed": seed,
-        "steps": 300,
-        "full_steps": 300,
-        key: value,
-        "diverged": value is None,
-        "train_loss": 1.0,
-        "seconds": 2.0,
-        "state_bytes": 1024,
-        "date": "2026-01-02T03:04:05+00:00",
-    }
-
-
 def drive(lane, score):
     """Every run that a lane asks for, with a made-up result; their order."""
-    order = []
-    while (run := fewshot.next_run(lane)) is not None:
-        plan = run.plan
-        order.append((run.phase, run.round, plan.rate, plan.inner_rate, plan.seed))
-        value = score(plan.rate, plan.inner_rate)
-        words = (run.phase, run.round, plan.rate, plan.inner_rate, plan.seed)
-        lane.add(made(*words, value))
-    return order
+    asked = []
+    while (run := lane.next_run()) is not None:
+        order, inner = run
+        asked.append((order.phase, order.round, order.rate, inner, order.seed))
+        value = score(order.rate, inner)
+        row = {"optimizer": lane.learner.name, "workload": lane.workload}
+        row |= {"phase": order.phase, "round": order.round, "inner_rate": inner}
+        row |= {"learning_rate": order.rate, "seed": order.seed, "full_steps": 300}
+        key = "test_accuracy" if order.phase == "final" else "validation_accuracy"
+        records.append(lane.file, "fewshot", [{**row, key: value}])
+    return asked
 
 
 def test_a_lane_tunes_then_judges_and_others_take_its_rates(tmp_path):
     def score(rate, inner):
         return 0.9 - abs(np.log10(rate / 0.003)) / 10 - abs(inner - 1.0) / 10
 
-    lane = fewshot.Lane(tmp_path, LEARNERS["maml_spectral"], 1, 2)
+    file = tmp_path / "fewshot.jsonl"
+    with pytest.raises(DataError, match=r"tuned rates of maml_spectral.*Remedy"):
+        fewshot.Lane(file, LEARNERS["spectral_random"], 1, 1).next_run()
+    lane = fewshot.Lane(file, LEARNERS["maml_spectral"], 1, 2)
     order = drive(lane, score)
     assert len({*order}) == len(order)
     assert [one[3] for one in order if one[1] == 3] == [0.1, 1.0]
     assert order[-2:] == [("final", 0, 0.003, 1.0, seed) for seed in (0, 1)]
-    again = fewshot.Lane(tmp_path, LEARNERS["maml_spectral"], 1, 3)
-    assert drive(again, score) == [("final", 0, 0.003, 1.0, 2)]
+    assert drive(lane._replace(seeds=3), score) == [("final", 0, 0.003, 1.0, 2)]
     for name, shots in (("maml_spectral", 5), ("spectral_random", 1)):
-        other = fewshot.Lane(tmp_path, LEARNERS[name], shots, 1)
+        other = fewshot.Lane(file, LEARNERS[name], shots, 1)
         assert drive(other, score) == [("final", 0, 0.003, 1.0, 0)]
     with pytest.raises(DataError, match=r"got runs of 300 steps.*Remedy"):
-        fewshot.Lane(tmp_path, LEARNERS["maml_spectral"], 1, 3, 400)
-
-
-def test_rates_that_are_not_tuned_are_asked_for(tmp_path):
-    lane = fewshot.Lane(tmp_path, LEARNERS["spectral_random"], 1, 1)
-    with pytest.raises(DataError, match=r"tuned rates of maml_spectral.*Remedy"):
-        fewshot.next_run(lane)
-
-
-def test_a_run_that_diverged_is_never_chosen(tmp_path):
-    lane = fewshot.Lane(tmp_path, LEARNERS["maml"], 1, 1)
+        lane._replace(steps=400).next_run()
+    lane = fewshot.Lane(file, LEARNERS["maml"], 1, 1)
     order = drive(lane, lambda rate, inner: None if rate > 0.002 else 0.5)
     assert order[-1][0] == "final" and order[-1][2] <= 0.001
 
@@ -455,21 +409,20 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch):
     write_drawings(tmp_path)
     monkeypatch.setattr(fewshot, "VALIDATION_EPISODES", 3)
     monkeypatch.setattr(fewshot, "TEST_EPISODES", 4)
-    out = tmp_path / "out/fewshot"
+    out = tmp_path / "out"
     words = ["fewshot", "--data-dir", str(tmp_path), "--out", str(out), "--steps", "3"]
     words += ["--learner", "pixels", "--learner", "linear_probe", "--seeds"]
     result = CliRunner().invoke(app, [*words, "2"])
     assert result.exit_code == 0, result.output
-    assert "5-way, 1 shot(s)" in result.output
-    path = out / "5_shot/linear_probe.json"
-    before = records.read(path)["records"]
-    assert [one["seed"] for one in before] == [0, 1]
+    assert "1 shot(s)" in result.output
+    before = fewshot.finals(out / "fewshot.jsonl", 5)
+    names = [one["optimizer"] for one in before]
+    assert names == ["linear_probe"] * 2 + ["pixels"] * 2
     assert {one["episodes"] for one in before} == {4}
+    assert all(records.problems(one) == [] for one in before)
     result = CliRunner().invoke(app, [*words, "3", "--quiet"])
     assert result.exit_code == 0 and result.output == ""
-    after = records.read(path)["records"]
-    assert after[:2] == before and len(after) == 3
-    text = document(tmp_path / "out")
-    assert "## Few-shot episodes, 1 shot(s)" in text and "against linear_probe" in text
-    assert len([x for x in text.splitlines() if x.startswith("| linear_probe |")]) > 3
-    assert json.loads(path.read_text())["shots"] == 5
+    after = fewshot.finals(out / "fewshot.jsonl", 5)
+    assert after[:2] == before[:2] and len(after) == 6
+    text = page.document(page.Found(out))
+    assert "Few-shot episodes, 1 shot(s)" in text and "against linear_probe" in text

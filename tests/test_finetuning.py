@@ -1,7 +1,6 @@
 """Fine-tuning: what is adapted, what is held, how much is trained, what is recorded."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -14,51 +13,35 @@ pytest.importorskip("qwix")
 from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks import (
-    finetuning,
-    kernels,
-    models,
-    pretraining,
-    results_finetuning,
-    train,
-    tune,
-    workloads,
-)
-from benchmarks.cli import app
-from benchmarks.data import DataError, load_digits, load_shakespeare
-from benchmarks.finetuning import (
-    ALIKE,
-    OURS_WHOLE,
-    PEER,
-    WHOLE,
-    WIDE,
-    Task,
-    adapted,
-    chosen,
-    entrants,
-)
-from benchmarks.finetuning_tasks import TASKS
-from benchmarks.results_page import document
-from benchmarks.workloads import WORKLOADS
+from benchmarks.core import records, train, tune
+from benchmarks.core.kernels import path_of
+from benchmarks.report import page
+from benchmarks.studies import app, finetune
+from benchmarks.studies.finetune import ALIKE, PEER, TASKS, WHOLE, WIDE, Task, chosen
+from benchmarks.tasks import WORKLOADS, gpt, vision
+from benchmarks.tasks.base import DataError
 
 # qwix asks for a name that Flax has retired.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed")
 
+OURS_WHOLE = "projected_muon_whole"
 NAMES = (PEER, *ALIKE, WIDE, OURS_WHOLE, WHOLE)
-MODEL = models.Mlp((32, 32))
+MODEL = vision.Mlp((32, 32))
 
 
-def load(data_dir, weights):
+def load(data_dir, weights=None):
     del weights
     inputs, _ = WORKLOADS["digits_cnn"].example(1)
     pretrained = MODEL.init(jax.random.key(7), inputs)["params"]
-    return load_digits(data_dir)._replace(
+    return vision.load_digits(data_dir)._replace(
         pretrained={name: pretrained[name] for name in ("Dense_0", "Dense_1")}
     )
 
 
 TINY = Task(
-    workload=adapted(WORKLOADS["digits_cnn"], name="tiny", model=MODEL, steps=6),
+    workload=finetune._adapted(
+        WORKLOADS["digits_cnn"], name="tiny", model=MODEL, steps=6
+    ),
     modules="Dense_[01]",
     head="^Dense_2/",
     lora_rank=2,
@@ -71,7 +54,15 @@ TINY = Task(
 
 def paths(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {kernels.path_of(keys): leaf for keys, leaf in leaves}
+    return {path_of(keys): leaf for keys, leaf in leaves}
+
+
+def numbers_of(workload, contender):
+    """The trained numbers, without compiling anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = train.Program(workload, contender, None, None, {})
+        patch.setattr(finetune, "build", lambda *_: made)
+        return finetune.build_counted(workload, contender).figures["trained_numbers"]
 
 
 def shapes(workload):
@@ -80,8 +71,8 @@ def shapes(workload):
 
 @pytest.mark.parametrize("task", [*TASKS.values(), TINY], ids=lambda task: task.name)
 def test_both_ways_train_as_many_numbers_of_the_same_kernels(task):
-    known = entrants(task)
-    numbers = {n: finetuning.trained_numbers(*known[n]) for n in known}
+    known = task.entrants()
+    numbers = {n: numbers_of(*known[n]) for n in known}
     assert numbers["projected_adamw"] == numbers["projected_muon"]
     assert numbers["projected_adamw"] == pytest.approx(numbers[PEER], rel=0.05)
     whole = sum(leaf.size for leaf in jax.tree.leaves(shapes(task.workload)))
@@ -108,7 +99,7 @@ def test_the_wide_contender_has_as_much_state_as_lora(task):
             jax.eval_shape(tx.init, shapes(workload))
         )
 
-    known = entrants(task)
+    known = task.entrants()
     wide, peer = (state(*known[name]) for name in (WIDE, PEER))
     assert 0.95 * peer < wide <= peer
 
@@ -118,15 +109,15 @@ def test_lora_trains_both_factors_and_coordinates_the_output_side_alone():
     lora = TINY.lora_rank * ((d + m) + (m + m))
     ours = TINY.rank * (m + m)
     head = m * 10 + 10
-    known = entrants(TINY)
-    assert finetuning.trained_numbers(*known[PEER]) == lora + head
-    assert finetuning.trained_numbers(*known["projected_adamw"]) == ours + head
+    known = TINY.entrants()
+    assert numbers_of(*known[PEER]) == lora + head
+    assert numbers_of(*known["projected_adamw"]) == ours + head
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_held_stays_bit_for_bit_and_the_rest_moves(name):
-    (lane,) = finetuning.lanes(TINY, None, None, names=[name])
-    program = finetuning.build_counted(lane.workload, lane.contender)
+    (lane,) = TINY.with_weights(None).lanes(None, names=[name])
+    program = finetune.build_counted(lane.workload, lane.contender)
     data = lane.workload.load(None)
     run = train.train(program, data, data.test, rate=0.01, steps=6, seed=0)
     before = lane.workload.init(0, data.pretrained)
@@ -142,7 +133,7 @@ def test_what_is_held_stays_bit_for_bit_and_the_rest_moves(name):
 
 
 def test_lora_starts_from_the_pretrained_function():
-    workload, _ = entrants(TINY)[PEER]
+    workload, _ = TINY.entrants()[PEER]
     data = load(None, None)
     inputs, _ = TINY.workload.example(4)
     params = workload.init(0, data.pretrained)
@@ -159,88 +150,61 @@ def test_lora_starts_from_the_pretrained_function():
 
 
 def test_gradients_of_what_is_held_are_zero():
-    workload, _ = entrants(TINY)["projected_adamw"]
+    workload, _ = TINY.entrants()["projected_adamw"]
     batch = workload.example(8)
     grads = paths(jax.grad(workload.loss)(workload.init(0), batch))
     zero = {path for path, leaf in grads.items() if not leaf.any()}
     assert zero == {"Dense_0/bias", "Dense_1/bias"}
 
 
-def invoke(*args):
-    found = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
-    assert found.exit_code == 0, found.output
-    return found.output
-
-
 def test_the_command_leaves_records_that_are_made_once_and_shown(tmp_path, monkeypatch):
-    pair = {name: entrants(TINY)[name] for name in (PEER, "projected_muon")}
+    pair = {name: TINY.entrants()[name] for name in (PEER, "projected_muon")}
     monkeypatch.setitem(TASKS, "tiny", TINY)
-    monkeypatch.setattr(finetuning, "entrants", lambda task: pair)
+    monkeypatch.setattr(Task, "entrants", lambda task: pair)
     monkeypatch.setattr(tune, "EXTENSIONS", 0)
-    out = tmp_path / results_finetuning.FOLDER
-    command = ("finetune", "tiny", "--out", out, "--seeds", 2, "--rounds", 3)
-    shown = invoke(*command)
-    assert "all done" in shown and "Quality" in shown and "projected_muon" in shown
-    made = {path: path.read_bytes() for path in out.rglob("*.json")}
-    assert len(made) == 2 * (2 + 2 + 2) + 1
-    assert invoke(*command) and made == {p: p.read_bytes() for p in made}
-    record = json.loads((out / "tiny/lora/tune1-0.001-100.json").read_text())
-    assert record["trained_numbers"] == finetuning.trained_numbers(*pair[PEER])
-    assert record["judged_on"] == "validation"
-    page = document(tmp_path)
-    assert "## Fine-tuning: tiny" in page and "Other runs" not in page
-    entries = {e.name: e for e in results_finetuning.read_entries(TINY, out)}
+    for name, (workload, contender) in list(pair.items()):
+        pair[name] = dataclasses.replace(workload, load=load), contender
+    told = ["finetune", "tiny", "--out", str(tmp_path), "--seeds", "2", "--rounds", "3"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, told, env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        assert "all done" in result.output and "projected_muon" in result.output
+        found = records.read(tmp_path / "finetune/tiny.jsonl")
+        assert len(found) == 2 * (2 + 2 + 2) + 1
+    runs = [one for one in found if one["study"] == "finetune"]
+    assert all(records.problems(one) == [] for one in runs)
+    lora = next(one for one in runs if one["optimizer"] == PEER)
+    assert lora["trained_numbers"] == numbers_of(*pair[PEER])
+    entries = {one.name: one for one in TINY.entries(tmp_path)}
     assert list(entries) == list(pair)
-    assert all(len(entry.finals) == 2 for entry in entries.values())
-    ours, theirs = (entries[n].median("state_bytes") for n in ("projected_muon", PEER))
-    assert ours < theirs
+    assert all(len(one.finals) == 2 and one.speed for one in entries.values())
+    assert entries["projected_muon"].median("state_bytes") < lora["state_bytes"]
+    assert "## Fine-tuning: tiny" in page.document(page.Found(tmp_path))
 
 
 GPT = dataclasses.replace(
     WORKLOADS["shakespeare_gpt"],
-    model=models.Gpt(width=16, layers=1, heads=2, context=8),
-    example=workloads.tokens(8),
-    load=load_shakespeare(8),
+    model=gpt.Gpt(width=16, layers=1, heads=2, context=8),
+    example=gpt.tokens(8),
+    load=gpt.load_shakespeare(8),
     steps=2,
     batch_size=4,
 )
 
 
-def test_weights_are_kept_as_they_were_and_described(tmp_path):
+def test_weights_are_kept_or_refused(tmp_path):
     (tmp_path / "input.txt").write_text("To be, or not to be: " * 60)
     path = tmp_path / "weights.npz"
-    params = pretraining.pretrain(tmp_path, GPT)
-    pretraining.write(path, params)
-    found = paths(pretraining.read(path, GPT))
-    assert found.keys() == paths(params).keys()
-    for name, leaf in paths(params).items():
-        np.testing.assert_array_equal(found[name], leaf)
-    record = pretraining.describe(path, tmp_path, GPT, GPT)
-    expected = GPT.measure(params, GPT.load(tmp_path).test, None)
-    assert record["pretraining"] == record["before_adaptation"] == expected
-    assert [p.name for p in tmp_path.glob(".*")] == []
-
-
-def test_weights_that_are_missing_or_of_another_model_are_refused(tmp_path):
-    path = tmp_path / "weights.npz"
     with pytest.raises(DataError, match=r"got no such file.*Remedy"):
-        pretraining.read(path, GPT)
-    pretraining.write(path, {"Dense_0": {"kernel": np.ones((2, 2))}})
-    with pytest.raises(DataError, match=r"no array .*block_0.*Remedy"):
-        pretraining.read(path, GPT)
-
-
-def test_records_of_a_tie_show_no_difference(tmp_path):
-    """Paired by seed: equal runs differ by nothing, and the interval says so."""
-    values = [0.5, 0.7, 0.6]
-    run = {"learning_rate": 0.01, "train_loss": 1.0, "diverged": False}
-    runs = [
-        {**run, "optimizer": name, "seed": seed, "test_accuracy": value}
-        for name in (PEER, "projected_adamw")
-        for seed, value in enumerate(values)
-    ]
-    entries = results_finetuning.compare.entries(TINY.workload, runs)
-    table = results_finetuning.quality_table(entries)
-    cells = {c.header: list(c.cells) for c in table.columns}
-    assert cells["against lora (95 %)"] == ["-", "+0.00 [+0.00, +0.00]"]
-    assert cells["against adamw (95 %)"] == ["-", "-"]
+        finetune.read_weights(path, GPT)
+    finetune.pretrain(tmp_path, path, GPT)
+    found = finetune.read_weights(path, GPT)
+    assert paths(found).keys() == paths(GPT.init(0)).keys()
+    data = GPT.load(tmp_path)
+    held = GPT.init(5, found)
+    value = GPT.measure(held, data.test, 8)
+    assert value != GPT.measure(GPT.init(5), data.test, 8)
+    assert [p.name for p in tmp_path.glob(".*")] == []
+    np.savez(path, a=np.ones(2))
+    with pytest.raises(DataError, match=r"weights of shakespeare_gpt.*Remedy"):
+        finetune.read_weights(path, GPT)

@@ -1,6 +1,5 @@
-"""The page of results: from the records alone, all of them, misses included."""
+"""The committed records, the page made of them, and what the README quotes."""
 
-import json
 import pathlib
 import re
 
@@ -9,139 +8,162 @@ import pytest
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+pytest.importorskip("adjustText")
 
 from typer.testing import CliRunner
 
-from benchmarks import compare, generic, markdown, reaches, records, results_page
-from benchmarks.cli import app
-from benchmarks.data import DataError
-from benchmarks.found import read_all
-from benchmarks.results_page import PAGE, RESULTS, document
-from benchmarks.workloads import WORKLOADS
+from benchmarks.core import records
+from benchmarks.core.records import RESULTS
+from benchmarks.report import claims, page, tables
+from benchmarks.report.claims import CONFIRMED, REFUTED, UNMEASURED, UNTESTABLE
+from benchmarks.report.entries import Entry, difference
+from benchmarks.studies import app
+from benchmarks.studies.scoreboard import BOARDS
+from benchmarks.tasks import WORKLOADS
+from benchmarks.tasks.base import ACCURACY
 
 ROOT = pathlib.Path(__file__).parent.parent
-BYTES = {"adamw": 2000, "muon": 1000, "projected_muon": 200, "galore": 210}
+README = (ROOT / "README.md").read_text()
 
 
-def run(optimizer, value, seed=0, **changes):
-    """A final record of the small GPT."""
-    curve = [
-        {"step": step, "train_loss": 2.0, "value": value} for step in (200, 400, 600)
-    ]
-    size = BYTES.get(optimizer, 300)
-    return {
-        "workload": "shakespeare_gpt",
-        "optimizer": optimizer,
-        "phase": "final",
-        "round": 0,
-        "learning_rate": 0.01,
-        "learning_rate_source": "tuned",
-        "seed": seed,
-        "steps": 600,
-        "quick": True,
-        "batch_size": 24,
-        "schedule": "constant",
-        "metric": "val_loss",
-        "val_loss": value,
-        "train_loss": 1.5,
-        "diverged": value is None,
-        "curve": curve,
-        "step_ms": 10.0,
-        "refresh_step_ms": None,
-        "mean_step_ms": 10.0,
-        "state_bytes": size + 10,
-        "projected_state_bytes": size,
-        "temporary_bytes": 100,
-        "compile_seconds": 1.0,
-        "date": "2026-01-02T03:04:05+00:00",
-        "machine": {
-            "system": "Linux",
-            "architecture": "arm64",
-            "processor": "Abacus",
-            "cores": 3,
-            "backend": "cpu",
-            "device": "cpu",
-        },
-        "versions": {"python": "3.11", "jax": "0.9"},
-        "git": {"commit": "abcdef0123", "modified": False},
-        **changes,
-    }
+@pytest.fixture(scope="module")
+def found():
+    return page.Found(RESULTS)
 
 
-def write_campaign(root, values):
-    """Final records, and the tuning that chose their rate, of a few seeds."""
-    for optimizer, found in values.items():
-        folder = root / "campaign/shakespeare_gpt" / optimizer
-        for seed, value in enumerate(found):
-            made = run(optimizer, value, seed)
-            records.write(folder / f"final-0.01-{seed}.json", made)
-        for stage in (1, 2):
-            for rate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 3e-4, 1e-4):
-                score = 2 + abs(np.log10(rate / 0.01))
-                made = run(optimizer, score, 100, round=stage, phase="tune")
-                name = f"tune{stage}-{rate:g}-100.json"
-                records.write(folder / name, {**made, "learning_rate": rate})
+def plain(text):
+    """One space where there are several."""
+    return re.sub(r"[ \n]+", " ", text)
 
 
-GOOD = {
-    "projected_muon": [1.79, 1.80, 1.80],
-    "muon": [1.79, 1.79, 1.80],
-    "adamw": [2.0, 2.0, 2.01],
-    "galore": [2.1, 2.1, 2.12],
+# The records.
+
+
+def test_every_committed_record_keeps_the_schema():
+    every = records.read_all()
+    assert len(every) > 1500
+    lacking = {(one["file"], x) for one in every for x in records.problems(one)}
+    assert lacking == set()
+
+
+def test_no_committed_line_is_passed_over():
+    for path in RESULTS.rglob("*.jsonl"):
+        assert len(records.read(path)) == len(path.read_text().splitlines()), path
+
+
+# What is quoted, computed from the records: the figures as they have always stood.
+
+GOLDEN = {
+    # Board, rule, against: mean and interval in three digits.
+    ("gpt_d128_b24", "dsbp_adamw", "adamw"): "-0.122 [-0.133, -0.112]",
+    ("gpt_d128_b24", "dsbp_muon", "muon"): "+0.000 [-0.007, +0.007]",
+    ("gpt_d128_b24", "muon_6bit", "muon"): "+0.003 [-0.004, +0.009]",
+    ("sotu_d128_b24", "dsbp_muon", "muon"): "-0.011 [-0.014, -0.008]",
+    ("gpt_d128_b96", "dsbp_muon", "muon"): "-0.016 [-0.020, -0.012]",
+}
+LOSSES = {
+    "adamw": "1.931",
+    "dsbp_adamw": "1.809",
+    "dsbp_adamw_none": "1.934",
+    "dsbp_adamw_random": "1.934",
+    "dsbp_adamw_random_true": "1.943",
+    "muon": "1.769",
+    "dsbp_muon": "1.769",
+    "muon_6bit": "1.772",
+}
+CAMPAIGN = {
+    ("fashion_mnist_cnn", "dsbp_sgd", "sgd"): "+1.47 [+1.15, +1.78]",
+    ("cifar10_resnet", "dsbp_sgd", "sgd"): "+9.90 [+6.51, +13.29]",
+    ("fashion_mnist_cnn", "projected_adamw", "adamw"): "+0.84 [+0.57, +1.10]",
+    ("fashion_mnist_cnn", "projected_muon", "muon"): "+0.04 [-0.18, +0.26]",
+    ("sotu_gpt", "projected_muon_whole", "adamw"): "-0.0372 [-0.0409, -0.0335]",
+    ("sotu_gpt", "projected_muon_wide", "lora"): "-0.004 [-0.013, +0.004]",
+}
+EIGENVALUES = {
+    ("sgd", 0.03): "18.9",
+    ("sam 0.05", 0.1): "3.3",
+    ("dsbp_sgd", 0.1): "24.8",
+    ("dsbp_sgd_sam 0.05", 0.1): "5.7",
+    ("dsbp_sgd_msam 0.1", 0.3): "2.5",
 }
 
 
-def lines_of(text, words):
-    return [line for line in text.splitlines() if words in line]
+@pytest.mark.parametrize("key", GOLDEN)
+def test_differences_on_the_scoreboard(key, found):
+    board, rule, other = key
+    finals = tables.finals_of(found.boards[board])
+    gap = tables.gap_of(finals[rule], finals[other], f"test_{BOARDS[board].judge}")
+    assert tables.signed(gap, 3) == GOLDEN[key]
+    assert GOLDEN[key] in plain(README)
 
 
-def verdicts(root):
-    entries = results_page.campaign_entries(root)
-    found = reaches.lines(entries, {}, [])
-    return {
-        line.reach: line.met for line in found if line.optimizer == "projected_muon"
+def test_losses_on_the_scoreboard(found):
+    finals = tables.finals_of(found.boards["gpt_d128_b24"])
+    means = {
+        name: np.mean([run["test_loss"] for run in finals[name].values()])
+        for name in LOSSES
     }
+    assert {name: f"{mean:.3f}" for name, mean in means.items()} == LOSSES
+    assert all(loss in README for loss in LOSSES.values())
 
 
-# The committed page.
+@pytest.mark.parametrize("key", CAMPAIGN)
+def test_differences_of_campaigns(key, found):
+    workload, rule, other = key
+    known = {**found.campaign, **found.finetuned}[workload]
+    named = {entry.name: entry for entry in known}
+    digits = len(CAMPAIGN[key].split()[0]) - 3
+    gap = difference(named[rule], named[other])
+    assert tables.signed(gap, digits) == CAMPAIGN[key]
+    assert CAMPAIGN[key] in README or (digits == 4 and "-0.037 [-0.041" in README)
 
 
-def test_the_page_is_the_one_that_the_command_writes(tmp_path):
+def test_curvature_and_what_steps_send(found):
+    groups = tables.grouped(found.minima["fashion_mnist_cnn"])
+    tops = {k: tables.mean_of(groups[k], "hessian_eigenvalues") for k in EIGENVALUES}
+    assert {k: f"{top:.1f}" for k, top in tops.items()} == EIGENVALUES
+    assert all(f"| {top} |" in README for top in EIGENVALUES.values())
+    (sent,) = found.of("communication")
+    assert (sent["coordinates"], sent["full"]) == (73_728, 786_432)
+    assert "73 728" in README and "786 432" in README
+
+
+# The page.
+
+
+def test_the_command_writes_the_page_and_what_the_readme_shows(tmp_path):
     path = tmp_path / "RESULTS.md"
     result = CliRunner().invoke(app, ["results", "--write", str(path)])
     assert result.exit_code == 0, result.output
-    assert path.read_bytes() == PAGE.read_bytes(), (
-        "the page is not that of the records. Remedy: python -m benchmarks results"
+    text = plain(path.read_text())
+    assert len(path.read_text().splitlines()) < 800
+    for figure in ("53.68 ± 1.10", "90.66 ± 0.20", "91.17 ± 0.25", "18.90 ± 1.78"):
+        assert figure in text
+    for figure in ("1.8089", "1.9312", "-0.1223 [-0.1326, -0.1120]", "73,728"):
+        assert figure in text
+    for file in {one["file"] for one in records.read_all()}:
+        assert f"`results/{file}`" in text
+    for name in re.findall(r"benchmarks/(\w+\.png)", README):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "confirmed" in text and "**missed**" in text
+
+
+def test_the_committed_page_has_the_sections_of_the_records(found):
+    def sections(text):
+        return [line for line in text.splitlines() if line.startswith("#")]
+
+    assert sections(page.PAGE.read_text()) == sections(page.document(found)), (
+        "Remedy: python -m benchmarks results"
     )
-    assert (tmp_path / "RESULTS.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_committed_record_is_on_the_page():
-    text = PAGE.read_text()
-    paths = [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.json")]
-    assert len(paths) > 100
-    paths += [path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.jsonl")]
-    assert [path for path in paths if f"`results/{path}`" not in text] == []
-    known = [one.path for one in read_all(RESULTS)]
-    tops = {path.stem for path in known if len(path.parts) == 1}
-    headings = " ".join(lines_of(text, "## "))
-    assert [stem for stem in tops if f"`{stem}`" not in headings] == []
+def test_a_page_of_nothing_has_no_figures(tmp_path):
+    text = page.document(page.Found(tmp_path))
+    assert UNMEASURED in text and "## Scoreboard" not in text
+    assert page.write(tmp_path / "R.md", tmp_path) == [tmp_path / "R.md"]
 
 
-def test_every_table_has_its_provenance():
-    """A heading of the second level leads to a commit, dates and a machine.
-
-    Apart from those that sum up what other sections show.
-    """
-    parts = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    apart = ("Reached and missed", "The paper's", "Hours", "Machines", "Records")
-    measured = [part for part in parts if not part.startswith(apart)]
-    assert len(measured) > 5
-    for part in measured:
-        assert re.search(r"\bM\d", part) and re.search(r"\bV\d", part), part[:60]
-        assert re.search(r"\b[0-9a-f]{7}\b|commit not recorded", part), part[:60]
-        assert re.search(r"20\d\d-\d\d-\d\d", part), part[:60]
+# Claims and reaches: a wrong verdict shows.
 
 
 def test_the_site_shows_the_picture_and_leads_to_the_page():
@@ -150,151 +172,93 @@ def test_the_site_shows_the_picture_and_leads_to_the_page():
         assert f"(../{target})" in text and (ROOT / target).is_file()
 
 
-# Made-up records.
+def entry(name, values, size=1000, step_ms=1.0, **more):
+    runs = [
+        {
+            "optimizer": name,
+            "seed": seed,
+            "learning_rate": 0.1,
+            "hyperparameters": {},
+            "test_accuracy": value,
+            "diverged": value is None,
+            "kernel_state_bytes": size,
+            "mean_step_ms": step_ms,
+            "step_ms": step_ms,
+            "refresh_step_ms": None,
+            "curve": [{"step": s, "value": value} for s in (1, 2, 3)],
+            **more,
+        }
+        for seed, value in enumerate(values)
+    ]
+    return Entry(name, ACCURACY, runs)
 
 
-def test_a_campaign_is_shown_with_its_misses(tmp_path):
-    write_campaign(tmp_path, {**GOOD, "projected_muon": [1.9, 1.9, None]})
-    text = document(tmp_path)
-    (row,) = lines_of(text, "| projected_muon | 0.01 |")
-    assert "3, 1 bad" in row
-    missed = lines_of(text, "**missed**")
-    assert [line for line in missed if "within 0.02 of Muon" in line]
-    assert "Abacus, 3 core(s)" in text and "abcdef0" in text and "| 0-2 |" in text
-    (row,) = lines_of(text, "| adamw | 0.01 |")
-    assert "2.0033 ± 0.0058" in row
+def evidence(pictures=(), found=(), looked_at=()):
+    known = {name: {} for name in claims.DATA_SETS.values()}
+    known["cifar10_resnet"] = {one.name: one for one in pictures}
+    looked = {"fashion_mnist_cnn": [r for one in looked_at for r in one.records]}
+    return claims.Evidence(found, known, {}, looked, {})
 
 
-def test_runs_at_replaced_rates_are_not_hidden(tmp_path):
-    write_campaign(tmp_path, GOOD)
-    folder = tmp_path / "campaign/shakespeare_gpt/muon"
-    records.write(
-        folder / "final-0.5-7.json", run("muon", 1.2345, 7, learning_rate=0.5)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.95, 0.96, 0.95], CONFIRMED),
+        ([0.80, 0.81, 0.80], REFUTED),
+        ([0.95, 0.89, 0.93], REFUTED),  # Better by mean alone.
+        ([0.95, 0.96, None], REFUTED),
+    ],
+)
+def test_a_claim_needs_the_whole_interval(values, expected):
+    given = evidence([entry("dsbp", values), entry("sam", [0.90, 0.91, 0.90])])
+    verdicts = {claim: verdict for claim, _, verdict in claims.accuracy(given)}
+    assert verdicts["more accurate than SAM on CIFAR-10"] == expected
+    assert verdicts["more accurate than SAM on Fashion-MNIST"] == UNMEASURED
+    assert verdicts["more accurate than SAM on Tiny ImageNet"] == UNTESTABLE
+
+
+@pytest.mark.parametrize(("top", "expected"), [(1.0, CONFIRMED), (3.0, REFUTED)])
+def test_flatness_is_judged_by_all_eigenvalues(top, expected):
+    names = {"dsbp": [top, 0.1], "sgd": [5.0, 0.5], "sam": [2.0, 0.2]}
+    looked = [entry(n, [0.9], hessian_eigenvalues=x) for n, x in names.items()]
+    ((_, _, verdict),) = claims.flatness(evidence(looked_at=looked))
+    assert verdict == expected
+
+
+def test_few_directions_are_judged_by_the_paper_s_rule():
+    base = dict(
+        zip(("outside", "filter", "side", "sharpness"), claims.LITERAL, strict=True)
     )
-    text = document(tmp_path)
-    assert "At rates that tuning replaced" in text
-    assert "| muon | 0.5 | 1.2345 | 7 |" in text
-    (row,) = lines_of(text, "| muon | 0.01 | 1.7")
-    assert "1.2345" not in row
+    base |= {"study": "ablation", "workload": "digits_cnn", "period": 100}
+    cells = [
+        {**base, "rank": 2, "accuracy": [0.5, 0.51, None]},
+        {**base, "rank": 32, "accuracy": [0.9, 0.92, 0.91]},
+    ]
+    ((claim, told, verdict),) = claims.failures(evidence(found=cells))
+    assert "few directions" in claim and "rank 2: 33.7 %" in told
+    assert verdict == REFUTED  # A lost run makes the interval wide.
+    cells[0]["accuracy"][2] = 0.5
+    ((*_, verdict),) = claims.failures(evidence(found=cells))
+    assert verdict == CONFIRMED
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("ours", "size", "step_ms", "expected"),
     [
-        "faults-2027-01-01.json",
-        "coordinates-2027-01-01.json",
-        "new/kind-2027-01-01.json",
-        "campaign/shakespeare_gpt/unheard_of/final-0.1-0.json",
-        "campaign/unheard_of/muon/final-0.1-0.json",
-        "campaign/shakespeare_gpt/controls/dsbp_sgd-odd-0.1-0.json",
+        ([0.910, 0.911, 0.912], 200, 1, [True, False]),
+        ([0.910, 0.911, 0.912], 200, 0.5, [True, True]),
+        ([0.905, 0.906, 0.907], 200, 0.5, [False, False]),
+        ([0.900, 0.911, 0.922], 200, 0.5, [False, True]),
+        ([0.910, 0.911, 0.912], 300, 0.5, [False, True]),
     ],
 )
-@pytest.mark.parametrize("form", ["plain", "rows", "runs", "nested", "run"])
-def test_no_record_of_an_unknown_kind_is_left_out(tmp_path, place, form):
-    write_campaign(tmp_path, GOOD)
-    about = {
-        key: run("muon", 1.0)[key] for key in ("date", "machine", "versions", "git")
-    }
-    number = 0.1234
-    content = {
-        "plain": {"measured": number},
-        "rows": {"rows": [{"what": "a", "measured": number}, {"what": "b"}]},
-        "runs": {"records": [{**about, "seed": 3, "measured": number}]},
-        "nested": {"cases": {"kill": {"deep": {"measured": number}}}},
-        "run": {"optimizer": "dsbp_sgd, odd", "phase": "final", "seed": 3},
-    }[form]
-    content |= {"learning_rate": 0.1} if form == "run" else {}
-    content |= {"measured": number} if form == "run" else {}
-    records.write(tmp_path / place, {**about, **content})
-    text = document(tmp_path)
-    assert f"`results/{place}`" in text
-    assert "0.1234" in text.partition("## Records")[0]
-
-
-def test_what_is_no_record_is_refused(tmp_path):
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match=r"got no JSON.*Remedy"):
-        document(tmp_path)
-    result = CliRunner().invoke(
-        app, ["results", "--records", str(tmp_path), "--write", str(tmp_path / "R.md")]
-    )
-    assert result.exit_code == 1 and not (tmp_path / "R.md").exists()
-
-
-def test_the_page_does_not_depend_on_where_it_is_made(tmp_path):
-    write_campaign(tmp_path / "one", GOOD)
-    write_campaign(tmp_path / "two", dict(reversed(GOOD.items())))
-    assert document(tmp_path / "one") == document(tmp_path / "two")
-
-
-# Reaches.
-
-
-@pytest.mark.parametrize(
-    ("changed", "bytes_", "missed"),
-    [
-        ({}, {}, set()),
-        ({"projected_muon": [1.82, 1.82, 1.83]}, {}, {"Muon"}),
-        ({"adamw": [1.83, 1.83, 1.84]}, {}, {"AdamW"}),
-        ({"galore": [1.95, 1.95, 1.96]}, {}, {"GaLore"}),
-        ({}, {"projected_muon": 390}, {"Muon"}),
-        ({}, {"projected_muon": 410}, {"AdamW", "Muon"}),
-        ({"projected_muon": [1.79, 1.79, None]}, {}, {"AdamW", "Muon", "GaLore"}),
-    ],
-)
-def test_a_reach_is_met_or_missed_by_the_records(
-    tmp_path, monkeypatch, changed, bytes_, missed
-):
-    for name, size in bytes_.items():
-        monkeypatch.setitem(BYTES, name, size)
-    write_campaign(tmp_path, {**GOOD, **changed})
-    found = {
-        next(name for name in ("AdamW", "Muon", "GaLore") if name in reach): met
-        for reach, met in verdicts(tmp_path).items()
-    }
-    assert found == {name: name not in missed for name in ("AdamW", "Muon", "GaLore")}
-
-
-def test_what_was_not_run_is_not_measured(tmp_path):
-    write_campaign(tmp_path, {"projected_muon": [1.8], "muon": [1.8, 1.8]})
-    assert set(verdicts(tmp_path).values()) == {None}
-    assert {line.met for line in reaches.lines({}, {}, [])} == {None}
-    assert "not measured" in document(tmp_path)
-
-
-def vision_entries(ours, peer, times=(1.0, 1.0)):
-    """Fashion-MNIST; accuracies of seeds; the share of state is a fifth."""
-    metric, entries = WORKLOADS["fashion_mnist_cnn"].metric, []
-    for name, values, size, milliseconds in (
-        ("dsbp_sgd", ours, 200, times[0]),
-        ("muon", peer, 1000, times[1]),
-    ):
-        found = []
-        for seed, value in enumerate(values):
-            made = run(name, value, seed, mean_step_ms=milliseconds)
-            made |= {"test_accuracy": value, "projected_state_bytes": size}
-            for point in made["curve"]:
-                point["value"] = value
-            found.append(made)
-        entries.append(compare.Entry(name, metric, found))
-    return {"fashion_mnist_cnn": entries}
-
-
-@pytest.mark.parametrize(
-    ("ours", "times", "expected"),
-    [
-        ([0.910, 0.911, 0.912], (1, 1), (True, False)),
-        ([0.910, 0.911, 0.912], (0.5, 1), (True, True)),
-        ([0.908, 0.909, 0.910], (0.5, 1), (True, True)),
-        ([0.905, 0.906, 0.907], (0.5, 1), (False, False)),
-        ([0.900, 0.911, 0.922], (0.5, 1), (False, True)),
-    ],
-)
-def test_accuracy_is_judged_by_the_bound_and_time_by_the_target(ours, times, expected):
-    entries = vision_entries(ours, [0.910, 0.911, 0.912], times)
-    found = reaches.lines(entries, {}, [])
-    mine = [line.met for line in found if line.optimizer == "dsbp_sgd"]
-    assert tuple(mine) == expected
+def test_reaches_are_judged_by_bound_state_and_time(ours, size, step_ms, expected):
+    known = [
+        entry("dsbp_sgd", ours, size, step_ms),
+        entry("muon", [0.910, 0.911, 0.912]),
+    ]
+    lines = claims.quality("fashion_mnist_cnn", known)
+    assert [met for *_, met in lines] == expected
 
 
 @pytest.mark.parametrize(
@@ -303,78 +267,45 @@ def test_accuracy_is_judged_by_the_bound_and_time_by_the_target(ours, times, exp
 )
 def test_steps_are_held_against_the_plain_optimizers(mean, refresh, met):
     row = {"contender": "dsbp_sgd", "against": "sgd", "ratio": {"value": mean}}
-    plain = {"contender": "sgd", "against": "sgd", "step_seconds": 2.0}
+    base = {"contender": "sgd", "against": "sgd", "step_seconds": 2.0}
     row |= {"step_seconds": 2.0, "refresh_seconds": refresh and 2 * refresh}
-    speeds = {"cifar10_resnet": [row, plain]}
-    found = {(line.optimizer, line.met) for line in reaches.lines({}, speeds, [])}
-    assert ("dsbp_sgd", met) in found
+    ((*_, found),) = claims.steps("cifar10_resnet", [row, base])
+    assert found is met
 
 
 @pytest.mark.parametrize(
     ("lost", "ratio", "met"), [(0, 1.04, True), (0, 1.06, False), (1, None, False)]
 )
 def test_stability_is_that_of_the_newest_record(lost, ratio, met):
-    def record(lost, ratio):
+    def record(date, lost, ratio):
         row = {"contender": "dsbp_sgd", "learning_rate": 0.1, "seeds": 5}
         row |= {"diverged": lost, "ratio": ratio and {"value": ratio}}
-        return {"workload": "digits_cnn", "rows": [row]}
+        return {"workload": "digits_cnn", "date": date, "rows": [row]}
 
-    old = record(0, 1.0) if not met else record(3, None)
-    found = reaches.lines({}, {}, [old, record(lost, ratio)])
-    (line,) = [line for line in found if line.optimizer == "dsbp_sgd"]
-    assert line.met is met and f"{lost} of 5 runs lost" in line.measured
-
-
-# Tables.
-
-
-def test_seeds_are_merged_and_other_differences_kept():
-    runs = [
-        {"optimizer": "a", "rank": rank, "seed": seed, "gap": rank + seed / 10}
-        for rank in (1, 8)
-        for seed in (0, 1, 2)
-    ]
-    text = generic.tables({"records": runs})
-    assert len(lines_of(text, "| 0-2 |")) == 2 and "| 8 | 0-2 | 8.1 ± 0.1 |" in text
-    twice = [{"optimizer": "a", "width": w, "seed": 0, "gap": 0.5} for w in (0.1, 0.2)]
-    text = generic.tables({"records": twice})
-    assert "0.1" in text and "0.2" in text
+    old = record("2026-01-01", *((0, 1.0) if not met else (3, None)))
+    found = claims.stability([record("2026-01-02", lost, ratio), old])
+    ((*_, told, verdict),) = found
+    assert verdict is met and f"{lost} of 5 runs lost" in told
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("sam", "ours", "top", "expected"),
     [
-        (None, "-"),
-        (True, "True"),
-        (1234567, "1,234,567"),
-        (0.00012345, "0.0001234"),
-        ({"value": 1.0, "low": 0.5, "high": 2.0}, "1 [0.5, 2]"),
-        ([1, 2], "1, 2"),
-        ([1.0, None, 3.0, 5.0], "3 (1 to 5, 4 numbers, 1 not finite)"),
-        (["a", "b"], "a, b"),
-        ([{"a": 1}], "1 entries"),
-        ([], "none"),
+        ([0.89, 0.90, 0.91], [0.89, 0.90, 0.91], 4.0, [True, True]),
+        ([0.89, 0.90, 0.91], [0.89, 0.90, 0.91], 4.9, [False, True]),
+        ([0.89, 0.90, 0.91], [0.885, 0.895, 0.905], 4.0, [True, False]),
+        ([0.90, 0.91, 0.921], [0.899, 0.909, 0.919], 4.0, [True, True]),
+        ([0.90, 0.91, 0.921], [0.897, 0.907, 0.917], 4.0, [True, False]),
     ],
 )
-def test_cells_are_for_people(value, text):
-    assert generic.cell(value) == text
+def test_flat_minima_are_judged_by_sam_s_gain(sam, ours, top, expected):
+    told = {"sgd": ([0.89, 0.90, 0.91], 20.0), "sam": (sam, 4.0)}
+    told["dsbp_sgd_msam"] = ours, top
+    known = {n: entry(n, v, hessian_eigenvalues=[t]) for n, (v, t) in told.items()}
+    lines = list(claims.flat("fashion_mnist_cnn", known))
+    assert [met for *_, met in lines] == [*expected, None, None]
 
 
-def test_numbers_stand_to_the_right_and_bars_are_escaped():
-    text = markdown.table(("a", "b"), [("x|y", "1.5"), ("z", "")])
-    head, rule, first, _ = text.splitlines()
-    assert head == "| a | b |" and rule == "|---|---:|" and first == "| x\\|y | 1.5 |"
-    text = markdown.table(("a", "b"), [("x", "inf"), ("z", "1 of 3"), ("y", "none")])
-    assert text.splitlines()[1] == "|---|---|"
-
-
-def test_the_page_is_plain_json_away_from_the_library(tmp_path):
-    """Nothing but JSON goes in: a changed number in a file changes the page."""
-    write_campaign(tmp_path, GOOD)
-    before = document(tmp_path)
-    path = tmp_path / "campaign/shakespeare_gpt/muon/final-0.01-0.json"
-    content = json.loads(path.read_text())
-    content["val_loss"] = 1.5
-    path.write_text(json.dumps(content))
-    after = document(tmp_path)
-    assert before != after and "1.6967" in after
+def test_the_best_of_other_packages_is_found_everywhere(found):
+    assert {*found.campaign} <= {*WORKLOADS} and len(found.finetuned) == 2
+    assert found.effects["test error"].keys() == {"digits_cnn", "fashion_mnist_mlp"}

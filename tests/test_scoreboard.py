@@ -1,9 +1,6 @@
 """The scoreboard: groups of runs, tuning as a function of records, and its entry."""
 
-import json
 import math
-import subprocess
-import sys
 import types
 
 import jax
@@ -11,23 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from states import layer
+from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks import boards, peers, records, results_scoreboard, scoreboard, sweep
-from benchmarks.boards import BOARDS
-from benchmarks.markdown import Provenance
+from benchmarks import peers
+from benchmarks.core import records, sweep
+from benchmarks.core.sweep import Run
 from benchmarks.peers import CONTENDERS
-from benchmarks.sweep import Run
+from benchmarks.report import plots, tables
+from benchmarks.studies import app, scoreboard
+from benchmarks.studies.scoreboard import BOARDS
 
-BOARD = boards.dry(BOARDS["gpt_d128_b24"])
-DATA = jax.device_put(boards.random_parts(BOARD.task))
+BOARD = scoreboard.dry(BOARDS["gpt_d128_b24"])
+DATA = jax.device_put(scoreboard.random_parts(BOARD.task))
 RUNS = [
     Run(0.02, 0.003, 0.1, 7),
     Run(0.02, 0.003, 0.1, 8),
     Run(0.01, 0.006, 0.0, 7),
 ]
 FIELDS = {
-    *("workload", "contender", "phase", "rate", "aux_rate", "decay", "seed", "steps"),
+    *(
+        "schema",
+        "study",
+        "workload",
+        "optimizer",
+        "phase",
+        "rate",
+        "aux_rate",
+        "decay",
+        "seed",
+        "steps",
+    ),
     *("first_loss", "train_loss", "curve", "validation_loss", "validation_error"),
     *("test_loss", "test_error", "diverged", "seconds", "runs_at_once"),
     *("compile_seconds", "state_bytes", "kernel_state_bytes", "date", "machine"),
@@ -35,6 +46,8 @@ FIELDS = {
 }
 #: Those with a program of their own.
 LEADERS = [name for name, contender in CONTENDERS.items() if not contender.program]
+#: Of each kind one.
+SOME = ("muon", "soap", "newton_muon", "dsbp_muon", "dsbp_adamw")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +111,7 @@ def test_length_is_no_constant_of_the_program(muon):
         sweep.train(muon, RUNS, 3, DATA, test=False)
 
 
-@pytest.mark.parametrize("name", LEADERS)
+@pytest.mark.parametrize("name", SOME)
 def test_branches_on_counters_stay_branches(name, params):
     """As many in the vectorised step as in a single one, counters being common."""
     task, contender = BOARD.task, CONTENDERS[name]
@@ -364,6 +377,13 @@ def test_tuning_goes_on_from_any_subset_of_its_records():
 # Campaigns.
 
 
+def invoke(*args, code=0):
+    told = ["scoreboard", *map(str, args)]
+    result = CliRunner().invoke(app, told, env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
     out = tmp_path_factory.mktemp("records")
@@ -373,10 +393,11 @@ def campaign(tmp_path_factory):
 
 
 def test_records_hold_what_a_number_needs(campaign):
-    rows = scoreboard.rows_of(BOARD, campaign.out)
+    rows = BOARD.rows(campaign.out)
     assert {frozenset(row) for row in rows} == {frozenset(FIELDS)}
     for row in rows:
         final = row["phase"] == "final"
+        assert records.problems(row) == []
         assert (row["test_loss"] is not None) == final == (row["seed"] >= 2000)
         assert [point["step"] for point in row["curve"]] == list(range(2, 25, 2))
         assert row["curve"][-1]["loss"] == row["validation_loss"]
@@ -384,17 +405,14 @@ def test_records_hold_what_a_number_needs(campaign):
 
 
 def test_a_campaign_that_was_killed_goes_on(campaign, tmp_path):
-    path = campaign.out / f"{BOARD.name}.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    copy = tmp_path / path.name
+    lines = BOARD.file(campaign.out).read_text().splitlines(keepends=True)
+    copy = BOARD.file(tmp_path)
+    copy.parent.mkdir()
     copy.write_text("".join(lines[:-3]) + lines[-3][:40])
     again = scoreboard.Campaign(tmp_path, lambda board: DATA, 16)
     again._programs = campaign._programs
     assert again.complete(BOARD, CONTENDERS["adamw"])
-    rows, old = (
-        scoreboard.rows_of(BOARD, tmp_path),
-        scoreboard.rows_of(BOARD, campaign.out),
-    )
+    rows, old = BOARD.rows(tmp_path), BOARD.rows(campaign.out)
     assert len(rows) == len(old)
     for one, other in zip(rows, old, strict=True):
         assert one["seed"] == other["seed"]
@@ -406,10 +424,7 @@ def test_tuning_never_sees_test_data(campaign, tmp_path):
     other = scoreboard.Campaign(tmp_path, lambda board: poisoned, 16)
     other._programs = campaign._programs
     other.complete(BOARD, CONTENDERS["adamw"])
-    rows, old = (
-        scoreboard.rows_of(BOARD, tmp_path),
-        scoreboard.rows_of(BOARD, campaign.out),
-    )
+    rows, old = BOARD.rows(tmp_path), BOARD.rows(campaign.out)
     for one, two in zip(rows, old, strict=True):
         same = [one[name] == two[name] for name in ("curve", *Run._fields)]
         assert all(same)
@@ -450,45 +465,33 @@ def quick(monkeypatch):
     monkeypatch.setattr(sweep, "train", train)
 
 
-def test_a_contender_that_fails_does_not_stop_the_others(quick, tmp_path, capsys):
+def test_a_contender_that_fails_does_not_stop_the_others(quick, tmp_path):
     jobs = ["sotu_d128_b24:cosmos,muon,soap", "gpt_d128_b96:adamw"]
-    scoreboard.main([*jobs, "--dry", "--out", str(tmp_path)])
-    said = capsys.readouterr()
-    assert "sotu_d128_b24 muon failed" in said.out
-    assert "sotu_d128_b24 cosmos failed" in said.out
-    assert "out of memory" in said.err and "lost" in said.err
-    rows = scoreboard.rows_of(BOARDS["sotu_d128_b24"], tmp_path)
-    phases = [(row["contender"], row["phase"]) for row in rows]
+    said = invoke(*jobs, "--dry", "--out", tmp_path)
+    assert "sotu_d128_b24 muon failed" in said and "sotu_d128_b24 cosmos failed" in said
+    rows = BOARDS["sotu_d128_b24"].rows(tmp_path)
+    phases = [(row["optimizer"], row["phase"]) for row in rows]
     assert list(dict.fromkeys(phases)) == [
         *(("cosmos", "rates"), ("soap", "rates"), ("soap", "final"))
     ]
     assert len(rows) == 48
-    assert len(scoreboard.rows_of(BOARDS["gpt_d128_b96"], tmp_path, "adamw")) == 32
+    assert len(BOARDS["gpt_d128_b96"].rows(tmp_path, "adamw")) == 32
 
 
-def test_jobs_are_done_in_the_order_of_the_command_line(quick, tmp_path, capsys):
+def test_jobs_are_done_in_the_order_of_the_command_line(quick, tmp_path):
     jobs = ["sotu_d128_b24:soap,adamw", "gpt_d128_b96:soap", "sotu_d128_b24:cosmos"]
-    late = ["--dry", "--out", str(tmp_path), "--minutes", "0"]
-    scoreboard.main([*jobs, *late])
-    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert lines == [
-        "sotu_d128_b24 soap",
-        "sotu_d128_b24 adamw",
-        "gpt_d128_b96 soap",
+    said = invoke(*jobs, "--dry", "--out", tmp_path, "--minutes", 0)
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        *("sotu_d128_b24 soap", "sotu_d128_b24 adamw", "gpt_d128_b96 soap"),
         "sotu_d128_b24 cosmos",
     ]
-
-
-@pytest.mark.parametrize("job", ["gpt:muon", "gpt_d128_b24:moon", "gpt_d128_b24"])
-def test_jobs_that_nobody_knows_are_refused(job, capsys):
-    with pytest.raises(SystemExit):
-        scoreboard.main([job])
-    assert repr(job) in capsys.readouterr().err
+    for job in ("gpt:muon", "gpt_d128_b24:moon", "gpt_d128_b24"):
+        assert "expected one of" in invoke(job, code=2)
 
 
 def test_images_follow_one_another(tmp_path):
-    board = boards.dry(BOARDS["fashion_cnn"])
-    data = jax.device_put(boards.random_parts(board.task))
+    board = scoreboard.dry(BOARDS["fashion_cnn"])
+    data = jax.device_put(scoreboard.random_parts(board.task))
     program = sweep.build(board.task, CONTENDERS["muon_6bit"], 2, data)
     rows = sweep.train(program, RUNS[:2], 4, data, test=True)
     (alone,) = sweep.train(program, RUNS[1:2], 4, data, test=True)
@@ -496,117 +499,57 @@ def test_images_follow_one_another(tmp_path):
     assert rows[0]["test_loss"] != rows[1]["test_loss"]
 
 
-# Report, files and command line.
+# Tables, pictures, files and the command line.
 
 
 def row(contender, seed, loss, **changes):
     end = math.nan if loss is None else loss
     curve = [{"step": 10, "loss": end + 1}, {"step": 20, "loss": end}]
-    made = {"contender": contender, "phase": "final", "seed": seed, "curve": curve}
+    made = {"optimizer": contender, "phase": "final", "seed": seed, "curve": curve}
     made |= {"rate": 0.02, "aux_rate": 0.01, "decay": 0.1, "kernel_state_bytes": 100}
     return {**made, "validation_loss": loss, "test_loss": loss, **changes}
 
 
-def test_the_report_says_what_the_records_say(tmp_path):
+def test_the_table_says_what_the_records_say(tmp_path):
     rows = [row("muon", seed, 2 + 0.1 * seed) for seed in range(3)]
-    rows += [row("soap", s, 1.5 + 0.1 * s, kernel_state_bytes=25) for s in range(3)]
+    rows += [
+        row("dsbp_muon", s, 1.5 + 0.1 * s, kernel_state_bytes=25) for s in range(3)
+    ]
+    rows += [row("dsbp_muon_none", s, 1.75 + 0.1 * s) for s in range(3)]
     rows += [row("adamw", 0, 3.0), row("adamw", 1, None)]
     rows += [row("muon", 1000, 3, phase="rates", rate=rate) for rate in (0.01, 0.04)]
-    records.append(tmp_path / f"{BOARD.name}.jsonl", rows)
-    text = scoreboard.report(BOARD, tmp_path)
-    *_, first, second, third = text.splitlines()
-    assert first.startswith("| soap | 1.6000 | -0.5000 [-0.5000, -0.5000] |  | 25.0 %")
-    assert "| 15 | 0.02*, 0.01*, 0.1* | 0 |" in first
-    assert second.startswith("| muon | 2.1000 |  |")
-    assert "| 0.02, 0.01*, 0.1* | 2 |" in second
-    assert third.startswith("| adamw | nan | diverged |")
-
-
-def test_the_page_holds_rules_against_their_controls(tmp_path):
-    def runs(name, loss, count=16, **changes):
-        made = [row(name, 2000 + s, loss + 0.1 * s, **changes) for s in range(count)]
-        where = {"date": "2027-01-02", "commit": "abcdef0123", "clean": False}
-        return [{**one, **where} for one in made]
-
-    rows = [*runs("muon", 2.0), *runs("dsbp_muon", 1.5, kernel_state_bytes=20)]
-    rows += [*runs("dsbp_muon_none", 1.75), *runs("soap", 1.9, 3)]
-    rows += runs("dsbp_muon_random", 1.6, 2, phase="rates")
-    folder = tmp_path / "scoreboard"
-    for name in ("gpt_d128_b24", "sotu_d128_b24"):
-        records.append(folder / f"{name}.jsonl", rows)
-    found = results_scoreboard.read(tmp_path)
-    origin = Provenance(one for some in found.values() for one in some)
-    text = results_scoreboard.section(found, tmp_path, origin)
-    for name in found:
-        assert scoreboard.report(BOARDS[name], folder) in text
-    ours = "| dsbp_muon | muon | 20.0 % | -0.5000 [-0.5000, -0.5000] "
-    assert text.count(f"{ours}| -0.2500 [-0.2500, -0.2500] | - | - |") == 2
-    lacking = "Final runs are lacking of `soap` (3 made), `dsbp_muon_random`."
-    assert text.count(lacking) == 2
-    full, brief = text.split("### sotu_d128_b24")
-    assert "no weight decay" in brief and "no weight decay" not in full
-    assert "abcdef0*" in full and "seeds 2000-2015" in full
-    page = tmp_path / "RESULTS.md"
-    (picture,) = results_scoreboard.write_picture(page, found)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    drawn = results_scoreboard.panels(found)
-    kinds = {point.name: (point.kind, point.share) for point in drawn["muon"]}
-    assert kinds == {
-        "muon": ("peer", 1.0),
-        "dsbp_muon": ("ours", 0.2),
-        "dsbp_muon_none": ("control", 1.0),
-    }
-    assert results_scoreboard.write_picture(page, {}) == []
-
-
-def test_names_beside_points_are_kept_apart():
-    from benchmarks.plots_scoreboard import apart
-
-    heights = [0.1, 0.11, 0.5, 0.52, 0.53, 0.9]
-    moved = apart(heights, 0.05)
-    assert (np.diff(moved) > 0.05 - 1e-9).all()
-    assert moved[-1] == 0.9 and moved[:2].mean() == pytest.approx(0.105)
+    shown = tables.scoreboard(rows, "loss").set_index("contender")
+    assert list(shown.index) == ["dsbp_muon", "dsbp_muon_none", "muon", "adamw"]
+    ours, muon = shown.loc["dsbp_muon"], shown.loc["muon"]
+    assert ours["test loss"] == "1.6000" and ours["state, % of plain"] == "25.0"
+    assert ours["to Muon"] == "-0.5000 [-0.5000, -0.5000]"
+    assert ours["to `_none`"] == "-0.2500 [-0.2500, -0.2500]"
+    assert ours["steps to Muon's end"] == "15"
+    assert ours["rate, auxiliary, decay"] == "0.02*, 0.01*, 0.1*"
+    assert muon["rate, auxiliary, decay"] == "0.02, 0.01*, 0.1*"
+    assert (muon["runs"], muon["to Muon"]) == ("3 of 5", "-")
+    assert "nan" in shown.loc["adamw", "to Muon"]
+    plots.scoreboard(rows, "test_loss", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_texts_are_cut_by_position(tmp_path):
     text = "".join(chr(97 + i // 100) for i in range(2000))
     (tmp_path / "sotu.txt").write_text(text)
-    train, validation, test = boards.load("sotu", tmp_path)
+    train, validation, test = scoreboard.load("sotu", tmp_path)
     assert [part.length for part in (train, validation, test)] == [1800, 100, 100]
     letters = [np.unique(p.inputs[: p.length]) for p in (validation, test)]
     assert [len(found) for found in letters] == [1, 1]
     assert letters[0] + 1 == letters[1]
-    with pytest.raises(boards.DataError, match=r"input\.txt"):
-        boards.load("shakespeare", tmp_path)
 
 
-def test_lines_that_a_kill_cut_off_are_passed_over(tmp_path):
-    path = tmp_path / "records.jsonl"
-    records.append(path, [{"a": math.nan}])
-    path.write_text(path.read_text() + '{"a": 1')
-    records.append(path, [{"a": 2}])
-    assert records.read_lines(path) == [{"a": None}, {"a": 2}]
-    assert json.loads(path.read_text().splitlines()[-1]) == {"a": 2}
-
-
-def test_the_entry_needs_nothing_but_the_stack():
-    code = (
-        "import sys, benchmarks.scoreboard\n"
-        "names = 'typer', 'matfree', 'PIL', 'sklearn', 'matplotlib', 'orbax'\n"
-        "print([name for name in names if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_the_command_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        scoreboard.main(["--dry"])
-    scoreboard.main(["--dry", "--out", str(tmp_path), "--minutes", "0"])
-    assert "no time left" in capsys.readouterr().out
-    scoreboard.main(["--list", "--only", "muon"])
-    assert "optax.contrib.muon" in capsys.readouterr().out
-    scoreboard.main(["--report", "--out", str(tmp_path)])
-    missing = ["--workload", "gpt_d128_b24", "--only", "muon", "--out", str(tmp_path)]
-    scoreboard.main([*missing, "--data", str(tmp_path)])
-    assert "input.txt" in capsys.readouterr().out
+def test_the_command_line(tmp_path):
+    invoke("--dry", code=2)
+    told = "--out", tmp_path, "--optimizer", "muon"
+    assert "no time left" in invoke("--dry", *told, "--minutes", 0)
+    assert "optax.contrib.muon" in invoke("--list", *told)
+    rows = [row("muon", seed, 2.0) for seed in range(2)]
+    records.append(BOARD.file(tmp_path), "scoreboard", rows)
+    assert "2 of 2" in invoke("--report", *told)
+    missing = "--workload", "sotu_d128_b24", "--data-dir", tmp_path
+    assert "got no such file" in invoke(*told, *missing)

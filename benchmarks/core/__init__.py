@@ -1,0 +1,1 @@
+"""What every study shares: training, tuning, campaigns, clocks, statistics, records."""

@@ -1,0 +1,1 @@
+"""What records say: entries, tables, pictures, and the page of results."""

@@ -196,7 +196,8 @@ def _parts(found: Found) -> Iterator[str]:
     effects = found.effects
     if effects["test error"]:
         columns = {f"{w}: {k}": e for k, ws in effects.items() for w, e in ws.items()}
-        yield f"## Ablation\n\n{_EFFECTS}\n\n{markdown(tables.effects(columns))}"
+        yield f"## Ablation: which part does the work\n\n{_EFFECTS}"
+        yield markdown(tables.effects(columns))
     for shots, some in found.fewshot.items():
         if some:
             yield f"## Few-shot episodes, {shots} shot(s)"

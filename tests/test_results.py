@@ -23,7 +23,9 @@ from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import ACCURACY
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+#: Pages that quote figures.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(path.read_text() for path in PAGES)
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,8 @@ def _parts(found: Found) -> Iterator[str]:
     effects = found.effects
     if effects["test error"]:
         columns = {f"{w}: {k}": e for k, ws in effects.items() for w, e in ws.items()}
-        yield f"## Ablation\n\n{_EFFECTS}\n\n{markdown(tables.effects(columns))}"
+        yield f"## Ablation: which part does the work\n\n{_EFFECTS}"
+        yield markdown(tables.effects(columns))
     for shots, some in found.fewshot.items():
         if some:
             yield f"## Few-shot episodes, {shots} shot(s)"
@@ -264,7 +265,7 @@ def _files(found: Found) -> pd.DataFrame:
         some = [one for one in found.every if one["file"] == file]
         dates = sorted(str(one["date"])[:10] for one in some)
         machines = [one["machine"] for one in some if one["machine"]]
-        commits = {str(one["commit"])[:7] for one in some if one["commit"]}
+        commits = sorted({str(x["commit"])[:7] for x in some if x["commit"]})
         hours = sum(one.get("seconds") or 0 for one in some if "phase" in one) / 3600
         told = {
             f"{m['processor']}, {m['cores']} cores, {m['device']}" for m in machines

@@ -24,7 +24,7 @@ from benchmarks.tasks.base import ACCURACY
 
 ROOT = pathlib.Path(__file__).parent.parent
 #: Pages that quote figures.
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = "\n".join(path.read_text() for path in PAGES)
 
 

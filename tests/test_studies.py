@@ -551,7 +551,8 @@ def test_flops_are_those_that_the_compiler_counts():
     program = jax.jit(lambda x: direction(x, D, M)).lower(jnp.zeros((D, M))).compile()
     costs = program.cost_analysis()
     counted = (costs[0] if isinstance(costs, list) else costs)["flops"]
-    assert counted == pytest.approx(scale.newton_schulz_flops(D, M), rel=0.02)
+    steps = 5  # The compiler counts the body of their loop once.
+    assert steps * counted == pytest.approx(scale.newton_schulz_flops(D, M), rel=0.02)
 
 
 def test_what_follows_for_seven_billion_parameters(tmp_path):

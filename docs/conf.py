@@ -10,11 +10,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-import dsbp_optax  # noqa: E402
+import dsbp_optax  # noqa: E402 - of this checkout, which has to be found first
 
 project = "dsbp_optax"
 author = "The dsbp_optax authors"
-copyright = author  # noqa: A001
+project_copyright = author
 version = release = dsbp_optax.__version__
 
 extensions = [

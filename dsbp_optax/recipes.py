@@ -95,8 +95,8 @@ def dsbp_muon(
 
     Returns:
       An optimizer; call ``update(grads, state, params, statistics=...)``. Without
-      statistics the metric is that of the momentum's own directions, which is worth
-      less.
+      statistics the metric is that of the momentum's own directions, of which no
+      result is on record.
 
     Raises:
       ValueError, TypeError: on bad arguments, naming them.

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import dsbp_optax
+from dsbp_optax.core.layout import to_kernel_form
 from dsbp_optax.core.state import basis_in_use
 
 _OF_THE_BASIS = {field.name for field in dataclasses.fields(dsbp_optax.Basis)}
@@ -26,7 +27,8 @@ def layer(opt_state: Any, path: str) -> dsbp_optax.Layer:
 
 def basis_of(opt_state: Any, path: str) -> Any:
     """The basis of a kernel in kernel form, as sketches have it."""
-    return basis_in_use(layer(opt_state, path))
+    one = layer(opt_state, path)
+    return to_kernel_form(basis_in_use(one), one.kernel.view)
 
 
 def owners(opt_state: Any) -> set[str]:

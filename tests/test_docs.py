@@ -19,12 +19,9 @@ from pages import (
     examples,
     run,
 )
+from public import MODULES
 
 import dsbp_optax
-import dsbp_optax.capture
-import dsbp_optax.linen
-import dsbp_optax.nnx
-import dsbp_optax.plotting
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Notebooks are copied here when the site is built; they have tests of their own.
@@ -36,14 +33,6 @@ DIFFS = [
     for name, page in NAMES.items()
     for number, _ in enumerate(blocks(page.read_text(), "diff"))
 ]
-MODULES = (
-    dsbp_optax,
-    dsbp_optax.capture,
-    dsbp_optax.diagnostics,
-    dsbp_optax.linen,
-    dsbp_optax.nnx,
-    dsbp_optax.plotting,
-)
 MOST_INSERTED_LINES = 5
 ENTRY = re.compile(r"^\.\. (?:auto\w+|py:data):: (\w+)$", re.MULTILINE)
 #: Without statistics, as the page of that diff says.

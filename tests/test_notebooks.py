@@ -46,6 +46,7 @@ def load_refresh() -> types.ModuleType:
 
 
 refresh = load_refresh()
+NOWHERE = refresh.Published()
 OWNED = refresh.Published("dsbp-optax", "https://github.com/owner/name")
 
 
@@ -120,7 +121,7 @@ def test_outputs_tell_nothing_of_a_machine(path):
 
 
 def test_folders_are_noticed():
-    for text in ("/home/me/x", "in /tmp/a", r"C:\Users", "'/work/b'"):
+    for text in ("/usr/lib/x", "in /mnt/a", r"C:\Users", "'/opt/b'"):
         assert FOLDERS.search(text)
     for text in ("patches/kernel", "a/tmp/b", "https://deb.debian.org/usr/x"):
         assert FOLDERS.search(text) is None
@@ -155,7 +156,7 @@ def test_badge_leads_to_this_notebook_once_there_is_an_address(path):
         source = notebook.cells[0].source
         address = f"github/owner/name/blob/main/notebooks/{path.name}"
         assert source.count("![Open in Colab]") == source.count(address) == 1
-    refresh.write_first_cells(notebook, path.stem, refresh.Published())
+    refresh.write_first_cells(notebook, path.stem, NOWHERE)
     assert notebook.cells[0].source == before
 
 
@@ -193,7 +194,7 @@ class Machine:
         if set(asked) & set(self.fails):
             raise subprocess.CalledProcessError(1, command)
 
-    def run(self, where=refresh.Published(), modules=("jax", "flax")):  # noqa: B008
+    def run(self, where=NOWHERE, modules=("jax", "flax")):
         exec(refresh.setup_cell(list(modules), where), {})
         return self.calls
 
@@ -201,7 +202,7 @@ class Machine:
 REPOSITORY = "dsbp-optax @ git+https://github.com/owner/name"
 
 
-@pytest.mark.parametrize("where", [refresh.Published(), OWNED])
+@pytest.mark.parametrize("where", [NOWHERE, OWNED])
 def test_setup_takes_the_import_first(monkeypatch, tmp_path, where):
     (tmp_path / "dsbp_optax").mkdir()
     (tmp_path / "dsbp_optax" / "__init__.py").touch()
@@ -211,7 +212,7 @@ def test_setup_takes_the_import_first(monkeypatch, tmp_path, where):
     assert sys.path == before
 
 
-@pytest.mark.parametrize("where", [refresh.Published(), OWNED])
+@pytest.mark.parametrize("where", [NOWHERE, OWNED])
 def test_setup_takes_a_checkout_one_folder_up(monkeypatch, tmp_path, where):
     (tmp_path / "dsbp_optax").mkdir()
     (tmp_path / "dsbp_optax" / "__init__.py").touch()

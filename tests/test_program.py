@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import export
 
@@ -46,7 +47,10 @@ def statistics_of(params: Any) -> Any:
         for block, layers in params.items()
         for name, layer in layers.items()
     }
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     return {
         path: Sketch(array(d, 1, RANK), array(1, 1, 1), array(1, 1, 1))
         for path, d in sizes.items()
@@ -87,8 +91,6 @@ def test_an_unrolled_update_would_be_noticed(platform) -> None:
     """Planted: each block by an optimizer of its own."""
 
     def apart(rate: float, **keywords: Any) -> Any:
-        import optax
-
         def label(params: Any) -> Any:
             return {
                 block: jax.tree.map(lambda _, b=block: b, part)

@@ -12,21 +12,10 @@ import re
 import tomllib
 
 import pytest
+from public import MODULES
 
 import dsbp_optax
-import dsbp_optax.capture
-import dsbp_optax.linen
-import dsbp_optax.nnx
-import dsbp_optax.plotting
 
-MODULES = (
-    dsbp_optax,
-    dsbp_optax.capture,
-    dsbp_optax.diagnostics,
-    dsbp_optax.linen,
-    dsbp_optax.nnx,
-    dsbp_optax.plotting,
-)
 ROOT = pathlib.Path(dsbp_optax.__file__).parent
 #: Functions that people call first; their docstrings say more.
 MAIN = (

@@ -108,7 +108,7 @@ def coordinate_riders(
         a displacement does not fit.
     """
     made, steps = dict(owners), dict(displacement or {})
-    found = [s for s in state.find_states(opt_state) if s.kind == "projection"]
+    found = state.find_states(opt_state, "projection")
     for one in found:
         state.check_leaves(one, leaves)
         for kernel in one.kernels:

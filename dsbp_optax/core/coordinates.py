@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from dsbp_optax.core import checks, paths, sharding, state
+from dsbp_optax.core import checks, layout, paths, sharding, state
 from dsbp_optax.core.layout import Coordinates
 from dsbp_optax.core.plan import Kernel
 from dsbp_optax.linalg.types import Array, PyTree, compute_dtype
@@ -53,7 +53,7 @@ def project_gradients(grads: PyTree, opt_state: PyTree) -> PyTree:
       >>> updates["kernel"].shape
       (64, 32)
     """
-    states = [s for s in state.find_states(opt_state) if s.kind == "projection"]
+    states = state.find_states(opt_state, "projection")
     if not states:
         raise ValueError(
             f"project_gradients: got {type(opt_state).__name__}, which holds no state "
@@ -78,7 +78,8 @@ def bases_of(states: list[state.SpectralState]) -> dict[str, tuple[Kernel, Array
     for one in states:
         for path, layer in state.by_path(one).items():
             if layer.basis is not None:
-                basis = state.basis_in_use(layer)
+                view = layer.kernel.view
+                basis = layout.to_kernel_form(state.basis_in_use(layer), view)
                 found[path.split("#")[0]] = layer.kernel, basis
     return found
 

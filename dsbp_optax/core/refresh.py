@@ -19,7 +19,7 @@ from dsbp_optax.core import schedule, stacks
 from dsbp_optax.core.plan import Choices, Kernel
 from dsbp_optax.core.schedule import AutoInterval, Turn
 from dsbp_optax.core.stacks import Stack
-from dsbp_optax.core.state import Interval, Spectrum, where
+from dsbp_optax.core.state import Interval, Spectrum, in_use, where
 from dsbp_optax.core.statistics import Sketch, blend, gradient_sketch
 from dsbp_optax.linalg import subspace
 from dsbp_optax.linalg.types import Array, Eigenpairs, Operator, is_zero
@@ -164,18 +164,21 @@ def _joined(groups: Sequence[tuple[np.ndarray, Any]], parts: Sequence[T]) -> T:
     return joined
 
 
+def _all_of(x: Array, rows: np.ndarray) -> bool:
+    """Whether `rows` are those of `x`, each where it lies."""
+    return np.array_equal(rows, np.arange(len(x)))
+
+
 def _take(x: Array, rows: np.ndarray) -> Array:
-    return x if np.array_equal(rows, np.arange(len(x))) else x[rows]
+    return x if _all_of(x, rows) else x[rows]
 
 
 def _put(x: Array, rows: np.ndarray, new: Array) -> Array:
-    whole = np.array_equal(rows, np.arange(len(x)))
-    return new if whole else jnp.asarray(x).at[rows].set(new)
+    return new if _all_of(x, rows) else jnp.asarray(x).at[rows].set(new)
 
 
 def _add(x: Array, rows: np.ndarray, new: Array) -> Array:
-    whole = np.array_equal(rows, np.arange(len(x)))
-    return x + new if whole else jnp.asarray(x).at[rows].add(new)
+    return x + new if _all_of(x, rows) else jnp.asarray(x).at[rows].add(new)
 
 
 def _energy(basis: Array, gradient: Array) -> Array:
@@ -342,11 +345,6 @@ def _accept(
     after = after._replace(rank=jnp.where(told, chosen, past.rank))
     before, now = (in_use(x.rank, old.shape[-1]) for x in (past, after))
     return basis, after, rotation * now[:, None] * before
-
-
-def in_use(rank: Array, size: int) -> Array:
-    """1 for the directions in use, 0 for the rest: ``(*n, size)``."""
-    return jnp.arange(size) < rank[..., None]
 
 
 def _next_interval(

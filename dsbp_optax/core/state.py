@@ -206,15 +206,18 @@ def _rows(tree: PyTree, stack: Stack, one: Kernel) -> PyTree:
     return jax.tree.map(cut, tree)
 
 
+def in_use(rank: Array, size: int) -> Array:
+    """1 for the directions in use, 0 for the rest: ``(*n, size)``."""
+    return jnp.arange(size) < rank[..., None]
+
+
 def basis_in_use(layer: Layer) -> Array:
-    """A layer's basis in kernel form, zero in the directions beyond the rank."""
-    view, basis = layer.kernel.view, layer.basis
-    wide = basis.astype(layer.spectrum.trace.dtype)
+    """A layer's bases ``(n, d, k)``, zero in the directions beyond the rank."""
+    view, size = layer.kernel.view, layer.kernel.rank
+    wide: Array = layer.basis.astype(layer.spectrum.trace.dtype)
     if layer.spectrum.rank is not None:
-        used = jnp.arange(layer.kernel.rank) < layer.spectrum.rank[..., None]
-        wide = wide * used[..., None, :]
-    flat = wide.reshape(view.matrices, view.size, layer.kernel.rank)
-    return layout.to_kernel_form(flat, view)
+        wide = wide * in_use(layer.spectrum.rank, size)[..., None, :]
+    return wide.reshape(view.matrices, view.size, size)
 
 
 def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
@@ -296,12 +299,13 @@ def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
 _ALIKE = "Remedy: layers of the same shapes, axes, side, rank, inner and bits."
 
 
-def find_states(opt_state: PyTree) -> list[SpectralState]:
-    """The spectral states inside any nest of optax wrappers."""
+def find_states(opt_state: PyTree, *kinds: Kind) -> list[SpectralState]:
+    """The spectral states inside any nest of optax wrappers; all, or of some kinds."""
     found: list[SpectralState] = []
 
     def note(state: SpectralState) -> SpectralState:
-        found.append(state)
+        if not kinds or state.kind in kinds:
+            found.append(state)
         return state
 
     map_states(note, opt_state)

@@ -42,8 +42,8 @@ from dsbp_optax.linalg.types import Array, PyTree, Scalar
 
 _NO_STATISTICS = (
     "update: got no statistics=, expected those that an adapter's value_and_grad "
-    "returns; the metric is that of the gradients' own directions, which is worth "
-    "less. Remedy: tx.update(grads, state, params, statistics=statistics), or "
+    "returns; the metric is that of the gradients' own directions, of which no result "
+    "is on record. Remedy: tx.update(grads, state, params, statistics=statistics), or "
     "statistics={} where this is meant."
 )
 
@@ -342,7 +342,7 @@ def _changed(
         basis = stacks.of_stack(stack, held.bases, bases.basis)
         spectrum = stacks.of_stack(stack, held.bases, bases.spectrum)
         if spectrum.rank is not None:
-            basis = basis * refresh.in_use(spectrum.rank, first.rank)[:, None, :]
+            basis = basis * state.in_use(spectrum.rank, first.rank)[:, None, :]
         known |= {"basis": basis, "eigenvalues": spectrum.eigenvalues}
         known |= {name: getattr(spectrum, name) for name in _OF_SPECTRUM}
     seeds = [

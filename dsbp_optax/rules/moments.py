@@ -19,6 +19,7 @@ from dsbp_optax.core import checks, plan
 from dsbp_optax.core.transform import Rule, Seen, transformation
 from dsbp_optax.linalg import quantize
 from dsbp_optax.linalg.types import Array, PyTree, Scalar
+from dsbp_optax.rules.inner import as_transformation
 
 #: All arrays of two axes or more are matrices here, and none has a basis.
 MATRICES = plan.choices(1, 1, None, 1, None, "never")
@@ -115,7 +116,7 @@ def scale_by_quantized_momentum(
     """
     rest = optax.trace(decay, nesterov=nesterov)
     rule = quantized_momentum(decay, bits, nesterov)
-    return transformation("moments", rule, _extended(rest), MATRICES)
+    return transformation("moments", rule, as_transformation(rest), MATRICES)
 
 
 def quantized_momentum(decay: Scalar, bits: int, nesterov: bool) -> Rule:
@@ -171,7 +172,7 @@ def scale_by_quantized_adam(
     """
     rest = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
     rule = quantized_adam(b1, b2, eps, bits, nesterov)
-    return transformation("moments", rule, _extended(rest), MATRICES)
+    return transformation("moments", rule, as_transformation(rest), MATRICES)
 
 
 def quantized_adam(
@@ -201,13 +202,6 @@ def quantized_adam(
 
 
 _WHO = "moments in few bits"
-
-
-def _extended(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    extended: optax.GradientTransformationExtraArgs = optax.with_extra_args_support(tx)
-    return extended
 
 
 def average(decay: Array, past: Array, fresh: Array) -> Array:

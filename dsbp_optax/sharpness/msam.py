@@ -11,6 +11,7 @@ import optax
 
 from dsbp_optax.core import coordinates, paths, sharding
 from dsbp_optax.core.state import SpectralState
+from dsbp_optax.core.transform import value_at
 from dsbp_optax.linalg.types import Array, PyTree
 from dsbp_optax.rules import transport
 from dsbp_optax.sharpness import subspace
@@ -140,7 +141,7 @@ def _update(
     if params is not None:
         params = subspace.add(params, before, -1)
     steps, held = rule.optimizer.update(updates, state.optimizer, params, **extra)
-    radius = subspace.value_at(rule.radius, state.step).astype(jnp.float32)
+    radius = jnp.asarray(value_at(rule.radius, state.step)).astype(jnp.float32)
     after = _step_away(held, shapes, radius)
     moved = {path: after[path] - before[path] for path in after}
     count = optax.safe_increment(state.step)

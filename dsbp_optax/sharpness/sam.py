@@ -12,6 +12,7 @@ import optax
 
 from dsbp_optax.core import coordinates, paths, sharding
 from dsbp_optax.core.layout import Coordinates
+from dsbp_optax.core.transform import value_at
 from dsbp_optax.linalg.types import Array, PyTree, compute_dtype
 from dsbp_optax.sharpness import subspace
 from dsbp_optax.sharpness.subspace import Subspace
@@ -122,7 +123,7 @@ def _update(
             "grad_fn=lambda params, i: jax.grad(loss_fn)(params, batch))."
         )
     before, given = state.optimizer, coordinates.find(updates)
-    radius = subspace.value_at(rule.radius, state.step)
+    radius = jnp.asarray(value_at(rule.radius, state.step))
     away, steps = sharding.in_place(
         functools.partial(_uphill, rule),
         (params, given),

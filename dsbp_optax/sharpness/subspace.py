@@ -49,8 +49,7 @@ def with_bases(opt_state: PyTree, who: str) -> list[SpectralState]:
     Raises:
       ValueError: when there is none.
     """
-    found = state.find_states(opt_state)
-    states = [one for one in found if one.kind in ("projection", "metric")]
+    states = state.find_states(opt_state, "projection", "metric")
     if not states:
         raise ValueError(
             f"{who}: got an optimizer without an eigenbasis, expected one with "
@@ -66,8 +65,7 @@ def projections(opt_state: PyTree, who: str) -> list[SpectralState]:
     Raises:
       ValueError: when there is none.
     """
-    found = state.find_states(opt_state)
-    states = [one for one in found if one.kind == "projection"]
+    states = state.find_states(opt_state, "projection")
     if not states:
         raise ValueError(
             f"{who}: got an optimizer without scale_by_spectral_projection, expected "
@@ -100,9 +98,7 @@ def subspaces(
                     f"parameters ({checks.some(leaves)}). Remedy: pass the whole tree "
                     "that init saw."
                 )
-            view = layer.kernel.view
-            basis = layout.from_kernel_form(state.basis_in_use(layer), view)
-            found[path] = Subspace(basis, view)
+            found[path] = Subspace(state.basis_in_use(layer), layer.kernel.view)
     return found
 
 
@@ -147,11 +143,6 @@ def lifted(
         path: spaces[path].lift(part) if path in spaces else part
         for path, part in parts.items()
     }
-
-
-def value_at(radius: optax.ScalarOrSchedule, step: Array) -> Array:
-    """The radius at a step: a number, or what the schedule says."""
-    return jnp.asarray(radius(step) if callable(radius) else radius)
 
 
 def check_radius(who: str, radius: optax.ScalarOrSchedule) -> None:

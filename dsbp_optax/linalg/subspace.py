@@ -19,8 +19,8 @@ def lift(basis: Array, coordinates: Array) -> Array:
 
 
 def squared_norm(matrix: Array) -> Array:
-    """``|M|_F^2`` of one matrix, ``()``."""
-    return jnp.sum(matrix * matrix)
+    """``|M|_F^2`` of one array, ``()``."""
+    return jnp.sum((matrix * matrix.conj()).real)
 
 
 def captured_energy(coordinates: Array, matrix: Array) -> Array:

@@ -102,3 +102,13 @@ def test_an_unrolled_update_would_be_noticed(platform) -> None:
 
     few, many = (count(program(apart, n, platform)) for n in (1, 4))
     assert many["dot_general"] > 3 * few["dot_general"]
+
+
+def test_factorisations_are_one_batch_on_accelerators() -> None:
+    """On a CPU they follow one another: batches of them wait for threads there."""
+    sizes = {}
+    for platform in ("cuda", "cpu"):
+        text = program(dsbp_optax.dsbp_muon, 3, platform)
+        found = re.findall(r"custom_call @\w*(?:geqrf|syevd)\w*\(.*?-> \(?(\S+?)[,)]", text)
+        sizes[platform] = {kind.count("x") for kind in found}
+    assert sizes == {"cuda": {3}, "cpu": {2}}

@@ -232,7 +232,7 @@ def resnet_step(tiny: bool, name: str) -> Started:
 
 def resnet18(tiny: bool) -> vision.ResNet:
     """With GroupNorm, in bfloat16."""
-    widths, blocks = ((8, 16), 1) if tiny else ((64, 128, 256, 512), 2)
+    widths, blocks = ((8,), 1) if tiny else ((64, 128, 256, 512), 2)
     return vision.ResNet(widths, blocks, dtype=HALF)
 
 
@@ -380,7 +380,7 @@ def _resnet_program(tiny: bool, name: str, batch: int) -> tuple[Any, Any, Any]:
 
     def start(key: jax.Array) -> Any:
         params = model.init(key, jnp.zeros((1, 32, 32, 3)))["params"]
-        return params, contender.build(0.0).init(params)
+        return params, contender.build(lambda count: 0.0).init(params)
 
     def epoch(carry: Any, part: Any, key: Any, rate: Any, steps: Any) -> Any:
         tx = contender.build(lambda count: cosine(count, rate, steps))

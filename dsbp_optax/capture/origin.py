@@ -172,9 +172,16 @@ def _outcome(
         one = known.pop() if len(known) == 1 else None
         return [one] if one and len(one.dims) == rank else lost
     if name == "scan":
-        fixed, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        state, rest = operands[fixed : fixed + carry], operands[fixed + carry :]
-        body, slices = eqn.params["jaxpr"], [_slice(one) for one in rest]
+        body = eqn.params["jaxpr"]
+        held, carry = (  # What has an axis less in the body is taken slice by slice.
+            sum(len(x.aval.shape) == len(y.aval.shape) for x, y in zip(*pair))
+            for pair in (
+                (eqn.invars, _open(body).invars),
+                (eqn.outvars, _open(body).outvars),
+            )
+        )
+        fixed, state = held - carry, operands[held - carry : held]
+        slices = [_slice(one) for one in operands[held:]]
         outcome = _loop(body, operands[:fixed], state, slices, found)
         return [*outcome, *lost[carry:]]
     if name == "while":

@@ -38,6 +38,7 @@ from dsbp_optax.core.plan import Choices, Kernel
 from dsbp_optax.core.refresh import Bases
 from dsbp_optax.core.stacks import Stack
 from dsbp_optax.core.state import Kind, SpectralState, cast_like
+from dsbp_optax.linalg.subspace import rotate_first_moment
 from dsbp_optax.linalg.types import Array, PyTree, Scalar
 
 _NO_STATISTICS = (
@@ -314,7 +315,7 @@ def _refreshed(
                 inner[stack.name] = jax.vmap(rule.rotate)(inner[stack.name], rotation)
         for stack, values in given.items():
             rotation = stacks.of_stack(stack, bases, rotations)
-            given[stack] = jnp.matmul(rotation, values)
+            given[stack] = rotate_first_moment(rotation, values)
         return cast_like((after, inner, given), operands)
 
     operands = before, dict(held.inner), dict(given)

@@ -174,10 +174,10 @@ def _outcome(
     if name == "scan":
         body = eqn.params["jaxpr"]
         held, carry = (  # What has an axis less in the body is taken slice by slice.
-            sum(len(x.aval.shape) == len(y.aval.shape) for x, y in zip(*pair))
-            for pair in (
-                (eqn.invars, _open(body).invars),
-                (eqn.outvars, _open(body).outvars),
+            sum(len(x.aval.shape) == len(y.aval.shape) for x, y in pairs)
+            for pairs in (
+                zip(eqn.invars, _open(body).invars, strict=True),
+                zip(eqn.outvars, _open(body).outvars, strict=True),
             )
         )
         fixed, state = held - carry, operands[held - carry : held]

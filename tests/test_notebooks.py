@@ -66,6 +66,7 @@ def outputs_of(notebook) -> list:
 
 
 @each
+@pytest.mark.usefixtures("optimized")
 def test_runs(path):
     notebook = read(path)
     refresh.execute(notebook)

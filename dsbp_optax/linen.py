@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 import jax
@@ -78,8 +79,13 @@ class TrainState(train_state.TrainState):
         """
         fields = {k: v for k, v in kwargs.items() if k in self.__dataclass_fields__}
         extra = {k: v for k, v in kwargs.items() if k not in fields}
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(
+        update = self.tx.update
+        kinds = (p.kind for p in signature(update).parameters.values())
+        if (
+            Parameter.VAR_KEYWORD not in kinds
+        ):  # `optax.MultiSteps` says it nowhere else
+            update = optax.with_extra_args_support(self.tx).update
+        updates, opt_state = update(
             grads, self.opt_state, self.params, statistics=statistics, **extra
         )
         params = jax.tree.map(

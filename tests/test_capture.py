@@ -336,6 +336,48 @@ def test_statistics_are_right_or_one_warning_says_why(name: str, make: str) -> N
         assert re.search(why, str(caught[0].message))
 
 
+@pytest.mark.parametrize("name", ["heads", "gemma", "tied", "nnx einsum"])
+def test_value_and_gradients_are_those_of_jax_bit_for_bit(name: str) -> None:
+    """One operation after the other, as compilers fuse them differently."""
+    case = CASES[name]
+    loss_fn, params, plain, adapter = case.start()
+    pure = nnx.state(params, nnx.Param) if adapter is dsbp_optax.nnx else params
+    plan = adapter.inspect(loss_fn, params, rules=case.rules)
+    step = adapter.value_and_grad(loss_fn, rules=case.rules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        *got, _ = step(params, opt_state=jax.jit(optimizer(axes=plan).init)(pure))
+    jax.tree.map(np.testing.assert_array_equal, got, list(plain(loss_fn)(params)))
+
+
+def test_a_state_of_another_optimizer_is_told() -> None:
+    params, tx = {"kernel": jnp.ones((8, 8))}, optimizer()
+    chain = optax.chain(optax.clip(1.0), tx).init(params)
+    step = dsbp_optax.capture.value_and_grad(lambda params: params["kernel"].sum())
+    with pytest.warns(UserWarning, match="pass all of what tx.init") as caught:
+        step(params, opt_state=chain[0])
+    assert caught[0].filename == __file__  # Not a line of ours.
+
+
+def test_what_accumulates_gradients_gets_the_statistics() -> None:
+    """`optax.MultiSteps` takes keywords, and has not the type that says so."""
+    model = nn.Dense(4)
+    params = model.init(jax.random.key(0), ROWS)["params"]
+    tx = optax.MultiSteps(dsbp_optax.dsbp_muon(0.02, rank=2), 1)
+    state = dsbp_optax.linen.TrainState.create(
+        apply_fn=model.apply, params=params, tx=tx
+    )
+
+    def loss_fn(params: Any) -> Any:
+        return jnp.mean(model.apply({"params": params}, ROWS) ** 2)
+
+    step = dsbp_optax.linen.value_and_grad(loss_fn)
+    _, grads, seen = step(state.params, opt_state=state.opt_state)
+    state = state.apply_gradients(grads=grads, statistics=seen)
+    layer = dsbp_optax.by_path(state.opt_state)["kernel"]
+    assert int(layer.spectrum.activations.max()) == 1
+
+
 def is_short(leaf: Any) -> bool:
     return isinstance(leaf, dsbp_optax.Coordinates)
 

@@ -6,7 +6,6 @@ gradient, and one warning says so.
 """
 
 import abc
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -316,7 +315,7 @@ def collect(
         if key not in tapped and (key in owners or not subspace):
             reasons.setdefault(parameter_path(key), NO_RULE)
     if misread or reasons or elsewhere:
-        warnings.warn(_tell(reasons, misread, elsewhere), stacklevel=3)
+        checks.warn(_tell(reasons, misread, elsewhere))
     return value, grads, state.statistics(cotangents, tapped & {*owners})
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import difflib
 import operator
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 
 from dsbp_optax.linalg.types import Side
 
+#: Packages whose lines are none of the user's.
+_LIBRARIES = ("dsbp_optax", "contextlib", "flax", "functools", "jax", "optax")
 SIDES: tuple[Side, ...] = ("input", "output")
 
 
@@ -30,6 +34,16 @@ def brought_by(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise missing(extra, (error.name or "").partition(".")[0]) from error
+
+
+def warn(text: str) -> None:
+    """A warning that points at the user's own line, past the libraries in between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+            break
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def check_side(side: Any, path: str = "") -> Side:

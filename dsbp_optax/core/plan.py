@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -241,7 +240,7 @@ def decide(
     if (observer := OBSERVER.get()) is not None:
         observer.append(decisions)
     elif guesses:
-        warnings.warn(infer.tell_guesses(guesses), stacklevel=2)
+        checks.warn(infer.tell_guesses(guesses))
     return decisions
 
 

@@ -13,7 +13,6 @@ with one ``d x m`` matrix.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,7 +44,8 @@ _NO_STATISTICS = (
     "update: got no statistics=, expected those that an adapter's value_and_grad "
     "returns; the metric is that of the gradients' own directions, of which no result "
     "is on record. Remedy: tx.update(grads, state, params, statistics=statistics), or "
-    "statistics={} where this is meant."
+    "statistics={} where this is meant. Flax's TrainState wants that of "
+    "dsbp_optax.linen; behind a wrapper that drops keywords, put_statistics."
 )
 
 
@@ -174,7 +174,7 @@ def transformation(
         refresh.check_interval(asked, held.interval)
         blind = statistics is None and not held.statistics
         if kind == "metric" and blind and held.basis:
-            warnings.warn(_NO_STATISTICS, stacklevel=2)
+            checks.warn(_NO_STATISTICS)
         known = paths.known_paths(updates)
         told = state.gather_statistics(statistics, held, known)
         kernels = held.kernels

@@ -89,7 +89,7 @@ def _process(
 
 #: What links in the repository lead to on the site.
 _PAGES = {
-    "](../benchmarks/RESULTS.md)": "](results.md)",
+    "](../benchmarks/RESULTS.md": "](results.md",
     "](FINDINGS.md)": "](findings.md)",
 }
 

@@ -119,9 +119,10 @@ def dsbp_muon(
         before=moments.quantized_momentum(momentum, _bits(moment_dtype), nesterov),
     )
     asked = metric.metric_choices(rank, update_every, basis)
-    rest = fallback or optax.scale_by_adam(nesterov=nesterov)
+    adam = optax.scale_by_adam(nesterov=nesterov)
+    tx = _round_matrices(rule, fallback, adam, asked)
     rates = _rates(learning_rate, fallback_learning_rate, asked)
-    return _finished(_round_matrices(rule, rest, asked), weight_decay, mask, rates)
+    return _finished(tx, weight_decay, mask, rates)
 
 
 def dsbp_adamw(
@@ -193,9 +194,10 @@ def dsbp_adamw(
         between=moments.quantized_adam(b1, b2, eps, _bits(moment_dtype), nesterov),
     )
     asked = metric.metric_choices(rank, update_every, basis)
-    rest = fallback or optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
+    adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
+    tx = _round_matrices(rule, fallback, adam, asked)
     rates = _rates(learning_rate, fallback_learning_rate, asked)
-    return _finished(_round_matrices(rule, rest, asked), weight_decay, mask, rates)
+    return _finished(tx, weight_decay, mask, rates)
 
 
 def dsbp_sgd(
@@ -502,13 +504,14 @@ def dsbp(
 
 
 def _round_matrices(
-    rule: Rule, fallback: optax.GradientTransformation, asked: Choices
+    rule: Rule, fallback: Fallback, adam: optax.GradientTransformation, asked: Choices
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule in a metric for kernels, `fallback` for the rest."""
-    rest = inner.as_transformation(fallback, "fallback")
+    """The rule in a metric for kernels, `fallback` or `adam` for the rest."""
+    rest = inner.as_transformation(fallback or adam, "fallback")
 
     def check(others: Mapping[str, Any]) -> None:
-        inner.check_fallback(rest, others)
+        if fallback is not None:
+            inner.check_fallback(rest, others)
 
     return transformation("metric", rule, rest, asked, check)
 

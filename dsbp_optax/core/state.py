@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -369,10 +370,13 @@ def check_leaves(state: SpectralState, leaves: Mapping[str, Any]) -> None:
             )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_bases(
     bases: tuple[Stack, ...], dtype: Any
 ) -> tuple[dict[str, Array], dict[str, Spectrum]]:
     """Cold bases: orthonormal, each following from its path alone.
+
+    One program: operation by operation it is hundreds.
 
     Args:
       bases: the stacks.
@@ -382,15 +386,11 @@ def init_bases(
     for stack in bases:
         first, count = stack.first, stack.matrices
         wide = jnp.dtype(first.dtype)
-        noise = [
-            jax.random.normal(
-                jax.random.key(zlib.crc32(one.path.encode())),
-                (*one.view.batch_shape, one.view.size, one.rank),
-                wide,
-            ).reshape(-1, one.view.size, one.rank)
-            for one in stack.kernels
-        ]
-        found = stacks.one_by_one(orthonormalize, jnp.concatenate(noise))
+        shape = (*first.view.batch_shape, first.view.size, first.rank)
+        seeds = [zlib.crc32(one.path.encode()) for one in stack.kernels]
+        draw = functools.partial(jax.random.normal, shape=shape, dtype=wide)
+        noise = jax.vmap(draw)(jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)))
+        found = stacks.one_by_one(orthonormalize, noise.reshape(count, *shape[-2:]))
         basis[stack.name] = found.astype(dtype or wide)
         spectrum[stack.name] = Spectrum(
             eigenvalues=jnp.zeros((count, first.rank), wide),

@@ -139,7 +139,7 @@ def transformation(
             spectrum=spectrum,
             interval=refresh.init_interval(asked, basis),
             statistics={},
-            inner=_init_inner(rule, kernels),
+            inner=init_inner(kernels),
             fallback=fallback.init(others),
             plan=plan.as_keys(kernels),
             form={state.VERSION: {kind: {}}},
@@ -147,6 +147,10 @@ def transformation(
         if asked.basis.statistics_in_state:
             fresh = fresh._replace(statistics=state.empty_sketches(fresh))
         return fresh
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init_inner(kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:
+        return _init_inner(rule, kernels)
 
     @functools.cache
     def shapes_of(size: int, other: int, rank: int) -> list[layout.Shape]:

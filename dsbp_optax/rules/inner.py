@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsbp_optax.linalg.types import PyTree
+from dsbp_optax.linalg.types import Array, PyTree
 
 
 def as_transformation(
@@ -94,10 +94,13 @@ def _descends(
     tx: optax.GradientTransformation, gradient: Mapping[str, Any], params: PyTree
 ) -> bool:
     """Whether any update points downhill; False where it is traced."""
-    with jax.ensure_compile_time_eval():
-        gradient = jax.tree.map(jnp.asarray, dict(gradient))
-        params = jax.tree.map(jnp.asarray, params)
+
+    @jax.jit
+    def products(gradient: Mapping[str, Array], params: PyTree) -> list[Array]:
         state = tx.init(gradient if params is None else params)
         update, _ = tx.update(gradient, state, params)
-        products = [jnp.vdot(update[path], g) for path, g in gradient.items()]
-        return any(not isinstance(x, jax.core.Tracer) and x < 0 for x in products)
+        return [jnp.vdot(update[path], g) for path, g in gradient.items()]
+
+    with jax.ensure_compile_time_eval():
+        found = products(*jax.tree.map(jnp.asarray, (dict(gradient), params)))
+        return any(not isinstance(x, jax.core.Tracer) and x < 0 for x in found)

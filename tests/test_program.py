@@ -37,14 +37,14 @@ MOST = {
     "convert": {"dsbp_muon": 60, "dsbp_adamw": 66, "dsbp_sgd": 96, "subspace_muon": 62},
     "while": {"dsbp_muon": 5, "dsbp_adamw": 2, "dsbp_sgd": 2, "subspace_muon": 5},
     "dot_general": {
-        "dsbp_muon": 33,
-        "dsbp_adamw": 27,
-        "dsbp_sgd": 29,
-        "subspace_muon": 32,
+        "dsbp_muon": 36,
+        "dsbp_adamw": 30,
+        "dsbp_sgd": 32,
+        "subspace_muon": 35,
     },
-    "transpose": dict.fromkeys(RECIPES, 9),
-    "custom_call": dict.fromkeys(RECIPES, 5),
-    "case": dict.fromkeys(RECIPES, 2),
+    "transpose": dict.fromkeys(RECIPES, 11),
+    "custom_call": dict.fromkeys(RECIPES, 6),
+    "case": dict.fromkeys(RECIPES, 6),  # Four of them tell the platform.
     "sort": dict.fromkeys(RECIPES, 0),
 }
 
@@ -160,7 +160,8 @@ def test_a_refresh_that_is_written_out_is_noticed() -> None:
 
 def test_needless_conversions_are_noticed() -> None:
     change = planted(lambda g: g.astype(jnp.bfloat16).astype(jnp.float32))
-    assert complaints("dsbp_adamw", program(change, 2, "tpu")) == ["convert 87"]
+    text = program(change, 2, "tpu")
+    assert [x.partition(" ")[0] for x in complaints("dsbp_adamw", text)] == ["convert"]
 
 
 def test_what_the_host_would_do_is_noticed() -> None:
@@ -185,16 +186,20 @@ def test_double_precision_is_noticed() -> None:
 # Precision, and memory that is used again.
 
 
+#: Products of Newton-Schulz: wide and tall matrices may share them.
+_OF_MUON = 6, 9
+
+
 def products(text: str) -> list[str]:
     return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_products_with_a_basis_have_the_highest_precision(name) -> None:
-    """All but the three of Newton-Schulz, for each of two shapes."""
+    """All but the three of Newton-Schulz for each shape."""
     lines = products(program(RECIPES[name], 2, "cuda"))
     lax = [line for line in lines if "precision = [HIGHEST, HIGHEST]" not in line]
-    assert len(lax) == (6 if "muon" in name else 0), lax
+    assert len(lax) in (_OF_MUON if "muon" in name else (0,)), lax
 
 
 def test_newton_schulz_in_half_precision_is_asked_for() -> None:
@@ -207,7 +212,7 @@ def test_newton_schulz_in_half_precision_is_asked_for() -> None:
         products(program(make, 1, "cuda", dtype=x)) for x in (None, "bfloat16")
     )
     assert sum("bf16" in line for line in whole) == 0
-    assert sum("bf16" in line for line in half) == 6
+    assert sum("bf16" in line for line in half) in _OF_MUON
 
 
 @pytest.mark.parametrize("name", RECIPES)

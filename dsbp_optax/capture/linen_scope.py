@@ -1,7 +1,7 @@
 """All that this package touches of Flax Linen's private parts.
 
 A scope keeps its collections in ``_variables``; flax has no public way to replace one
-of them for a single ``apply``. Holds for flax 0.11.2 to 0.12.8.
+of them for a single ``apply``. Holds for flax 0.11.2 to 0.12.12.
 """
 
 from typing import Any

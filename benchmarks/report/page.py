@@ -16,7 +16,7 @@ from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
 from benchmarks.report.entries import Entry, campaign_entries, entries
 from benchmarks.report.tables import markdown, table
-from benchmarks.studies import controls, fewshot, finetune
+from benchmarks.studies import controls, finetune
 from benchmarks.studies.ablation import FACTORS, cell_of
 from benchmarks.studies.scoreboard import BOARDS
 from benchmarks.tasks import WORKLOADS
@@ -87,9 +87,11 @@ class Found:
             for name, task in finetune.TASKS.items()
             if (some := task.entries(root))
         }
-        file = root / "fewshot.jsonl"
-        finals = {shots: fewshot.finals(file, shots) for shots in fewshot.SHOTS}
-        self.fewshot = {s: entries(ACCURACY, rows) for s, rows in finals.items()}
+        self.fewshot = {
+            shots: entries(ACCURACY, records.read(root / "fewshot.jsonl", **wanted))
+            for shots in (1, 5)
+            if (wanted := {"phase": "final", "workload": f"omniglot_{shots}_shot"})
+        }
         self.boards = {n: board.rows(root) for n, board in BOARDS.items()}
         self.boards = {name: rows for name, rows in self.boards.items() if rows}
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import dsbp_optax
 from benchmarks import controls, optimizers
-from benchmarks.core import device, records
+from benchmarks.core import records
 from benchmarks.core.records import ROOT
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.studies import (
@@ -32,7 +32,6 @@ from benchmarks.studies import (
     app,
     bounds,
     communication,
-    constrained,
     coordinates,
     cost,
     distributed,
@@ -334,7 +333,7 @@ def test_processes_of_their_own_give_the_rows_of_a_record(tmp_path, monkeypatch)
         row = rows[f"temporary bytes a parameter, {layout}", "dsbp_sgd"]
         assert row["value"] > 0 and row["ratio"] > 0
     with pytest.raises(RuntimeError, match="TypeError"):
-        cost.ask(ROOT, "losses", {"depth": 3})
+        cost.ask(ROOT, "train", {"depth": 3})
 
 
 def test_versions_take_turns_and_plain_optimizers_run_once(monkeypatch):
@@ -360,74 +359,6 @@ def test_versions_take_turns_and_plain_optimizers_run_once(monkeypatch):
     assert here["values"] == [5.0, 6.0, 7.0] and here["ratio"] == 3.0
     grown = rows["growth of update_both_cpu_s", "dsbp_muon", "against"]
     assert grown["value"] == 3.0 and grown["ratio"] == 1.0
-
-
-# Little memory.
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
-SIZES = {"width": 16, "layers": 1, "context": 8, "batch_size": 2}
-
-
-@pytest.mark.parametrize("guess", [1, 37, 101, 1000])
-def test_bisection_finds_a_planted_threshold(guess):
-    for threshold, step in itertools.product((3, 100, 101, 777), (1, 8)):
-        asked = []
-
-        def works(cap, threshold=threshold, asked=asked):
-            asked.append(cap)
-            return cap >= threshold
-
-        found = device.smallest(works, guess, step, 1000)
-        assert threshold <= found < threshold + step or found == step > threshold
-        assert found in asked and len(asked) < 25
-    assert device.smallest(lambda cap: False, guess, 4, 50) is None
-    assert device.smallest(lambda cap: cap >= 50, guess, 4, 50) == 50
-
-
-@linux
-def test_a_child_ends_under_a_cap_that_is_too_small(tmp_path):
-    order = device.Order("nothing", str(tmp_path), {}, 2, 0.0)
-    free = device.attempt(order, tmp_path / "cache")
-    assert free.trained and free.rss_mib > free.data_mib / 2 > 0
-    small = order._replace(cap=24 * device.MIB)
-    assert device.attempt(small, tmp_path / "cache") is None
-    assert not free._replace(losses=[2.0, 2.5]).trained
-    assert not free._replace(losses=[2.0, float("nan"), 1.0]).trained
-
-
-@linux
-def test_the_artifact_trains_as_the_code_does(tmp_path):
-    """A child with jax alone takes the steps that the model's code takes."""
-    pytest.importorskip("flatbuffers")
-    task = {**constrained.ENTRANTS["sgd"], "sizes": SIZES}
-    workload, _ = device.parts(task)
-    for number in range(3):
-        arrays = jax.tree.leaves(workload.example(SIZES["batch_size"]))
-        device.write_arrays(tmp_path / f"batch{number}.bin", arrays)
-    sizes = constrained.export_step(task, tmp_path)
-    assert sizes["artifact_bytes"] > 1000 and sizes["state_bytes"] > 0
-    order = device.Order("exported", str(tmp_path), task, 3, 0.1)
-    found = device.attempt(order, tmp_path / "cache")
-    step = device._from_code(order)
-    expected = [float(step(number)) for number in range(3)]
-    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
-    assert found.trained
-
-
-def test_rows_of_caps_are_not_made_again(tmp_path, monkeypatch):
-    row = {"cap_mib": 180.0, "step_ms": 12.0, "compiling_rss_mib": 500.0}
-    alone = {"optimizer": "jax alone", "size": None, "way": None, **row}
-    monkeypatch.setattr(constrained, "baseline", lambda: alone)
-    monkeypatch.setattr(constrained, "measure", lambda head, *_: {**head, **row})
-    path = tmp_path / "caps.jsonl"
-    told = "constrained", "--size", "small", "--optimizer", "sgd", "--json", path
-    assert "jax alone" in invoke(*told, "--way", "code")
-    assert "exported" in invoke(*told)
-    ways = [row["way"] for row in records.read(path)]
-    assert ways == [None, "code", "exported"]
-    assert "another --json" in str(
-        CliRunner().invoke(app, [*map(str, told), "--steps", "3"]).exception
-    )
 
 
 # Many devices.

@@ -28,7 +28,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dsbp_optax
 from benchmarks import cli
-from benchmarks.core import device
 from benchmarks.core.records import ROOT, Record
 from benchmarks.core.train import make_step
 from benchmarks.optimizers import CONTENDERS
@@ -162,7 +161,13 @@ def start(job: Job, cache: Path) -> "subprocess.Popen[str]":
     """A child that trains; it says what it does line by line, at last its result."""
     code = "import sys, json; from benchmarks.studies import faults as f; "
     code += "print(json.dumps(f.train(f.Job(*json.loads(sys.argv[1])))), flush=True)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **device.cached(cache)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     command = [sys.executable, "-c", code, json_module.dumps(job)]
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -23,7 +23,7 @@ from test_subspace_gradient import compiled
 from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks import controls, optimizers
+from benchmarks import optimizers
 from benchmarks.core import records
 from benchmarks.core.records import ROOT
 from benchmarks.optimizers import CONTENDERS
@@ -32,6 +32,7 @@ from benchmarks.studies import (
     app,
     bounds,
     communication,
+    controls,
     coordinates,
     cost,
     distributed,
@@ -159,15 +160,15 @@ def test_corruptions_of_what_was_trained(monkeypatch):
 
 
 def test_controls_are_made_once_at_the_rate_of_their_rule(tiny, tmp_path, monkeypatch):
-    few = [one for one in controls.CONTROLS if one.of == "dsbp_sgd"][2:3]
-    monkeypatch.setattr(controls, "CONTROLS", tuple(few))
+    of = controls.controls_of
+    monkeypatch.setattr(controls, "controls_of", lambda rule: of(rule)[:1])
     told = "controls", "digits_cnn", "--of", "dsbp_sgd", "--out", tmp_path, "--quick"
     assert "campaign digits_cnn --optimizer dsbp_sgd" in invoke(*told, code=1)
     one = {"optimizer": "dsbp_sgd", "learning_rate": 0.1, "phase": "final", "round": 0}
     one |= {"test_accuracy": 0.5, "diverged": False, "kernel_state_bytes": 1}
     rows = [{**one, "seed": seed} for seed in (0, 1)]
     records.append(tmp_path / "campaign/digits_cnn.jsonl", "campaign", rows)
-    assert "no whitening" in invoke(*told, "--seeds", 2)
+    assert "random basis" in invoke(*told, "--seeds", 2)
     found = records.read(tmp_path / "controls/digits_cnn.jsonl")
     assert [record["seed"] for record in found] == [0, 1]
     assert {record["learning_rate"] for record in found} == {0.1}

@@ -14,9 +14,14 @@ from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.statistics import Interval
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
-from benchmarks.report.entries import Entry, campaign_entries, entries
+from benchmarks.report.entries import (
+    Entry,
+    campaign_entries,
+    control_entries,
+    entries,
+)
 from benchmarks.report.tables import markdown, table
-from benchmarks.studies import controls, finetune
+from benchmarks.studies import finetune
 from benchmarks.studies.ablation import FACTORS, cell_of
 from benchmarks.studies.scoreboard import BOARDS
 from benchmarks.tasks import WORKLOADS
@@ -177,7 +182,7 @@ def _parts(found: Found) -> Iterator[str]:
         yield f"## {name}\n\n{workload.summary}; {told}."
         yield markdown(tables.campaign(some))
         for rule in ("projected_muon", "dsbp_sgd"):
-            both = entries(workload.metric, controls.known(found.root, workload, rule))
+            both = control_entries(workload, rule, found.root)
             if len(both) > 1:
                 yield _titled(f"Controls of {rule}", tables.controls(both))
     for name, some in found.finetuned.items():

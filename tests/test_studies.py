@@ -1,9 +1,7 @@
 """Each study at a tiny size: what it finds, the record it leaves, its errors."""
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -28,7 +26,6 @@ from benchmarks.core import records
 from benchmarks.core.records import ROOT
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.studies import (
-    ablation,
     app,
     bounds,
     communication,
@@ -175,79 +172,6 @@ def test_controls_are_made_once_at_the_rate_of_their_rule(tiny, tmp_path, monkey
     assert all(records.problems(record) == [] for record in found)
     invoke(*told, "--seeds", 2, "--quiet")
     assert records.read(tmp_path / "controls/digits_cnn.jsonl") == found
-
-
-def test_the_ablation_goes_on_from_its_cells(tiny, tmp_path, monkeypatch):
-    grid = [cell for cell in ablation.GRID if cell.form == ablation.PAPER.form][:3]
-    grid = (ablation.PAPER, *(cell for cell in grid if cell != ablation.PAPER))
-    monkeypatch.setattr(ablation, "RATES", (0.1, 0.3))
-    monkeypatch.setattr(ablation, "_MOST", 2)
-    monkeypatch.setattr(ablation, "RANKS", (8,))
-    monkeypatch.setattr(ablation, "PERIODS", (2, 100))
-    file, data = tmp_path / "cells.jsonl", tiny.load(None)
-    plan = ablation.Plan(tiny, file, 2, 6, math.inf, grid[:1])
-    assert not plan._replace(deadline=-math.inf).run(data, lambda: None)
-    assert not file.exists()
-    assert plan.run(data, lambda: None)
-    found = records.read(file)
-    cells = [ablation.cell_of(record) for record in found]
-    assert cells == [ablation.PAPER, ablation.PAPER._replace(period=2)]
-    assert all(len(one["accuracy"]) == 2 for one in found)
-    assert found[0]["tried"] == found[1]["tried"] and len(found[0]["tried"]) == 2
-    assert plan._replace(grid=grid[:2]).run(data, lambda: None)
-    assert records.read(file)[:2] == found
-    with pytest.raises(DataError, match=r"6 steps and 2 seeds, expected 9.*Remedy"):
-        plan._replace(steps=9).found()
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """A kernel, five gradients, and activations that leave the basis where it is."""
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    seen = draw(20, 12) * jnp.linspace(1.0, 10.0, 12)
-    grads = [{"kernel": draw(12, 6)} for _ in range(5)]
-    return {"kernel": draw(12, 6)}, grads, {"kernel": dsbp_optax.Activations(seen)}
-
-
-def trained(tx, kernel):
-    """The kernel after five steps."""
-    params, grads, statistics = kernel
-    update = jax.jit(optax.with_extra_args_support(tx).update)
-    state = tx.init(params)
-    for grad in grads:
-        updates, state = update(grad, state, params, statistics=statistics)
-        params = optax.apply_updates(params, updates)
-    return params["kernel"]
-
-
-def test_a_number_takes_its_part_of_the_ablation_in(kernel):
-    sgd = trained(optax.sgd(0.1, ablation.MOMENTUM), kernel)
-    whole = trained(ablation.rule(0.1, bits=32, rank=4), kernel)
-    np.testing.assert_allclose(whole, sgd, rtol=1e-4, atol=1e-5)
-    plain = ablation.Cell("dropped", "none", "input", "none", rank=4)
-    changes = {"outside": "scaled"}, {"filter": "whiten"}, {"sharpness": "spectral"}
-    changes = {}, *changes, {"sharpness": "msam"}
-    settings = [plain._replace(**change).settings for change in changes]
-    ends = [trained(ablation.rule(0.1, rank=4, **one), kernel) for one in settings]
-    for one, other in itertools.combinations([sgd, *ends], 2):
-        assert np.abs(one - other).max() > 1e-3
-
-
-def test_the_best_corner_is_projected_and_judged_on_validation():
-    assert len({*ablation.GRID}) == 4 * 2 * 2 * 3 and ablation.PAPER in ablation.GRID
-    told = {"rate": 0.1, "accuracy": [0.5], "train_loss": [0.1], "tried": [[0.1, 0.5]]}
-    cells = [{**cell._asdict(), **told} for cell in ablation.GRID]
-    names = [cell.outside for cell in ablation.GRID]
-    whole, coarse = names.index("whole"), names.index("5 bits")
-    cells[whole]["tried"], cells[coarse]["tried"] = [[0.1, 0.99]], [[0.1, 0.9]]
-    cells[coarse + 1]["accuracy"] = [0.99]  # Of the test samples: has no say.
-    assert ablation.best_corner(cells) == ablation.GRID[coarse]
-    cells[coarse + 1] |= {"tried": [[0.1, 0.9]], "train_loss": [0.01]}
-    assert ablation.best_corner(cells) == ablation.GRID[coarse + 1]
 
 
 def test_stability_pairs_runs_at_every_rate_of_the_plain_optimizer(tiny, tmp_path):

@@ -27,15 +27,13 @@ from benchmarks.core.records import ROOT
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.studies import (
     app,
-    bounds,
     communication,
     controls,
     coordinates,
     cost,
     distributed,
-    robustness,
+    minima,
     scale,
-    speed,
     stability,
 )
 from benchmarks.tasks import WORKLOADS, base, gpt, vision
@@ -86,9 +84,9 @@ def look(out, names, *more):
 
 
 def test_every_run_is_looked_at_once(standardized, tmp_path, monkeypatch):
-    monkeypatch.setattr(robustness, "ATTACKED", 64)
-    monkeypatch.setattr(robustness, "RADII", (1 / 255, 128 / 255))
-    monkeypatch.setattr(bounds, "DRAWS", 3)
+    monkeypatch.setattr(minima, "ATTACKED", 64)
+    monkeypatch.setattr(minima, "RADII", (1 / 255, 128 / 255))
+    monkeypatch.setattr(minima, "DRAWS", 3)
     names, file = ("sgd", "sam", "dsbp_sgd_msam"), tmp_path / "minima/digits_cnn.jsonl"
     printed = look(tmp_path, names, "--look", "curvature")
     found = records.read(file)
@@ -120,37 +118,21 @@ def test_every_run_is_looked_at_once(standardized, tmp_path, monkeypatch):
 
 def test_kl_along_training_is_that_of_the_formula():
     start = {"w": jnp.zeros(4)}
-    found = bounds.divergence({"w": jnp.full(4, 0.02)}, start, ())
-    variance, squared = bounds.NOISE**2, 4 * 0.02**2
+    found = minima.divergence({"w": jnp.full(4, 0.02)}, start, ())
+    variance, squared = minima.NOISE**2, 4 * 0.02**2
     prior = variance + squared / 4
     exact = 0.5 * ((4 * variance + squared) / prior - 4 + 4 * np.log(prior / variance))
     assert found["kl"] == pytest.approx(exact, rel=1e-2) and found.keys() == {"kl"}
 
 
 def test_the_bound_holds_more_data_than_one_batch(monkeypatch):
-    monkeypatch.setattr(bounds, "DRAWS", 2)
-    monkeypatch.setattr(bounds, "BATCH", 100)
+    monkeypatch.setattr(minima, "DRAWS", 2)
+    monkeypatch.setattr(minima, "BATCH", 100)
     params, train = TINY.init(0), TINY.load(None).train
-    found = bounds.bound(TINY, params, jax.device_get(params), train)
+    one = minima.Trained(TINY, TINY.load(None), params, jax.device_get(params))
+    found = minima.bound(one)
     assert found["bound_samples"] == 100 * (len(train) // 100) > 100
     assert found["bound_kl"] < 1, "nothing has moved yet"
-
-
-def has_opencv():
-    try:
-        robustness.load_corruptions()
-    except DataError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_opencv(), reason="OpenCV finds no libGL")
-def test_corruptions_of_what_was_trained(monkeypatch):
-    monkeypatch.setattr(robustness, "CORRUPTED", 32)
-    found = robustness.corrupted(TINY, TINY.init(0), TINY.load(None).test)
-    assert set(found) == set(robustness.CORRUPTIONS)
-    assert all(0 <= value <= 1 for value in found.values())
-    assert len(set(found.values())) > 3, "corruptions differ"
 
 
 # Rules and their parts.
@@ -205,16 +187,6 @@ def test_speed_of_a_workload_tells_refresh_steps_apart(tiny, tmp_path):
     assert ours["refresh_seconds"] > 0 and plain["refresh_seconds"] is None
     assert plain["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert plain["dearest"] is None and ours["dearest"]["value"] > 0
-
-
-def test_fixed_figures_are_against_the_plain_optimizer(monkeypatch):
-    monkeypatch.setattr(speed, "KERNELS", ((64, 64),))
-    rows = speed.update_alone(rounds=5)
-    names = ["projected_adamw", "dsbp_sgd", "dsbp_sgd, k=8", "dsbp"]
-    assert [row["contender"] for row in rows] == names
-    for row in rows:
-        seconds = row["seconds"] / row["seconds_against"]
-        assert row["ratio"]["value"] == pytest.approx(seconds)
 
 
 def test_coordinates_are_timed_counted_and_compared(tiny, tmp_path):

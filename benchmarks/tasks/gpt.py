@@ -206,11 +206,5 @@ WORKLOADS = {
         workload(
             "shakespeare_gpt", "GPT of 4 layers, width 128,", Gpt(), quick_steps=600
         ),
-        workload(
-            "shakespeare_gpt_wide",
-            "GPT of 6 layers, width 256, context 128,",
-            Gpt(width=256, layers=6, heads=8, context=128),
-            quick_steps=50,
-        ),
     )
 }

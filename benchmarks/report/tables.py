@@ -553,7 +553,8 @@ def coordinates(found: Record) -> dict[str, pd.DataFrame]:
             "step that refreshes": ratio(found["times"][f"refresh_{clock}"]),
             "mean of a period": number(found["times"][f"period_{clock}"], ".2f"),
         }
-        for clock in ("wall", "cpu")
+        for clock in ("wall", "cpu")  # The older record has both.
+        if clock in found["times"]
     ]
     gaps = [
         {

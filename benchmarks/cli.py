@@ -26,7 +26,7 @@ from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, build, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.report import tables
-from benchmarks.report.entries import Entry, campaign_entries, entries
+from benchmarks.report.entries import Entry, entries
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, DataError, Workload
 from benchmarks.tasks.fetch import ELSEWHERE, SOURCES, fetch
@@ -246,28 +246,6 @@ def show_remaining(quiet: bool, lanes: Sequence[campaigns.Lane]) -> None:
     """What is left to do."""
     for line in () if quiet else campaigns.remaining(lanes) or ["all done"]:
         console.print(line)
-
-
-@app.command()
-def report(
-    workload: WorkloadNames = None,
-    optimizer: OptimizerNames = None,
-    out: Out = RESULTS,
-    pictures: Annotated[Path, typer.Option(help="folder of PNG files")] = Path("runs"),
-) -> None:
-    """Tables and a picture for each workload that has final records."""
-    from benchmarks.report import plots
-
-    contenders = several(CONTENDERS, optimizer, "--optimizer")
-    for chosen in several(WORKLOADS, workload or USUAL, "WORKLOAD"):
-        found = campaign_entries(chosen, out, contenders)
-        if not found:
-            console.print(f"{chosen.name}: no final records in {out}")
-            continue
-        title = f"{chosen.name}: {found[0].records[0]['steps']} steps"
-        plots.comparison(found, title, pictures / f"{chosen.name}.png")
-        show_entries(False, title, found)
-        written(pictures / f"{chosen.name}.png")
 
 
 @app.command("list")

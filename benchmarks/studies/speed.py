@@ -88,7 +88,7 @@ def command(
 ) -> None:
     """Time steps, the contenders taking turns.
 
-    Steps that lie in the file of a campaign give `report` its times.
+    Steps that lie in the file of a campaign give `results` its times.
     """
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
     base = cli.lookup(CONTENDERS, baseline, "--baseline") if baseline else None

@@ -22,14 +22,14 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks.core import campaign, kernels, records, statistics, timing, train, tune
+from benchmarks.core import campaign, kernels, records, statistics, train, tune
 from benchmarks.core.tune import Choice, Trial, next_trial
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import entries as compare
 from benchmarks.report import plots, tables
 from benchmarks.studies import app, controls
 from benchmarks.tasks import WORKLOADS, base, vision
-from benchmarks.tasks.base import ACCURACY, LOSS, DataError, Samples
+from benchmarks.tasks.base import ACCURACY, LOSS, Samples
 
 ROOT = Path(__file__).parent.parent
 TINY = dataclasses.replace(
@@ -89,26 +89,17 @@ def test_effects_are_those_of_the_linear_model():
         statistics.effects(pd.DataFrame(short), factors, "y")
 
 
-def test_interleave_takes_turns_and_leaves_the_warmup_out():
-    calls = []
-    seconds = timing.interleave(
-        {name: (lambda name=name: calls.append(name)) for name in "ab"}, 2, warmup=1
-    )
-    assert calls == list("ababab") and seconds["a"].shape == (2,)
-
-
 # Contenders and training.
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_every_optimizer_builds_and_states_what_it_does(name):
-    contender = CONTENDERS[name]
+def test_every_optimizer_builds_and_states_what_it_does():
     params = {"conv": jnp.ones((3, 3, 16, 32)), "kernel": jnp.ones((64, 64))}
-    shapes = jax.eval_shape(contender.build(lambda count: 0.1).init, params)
-    assert dsbp_optax.diagnostics.state_bytes(shapes) > 0
-    assert len(contender.grid) == 5
-    assert tune.shifted(contender.default_rate, 0) == contender.default_rate
-    json.dumps(contender.hyperparameters())
+    for contender in CONTENDERS.values():
+        shapes = jax.eval_shape(contender.build(lambda count: 0.1).init, params)
+        assert dsbp_optax.diagnostics.state_bytes(shapes) > 0
+        assert len(contender.grid) == 5
+        assert tune.shifted(contender.default_rate, 0) == contender.default_rate
+        json.dumps(contender.hyperparameters())
 
 
 def test_refresh_steps_are_those_of_the_period():
@@ -210,11 +201,13 @@ def test_halving_keeps_the_best_and_the_last_round_decides():
     assert choice == Choice(0.03)
 
 
-@pytest.mark.parametrize(("best", "added"), [(4.0, [3.0, 10.0]), (0.002, [3e-3, 1e-3])])
-def test_the_grid_grows_while_the_best_is_at_its_edge(best, added):
-    trials, choice = tuned_by(lambda stage, rate: -abs(np.log(rate / best)))
-    assert [t.rate for t in trials if t.round == 0][5:] == added
-    assert choice == Choice(added[0])
+def test_the_grid_grows_while_the_best_is_at_its_edge():
+    for best, added in ((4.0, [3.0, 10.0]), (0.002, [3e-3, 1e-3])):
+        trials, choice = tuned_by(lambda _, rate, b=best: -abs(np.log(rate / b)))
+        assert [t.rate for t in trials if t.round == 0][5:] == added
+        assert choice == Choice(added[0])
+    rates = [tune.shifted(0.1, n) for n in range(-4, 5)]
+    assert rates == [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 def test_growth_ends_and_failures_lose():
@@ -225,11 +218,6 @@ def test_growth_ends_and_failures_lose():
     assert choice.rate <= 0.01
     assert ACCURACY.score(None) == LOSS.score(float("nan")) == -np.inf
     assert LOSS.score(1.0) > LOSS.score(2.0) and ACCURACY.score(1) > ACCURACY.score(0)
-
-
-def test_rates_form_a_series():
-    rates = [tune.shifted(0.1, n) for n in range(-4, 5)]
-    assert rates == [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 # Campaigns.
@@ -263,12 +251,17 @@ def test_a_campaign_tunes_then_trains_and_is_then_done(tiny, tmp_path):
     told = campaign.rate_for(tiny, CONTENDERS["sgd"], tmp_path)
     assert told == (rate, "tuned on digits_cnn")
     path, out = tmp_path / "run.jsonl", ("--out", tmp_path)
-    invoke("run", "digits_cnn", "--optimizer", "sgd", *out, "--json", path)
+    result = invoke("run", "digits_cnn", "--optimizer", "sgd", *out, "--json", path)
     (record,) = records.read(path)
     assert record["learning_rate"] == rate and record.keys() == found[-1].keys()
-    result = invoke("report", "digits_cnn", *out, "--pictures", tmp_path)
-    assert "sgd: learning rate" in result.output and result.exit_code == 0
-    assert (tmp_path / "digits_cnn.png").read_bytes().startswith(b"\x89PNG")
+    assert "sgd: learning rate" in result.output
+    # Runs of other lengths are not mixed, and only records are read.
+    told = "campaign", "digits_cnn", "--optimizer", "sgd", *out
+    result = invoke(*told, "--quick")
+    assert result.exit_code == 1 and "another --out" in result.output
+    (tmp_path / FILE).write_text('{"schema": 99}\n')
+    result = invoke(*told)
+    assert result.exit_code == 1 and "take the line out" in result.output
 
 
 def test_test_samples_have_no_part_in_tuning(tiny, tmp_path, monkeypatch):
@@ -358,16 +351,6 @@ def test_workers_share_the_lanes(tmp_path, monkeypatch):
     assert "at most 2" in invoke(*told, 3).output
 
 
-def test_records_of_other_lengths_are_not_mixed(tiny, tmp_path):
-    run_campaign(tmp_path)
-    told = "campaign", "digits_cnn", "--optimizer", "sgd", "--out", tmp_path
-    result = invoke(*told, "--quick")
-    assert result.exit_code == 1 and "another --out" in result.output
-    (tmp_path / FILE).write_text('{"schema": 99}\n')
-    result = invoke(*told)
-    assert result.exit_code == 1 and "take the line out" in result.output
-
-
 def test_grids_and_defaults_move_with_the_workload(tmp_path):
     moved = dataclasses.replace(TINY, grid_shift=-2)
     lane = campaign.Lane(tmp_path, moved, CONTENDERS["sgd"])
@@ -452,10 +435,7 @@ def test_the_target_must_hold_twice():
     assert compare.steps_to(sgd, goal) is None  # at the last evaluation alone
     assert compare.steps_to(sgd, 0.85) == 40  # 0.89 at 20 did not hold
     assert compare.target(LOSS, sgd) == pytest.approx(0.91 + 0.02)
-
-
-def test_equal_time_takes_the_last_evaluation_within_it():
-    _, _, ours = entries(FINALS)
+    # In equal time the last evaluation within it counts.
     assert compare.value_after(ours, 0.050) == pytest.approx(0.95)
     assert compare.value_after(ours, 0.019) is None
     assert compare.value_after(ours, 9.9) == pytest.approx(0.94)
@@ -492,12 +472,6 @@ def test_a_divergence_stays_in_table_and_picture(metric, tmp_path):
     assert (tmp_path / "deep/a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_are_markdown_with_numbers_to_the_right():
-    shown = tables.table([{"a": "x", "b": "1.50"}, {"a": "y"}])
-    _, rule, first, second = tables.markdown(shown).splitlines()
-    assert rule.endswith(":|") and "1.50" in first and "-" in second
-
-
 # The command line.
 
 
@@ -507,10 +481,9 @@ def test_list_names_everything():
     assert all(name in result.output for name in (*WORKLOADS, *CONTENDERS))
 
 
-@pytest.mark.parametrize("name", ["dsbp", "sam"])
-def test_run_writes_a_whole_record(name, tiny, tmp_path):
+def test_run_writes_a_whole_record(tiny, tmp_path):
     path = tmp_path / "record.jsonl"
-    told = "run", "digits_cnn", "--optimizer", name, "--steps", 3, "--limit", 200
+    told = "run", "digits_cnn", "--optimizer", "dsbp", "--steps", 3, "--limit", 200
     more = "--json", path, "--seeds", 2, "--learning-rate", 0.05
     assert invoke(*told, *more).exit_code == 0
     found = records.read(path)
@@ -523,16 +496,15 @@ def test_run_writes_a_whole_record(name, tiny, tmp_path):
         assert entry["state_bytes"] >= entry["kernel_state_bytes"] > 0
         assert min(entry[k] for k in ("compile_seconds", "flops", "seconds")) > 0
         assert [point["step"] for point in entry["curve"]] == [1, 2, 3]
-        # The first step of each of these refreshes, but for SAM.
-        assert (entry["refresh_step_ms"] is None) == (name == "sam")
+        assert entry["refresh_step_ms"] > 0
 
 
 def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
     from benchmarks import cli
 
-    monkeypatch.setattr(cli, "DEMO", ("dsbp_muon", "adamw"))
+    monkeypatch.setattr(cli, "DEMO", ("dsbp_sgd", "adamw"))
     result = invoke("demo", "--steps", 3, "--seeds", 2, "--out", tmp_path)
-    assert result.exit_code == 0 and "dsbp_muon" in result.output
+    assert result.exit_code == 0 and "dsbp_sgd" in result.output
     assert len(records.read(tmp_path / "demo.jsonl")) == 4
     assert (tmp_path / "demo.png").exists()
 
@@ -543,7 +515,7 @@ def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
         (["run", "cifar"], "digits_cnn"),
         (["run", "digits_cnn", "--optimizer", "adamm"], "dsbp_sgd"),
         (["run", "fashion_mnist_mlp"], "--data-dir"),
-        (["run", "digits_cnn", "--limit", "10"], "--limit"),
+        (["run", "digits_cnn", "--optimizer", "sgd", "--limit", "10"], "--limit"),
         (["campaign", "cifar"], "digits_cnn"),
         (["fetch", "imagenet"], "shakespeare"),
         (["fetch", "tiny_imagenet"], "in no package registry"),
@@ -552,10 +524,4 @@ def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
 def test_mistakes_on_the_command_line_say_what_to_do(args, words, tiny):
     result = invoke(*args)
     assert result.exit_code != 0 and words in result.output
-
-
-def test_what_is_wrong_with_data_is_one_line():
-    with pytest.raises(DataError, match="--data-dir DIR"):
-        WORKLOADS["fashion_mnist_mlp"].load(None)
-    result = invoke("run", "fashion_mnist_mlp")
-    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "Traceback" not in result.output

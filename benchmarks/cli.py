@@ -224,7 +224,6 @@ def campaign(
     hours: Hours = 1.0,
     seeds: Seeds = 3,
     quick: Quick = False,
-    workers: Annotated[int, typer.Option(min=1, help="processes, a core each")] = 1,
     quiet: Quiet = False,
 ) -> None:
     """Tune on validation samples, then train from fresh seeds; can be continued."""
@@ -235,10 +234,7 @@ def campaign(
         for contender in several(CONTENDERS, optimizer, "--optimizer")
     ]
     with bars(quiet) as progress:
-        if workers > 1:
-            campaigns.run_on_cores(lanes, workers, data_dir, deadline)
-        else:
-            campaigns.run(lanes, data_dir, deadline, progress)
+        campaigns.run(lanes, data_dir, deadline, progress)
     show_remaining(quiet, lanes)
 
 

@@ -334,23 +334,6 @@ def test_a_campaign_without_time_says_what_is_left(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_workers_share_the_lanes(tmp_path, monkeypatch):
-    import joblib
-
-    given = []
-    monkeypatch.setattr(joblib, "Parallel", lambda count: given.extend)
-    monkeypatch.setattr(joblib, "delayed", lambda work: lambda *args: args)
-    monkeypatch.setattr(
-        campaign.os, "sched_getaffinity", lambda _: {4, 7}, raising=False
-    )
-    told = "campaign", "digits_cnn", "--out", tmp_path, "--quick", "--workers"
-    assert invoke(*told, 2).exit_code == 0
-    assert [core for core, *_ in given] == [4, 7]
-    names = [lane[2] for _, lanes, *_ in given for lane in lanes]
-    assert sorted(names) == sorted(CONTENDERS) and all(x[1][0][4] for x in given)
-    assert "at most 2" in invoke(*told, 3).output
-
-
 def test_grids_and_defaults_move_with_the_workload(tmp_path):
     moved = dataclasses.replace(TINY, grid_shift=-2)
     lane = campaign.Lane(tmp_path, moved, CONTENDERS["sgd"])

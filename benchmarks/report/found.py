@@ -81,33 +81,21 @@ class Found:
 
     @property
     def effects(self) -> dict[str, dict[str, dict[str, Interval]]]:
-        """Figure -> workload -> effect, in decades, of whole grids."""
-        found: dict[str, dict[str, dict[str, Interval]]] = {"test error": {}}
-        found["training loss"] = {}
-        cells = [
-            one
-            for one in self.of("ablation")
-            if (one["rank"], one["period"]) == (8, 100)
-        ]
-        whole = int(np.prod([*map(len, FACTORS.values())]))
-        for name in dict.fromkeys(cell["workload"] for cell in cells):
-            mine = [cell for cell in cells if cell["workload"] == name]
-            rows = [
-                {
-                    **{factor: cell[factor] for factor in FACTORS},
-                    "seed": seed,
-                    "test error": np.log10(max(1e-3, 1 - (0.1 if a is None else a))),
-                    "training loss": np.log10(
-                        max(1e-4, np.log(10) if b is None else b)
-                    ),
-                }
-                for cell in mine
-                for seed, (a, b) in enumerate(
-                    zip(cell["accuracy"], cell["train_loss"], strict=True)
-                )
-            ]
-            if len(mine) == whole:
-                frame = pd.DataFrame(rows)
-                for key, some in found.items():
-                    some[name] = statistics.effects(frame, FACTORS, key)
+        """Figure -> workload -> effect, in decades; a run that was lost guesses."""
+        found: dict[str, dict[str, dict[str, Interval]]] = {}
+        cells = pd.DataFrame(self.of("ablation"))
+        if cells.empty:
+            return found
+        grid = (cells["rank"] == 8) & (cells["period"] == 100)
+        runs = cells[grid].explode(["accuracy", "train_loss"])
+        runs["seed"] = runs.groupby(level=0).cumcount()
+        error = 1 - runs["accuracy"].astype(float).fillna(0.1)
+        loss = runs["train_loss"].astype(float).fillna(np.log(10))
+        runs["test error"] = np.log10(error.clip(lower=1e-3))
+        runs["training loss"] = np.log10(loss.clip(lower=1e-4))
+        for key in ("test error", "training loss"):
+            found[key] = {
+                name: statistics.effects(mine, FACTORS, key)
+                for name, mine in runs.groupby("workload", sort=False)
+            }
         return found

@@ -121,7 +121,7 @@ def _parts(found: Found) -> Iterator[str]:
         for title, shown in tables.minima(WORKLOADS[name], looked).items():
             yield _titled(title, shown)
     effects = found.effects
-    if effects["test error"]:
+    if effects:
         columns = {f"{w}: {k}": e for k, ws in effects.items() for w, e in ws.items()}
         yield f"## Ablation: which part does the work\n\n{_EFFECTS}"
         yield markdown(tables.effects(columns))
@@ -234,7 +234,7 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     ]
     picture("MINIMA", plots.minima, looked)
     effects = found.effects
-    if effects["test error"]:
+    if effects:
         picture("ABLATION", plots.effects, effects)
     return drawn
 

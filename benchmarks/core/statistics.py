@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 _RESAMPLES = 2000
 
@@ -26,6 +25,8 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     """The mean and its t interval; None with fewer than two values."""
     if len(values) < 2:
         return None
+    from scipy import stats  # Steps of training are measured without it.
+
     mean, error = float(np.mean(values)), stats.sem(values)
     reach = float(stats.t.ppf(0.975, len(values) - 1) * error)
     return Interval(mean, mean - reach, mean + reach)
@@ -73,6 +74,8 @@ def ratio_of_means(one: np.ndarray, other: np.ndarray) -> Interval:
 
 def _bootstrap(groups: Sequence[np.ndarray], statistic: Any) -> Interval:
     """Percentile bootstrap; a group of one stands for itself."""
+    from scipy import stats
+
     value = statistic(*groups)
     found = stats.bootstrap(
         [np.repeat(x, 2) if len(x) == 1 else x for x in groups],

@@ -133,7 +133,7 @@ def test_controls_are_made_once_at_the_rate_of_their_rule(tiny, tmp_path, monkey
         (1, 0.1),
     ]
     assert all(records.problems(record) == [] for record in found)
-    invoke(*told, "--seeds", 2, "--quiet")
+    invoke(*told, "--seeds", 2)
     assert records.read(tmp_path / "controls/digits_cnn.jsonl") == found
 
 

@@ -139,7 +139,6 @@ def command(
     rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
     route: Annotated[str, typer.Option(help="subspace, or whole")] = "subspace",
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """What a data-parallel step sends, read off its compiled program; nothing runs."""
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
@@ -148,4 +147,4 @@ def command(
     found = account(*compile_step(chosen, rank, route, devices))
     record = {"workload": workload, "rank": rank, "devices": devices, "route": route}
     cli.save(json, "communication", [{**record, **found}])
-    cli.show(quiet, (f"{workload}, {route} route", tables.communication(found)))
+    cli.show((f"{workload}, {route} route", tables.communication(found)))

@@ -79,7 +79,6 @@ def command(
     hours: cli.Hours = 1.0,
     seeds: cli.Seeds = 3,
     quick: cli.Quick = False,
-    quiet: cli.Quiet = False,
 ) -> None:
     """A rule with a basis from elsewhere, at the rule's rate; can be continued."""
     deadline = time.monotonic() + 3600 * hours
@@ -89,7 +88,7 @@ def command(
     rate, _ = campaign.rate_for(chosen, rule, out)
     steps = chosen.quick_steps if quick else chosen.steps
     file = out / "controls" / f"{workload}.jsonl"
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         if not campaign.finals(chosen, rule, out):
             raise DataError(
                 f"{out}: got no final record of {of} on {workload}, expected those of "
@@ -108,4 +107,4 @@ def command(
                     records.append(file, "controls", [record])
                 advance()
     found = control_entries(chosen, of, out)
-    cli.show(quiet, (f"{workload}: {of} and its controls", tables.controls(found)))
+    cli.show((f"{workload}: {of} and its controls", tables.controls(found)))

@@ -208,7 +208,6 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="timed, none refreshes")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="whose losses are compared")] = 100,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Gradients in coordinates against whole ones: time, memory, losses.
 
@@ -219,7 +218,7 @@ def command(
     dense = jax.eval_shape(model.init, jax.random.key(0), like)["params"]
     shapes = jax.eval_shape(lambda: chosen.init(0))
     batch = chosen.example(chosen.batch_size)
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         clock = cli.bar(progress, "steps in turns", WINDOW - 1 + rounds)
         found = {
             "figures": {
@@ -231,4 +230,4 @@ def command(
         }
     sizes = {"rank": rank, "width": width, "layers": layers, "samples": samples}
     cli.save(json, "coordinates", [{"workload": workload, **sizes, **found}])
-    cli.show(quiet, *tables.coordinates(found).items())
+    cli.show(*tables.coordinates(found).items())

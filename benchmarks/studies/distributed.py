@@ -140,7 +140,6 @@ def command(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     timeout: Annotated[float, typer.Option(help="seconds for each run")] = 900.0,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Several processes on this machine against one, on the same global batches."""
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
@@ -154,9 +153,8 @@ def command(
     record |= {"devices": devices, "gap": largest_gap(together, alone)}
     record |= {"losses": {"together": together, "alone": alone}}
     cli.save(json, "distributed", [record])
-    if not quiet:
-        cli.console.print(
-            f"{processes} processes of {devices} devices: loss {together[0]:.4f} -> "
-            f"{together[-1]:.4f}; from one process on one device it differs by "
-            f"{record['gap']:.1e} of itself at most"
-        )
+    cli.console.print(
+        f"{processes} processes of {devices} devices: loss {together[0]:.4f} -> "
+        f"{together[-1]:.4f}; from one process on one device it differs by "
+        f"{record['gap']:.1e} of itself at most"
+    )

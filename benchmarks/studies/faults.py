@@ -202,7 +202,6 @@ def command(
     every: Annotated[int, typer.Option(min=1, help="steps to a checkpoint")] = 4,
     seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 0,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Kill training at random moments: it must go on as if nothing had been.
 
@@ -211,7 +210,7 @@ def command(
     rows, rng = [], random.Random(seed)
     names = optimizer or ["dsbp_muon", "dsbp_adamw"]
     cli.several(CONTENDERS, names, "--optimizer")
-    with cli.bars(quiet) as progress, tempfile.TemporaryDirectory() as place:
+    with cli.bars() as progress, tempfile.TemporaryDirectory() as place:
         for name in names:
             advance = cli.bar(progress, name, kills)
             job = Job(f"{place}/{name}", f"{place}/cache", name, steps, every)
@@ -237,6 +236,6 @@ def command(
     sizes = {"workload": "digits_cnn", "steps": steps, "every": every, "seed": seed}
     record = {**sizes, "kills": rows, "passed": passed}
     cli.save(json, "faults", [record])
-    cli.show(quiet, (f"jobs of {steps} steps", tables.faults(record)))
+    cli.show((f"jobs of {steps} steps", tables.faults(record)))
     if not passed:
         raise typer.Exit(1)

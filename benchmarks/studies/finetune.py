@@ -328,7 +328,6 @@ def command(
     hours: cli.Hours = 1.0,
     seeds: cli.Seeds = 3,
     rounds: Annotated[int, typer.Option(help="steps in turns; 0: none")] = 10,
-    quiet: cli.Quiet = False,
 ) -> None:
     """LoRA against gradients in coordinates, as many trained numbers; resumable."""
     deadline = time.monotonic() + 3600 * hours
@@ -337,7 +336,7 @@ def command(
     cli.several(task.entrants(), optimizer, "--optimizer")
     lanes = task.lanes(out, seeds, optimizer)
     file = lanes[0].file
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         if weights and not weights.is_file():
             advance = cli.bar(progress, "pretraining", BASE.steps)
             pretrain(data_dir, weights, after_step=advance)
@@ -358,5 +357,5 @@ def command(
             rows = in_turns(pairs, dict.fromkeys(pairs, PEER), rounds, advance)
             records.append(file, "speed", [{"workload": workload, "rows": rows}])
     entries = task.entries(out)
-    cli.show(quiet, *[(workload, tables.finetuning(entries))] * bool(entries))
-    cli.show_remaining(quiet, lanes)
+    cli.show(*[(workload, tables.finetuning(entries))] * bool(entries))
+    cli.show_remaining(lanes)

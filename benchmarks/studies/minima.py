@@ -186,7 +186,6 @@ def command(
     hours: cli.Hours = 1.0,
     out: cli.Out = RESULTS,
     quick: cli.Quick = False,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Train, the KL term along the way, then look at the minimum; can be continued."""
     deadline = time.monotonic() + 3600 * hours
@@ -195,7 +194,7 @@ def command(
     file = out / "minima" / f"{workload}.jsonl"
     length = steps or (chosen.quick_steps if quick else chosen.steps)
     contenders = cli.several(CONTENDERS, optimizer, "--optimizer")
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         data = chosen.load(data_dir)
         advance = cli.bar(progress, "runs", seeds * len(contenders))
         for contender in contenders:
@@ -224,4 +223,4 @@ def command(
                     record |= LOOKS[name](Trained(chosen, data, run.params, start))
                 records.append(file, "minima", [record])
     found = tables.latest_looks(records.read(file))
-    cli.show(quiet, *tables.minima(chosen, found).items())
+    cli.show(*tables.minima(chosen, found).items())

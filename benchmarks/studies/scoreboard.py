@@ -343,7 +343,7 @@ def command(
             rows = board.rows(out) if report else []
             told = f"{board.name}: {board.steps} steps on {board.corpus}"
             shown = tables.scoreboard(rows, board.judge) if rows else None
-            cli.show(False, *[(told, shown)] * bool(rows))
+            cli.show(*[(told, shown)] * bool(rows))
             cli.console.print(*[told] * (not report))
         return
     if dry_run and out == RESULTS:

@@ -84,7 +84,6 @@ def command(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="steps of each")] = PERIOD,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Time steps, the contenders taking turns.
 
@@ -95,9 +94,9 @@ def command(
     contenders = cli.several(CONTENDERS, optimizer, "--optimizer")
     against = {one.name: base or plain_of(one) for one in contenders}
     pairs = {one.name: (chosen, one) for one in (*contenders, *against.values())}
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         advance = cli.bar(progress, f"steps of {workload}", rounds)
         names = {name: other.name for name, other in against.items()}
         rows = in_turns(pairs, names, rounds, advance)
     cli.save(json, "speed", [{"workload": workload, "rows": rows}])
-    cli.show(quiet, (workload, tables.speed(rows)))
+    cli.show((workload, tables.speed(rows)))

@@ -58,15 +58,14 @@ def train(job: Job, said: Connection) -> None:
     jax.config.update("jax_compilation_cache_dir", job.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     join(job.place, job.timeout)
-    workload, contender, layout = (
-        *(WORKLOADS["digits_cnn"], CONTENDERS[job.optimizer], Layout()),
-    )
+    workload, contender = WORKLOADS["digits_cnn"], CONTENDERS[job.optimizer]
     if contender.ours:  # Windows of refreshes are frequent.
         settings = {**contender.settings, "update_every": 8}
         contender = replace(contender, settings=settings)
     params = workload.init(0)
     state = jax.jit(contender.build(lambda count: 0.0).init)(params)
     held = params, state, np.zeros(job.steps, np.float32)
+    layout = Layout()
     held = jax.device_put(held, layout.everywhere)
     data, step = workload.load(None).train, make_step(workload, contender)
     numbers = np.float32(contender.default_rate), np.float32(job.steps)
@@ -220,10 +219,8 @@ def command(
             while (made := sum(row["places"].values())) < kills:
                 row["jobs"] += 1
                 mine = job._replace(folder=f"{place}/{name}{row['jobs']}")
-                moments = sorted(
-                    rng.sample(range(steps), min(kills - made, steps // 8))
-                )
-                for moment in moments:
+                few = min(kills - made, steps // 8)
+                for moment in sorted(rng.sample(range(steps), few)):
                     last = Child(mine).kill_at(moment, rng.uniform(0, 0.05))
                     if last is not None:
                         where = f"after {last}"

@@ -208,10 +208,10 @@ def train(
     return run
 
 
-def evaluation_steps(steps: int) -> list[int]:
-    """At most `EVALUATIONS` step numbers, evenly spaced, the last step included."""
-    numbers = np.linspace(0, steps, EVALUATIONS + 1)[1:]
-    return sorted({max(1, round(number)) for number in numbers})
+def evaluation_steps(steps: int, chunk: int = 1) -> list[int]:
+    """At most `EVALUATIONS` multiples of a chunk, about evenly spaced, the last too."""
+    numbers = np.linspace(0, steps // chunk, EVALUATIONS + 1)[1:]
+    return sorted({chunk * max(1, round(number)) for number in numbers})
 
 
 @dataclass(frozen=True)

@@ -136,17 +136,14 @@ def augmented(
 ) -> Iterator[Batch]:
     """Shuffled batches, each image flipped at random and cropped after padding.
 
-    What is drawn comes from `rng`; bytes are normalised and moved on the device.
+    What is drawn comes from `rng`; inputs are `Pixels`, normalised and moved on the
+    device.
     """
     for chosen in orders(len(train), size, rng):
         flips = rng.random(size) < 0.5
         corners = rng.integers(0, 2 * padding + 1, (2, size))
-        inputs = train.inputs
-        if isinstance(inputs, Pixels):
-            raw = jnp.asarray(inputs.raw[chosen])
-            images = _normalized(raw, inputs.mean, inputs.std)
-        else:
-            images = jnp.asarray(inputs[chosen])
+        pixels = train.inputs
+        images = _normalized(jnp.asarray(pixels.raw[chosen]), pixels.mean, pixels.std)
         yield crop_and_flip(images, flips, corners, padding), train.targets[chosen]
 
 

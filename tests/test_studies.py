@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -35,7 +33,7 @@ from benchmarks.studies import (
     stability,
 )
 from benchmarks.studies.distributed import largest_gap
-from benchmarks.tasks import WORKLOADS, base, gpt, vision
+from benchmarks.tasks import WORKLOADS, base, vision
 from benchmarks.tasks.base import Samples
 
 TINY = dataclasses.replace(
@@ -236,26 +234,24 @@ def test_versions_take_turns_and_plain_optimizers_run_once(monkeypatch):
 
 # Many devices.
 
-SMALL = dataclasses.replace(
-    WORKLOADS["shakespeare_gpt"], model=gpt.Gpt(width=48, layers=1, heads=2)
-)
 SCRIPT = """
-import json, jax
+import dataclasses, json, jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_disable_most_optimizations", True)
-from test_studies import SMALL, communication as c
-routes = {r: c.account(*c.compile_step(SMALL, 4, r, 4)) for r in c.ROUTES}
+from benchmarks.studies import communication as c
+from benchmarks.tasks import gpt
+small = gpt.Gpt(width=48, layers=1, heads=2)
+small = dataclasses.replace(gpt.WORKLOADS["shakespeare_gpt"], model=small)
+routes = {r: c.account(*c.compile_step(small, 4, r, 4)) for r in c.ROUTES}
 print(json.dumps(routes))
 """
 
 
 def test_of_projected_kernels_only_coordinates_are_sent():
     """Both routes, in a process that has four devices."""
-    here = pathlib.Path(__file__).parent
-    told = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=told, check=False
+        command, capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
     short, whole = map(

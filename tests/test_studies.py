@@ -1,7 +1,9 @@
 """Each study at a tiny size: what it finds, the record it leaves, its errors."""
 
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -20,13 +22,16 @@ from typer.testing import CliRunner
 
 import dsbp_optax
 from benchmarks import optimizers
-from benchmarks.core import records
+from benchmarks.core import device, records
 from benchmarks.core.records import ROOT
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.studies import (
+    ablation,
     app,
     communication,
+    constrained,
     controls,
+    corruptions,
     cost,
     minima,
     scale,
@@ -34,7 +39,7 @@ from benchmarks.studies import (
 )
 from benchmarks.studies.distributed import largest_gap
 from benchmarks.tasks import WORKLOADS, base, vision
-from benchmarks.tasks.base import Samples
+from benchmarks.tasks.base import DataError, Samples
 
 TINY = dataclasses.replace(
     WORKLOADS["digits_cnn"], model=vision.Mlp((64,)), steps=24, quick_steps=6
@@ -83,7 +88,8 @@ def test_every_run_is_looked_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(minima, "BATCH", 100)
     looks = "--look", "curvature", "--look", "attacks", "--look", "bound"
     (one,), printed = look(tmp_path, ("sgd",), *looks)
-    assert records.problems(one) == [] and one["looks"] == [*minima.LOOKS]
+    assert records.problems(one) == []
+    assert one["looks"] == ["curvature", "attacks", "bound"]
     assert "PGD-10" in printed and "PAC-Bayes" in printed
     values = np.asarray(one["hessian_eigenvalues"])
     assert len(values) == 10 and (np.diff(values) <= 0).all() and values[0] > 0
@@ -112,6 +118,24 @@ def test_kl_along_training_is_that_of_the_formula():
     assert found["kl"] == pytest.approx(exact, rel=1e-2) and found.keys() == {"kl"}
 
 
+def has_opencv():
+    try:
+        corruptions.load()
+    except DataError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_opencv(), reason="OpenCV finds no libGL")
+def test_corruptions_of_what_was_trained(monkeypatch):
+    monkeypatch.setattr(corruptions, "SAMPLES", 32)
+    one = minima.Trained(TINY, TINY.load(None), TINY.init(0), None)
+    found = minima.LOOKS["corruptions"](one)["corruptions"]
+    assert set(found) == set(corruptions.KINDS)
+    assert all(0 <= value <= 1 for value in found.values())
+    assert len(set(found.values())) > 3, "corruptions differ"
+
+
 # A rule against itself, and against the plain one.
 
 
@@ -133,6 +157,79 @@ def test_controls_are_made_once_at_the_rate_of_their_rule(tiny, tmp_path, monkey
     assert all(records.problems(record) == [] for record in found)
     invoke(*told, "--seeds", 2)
     assert records.read(tmp_path / "controls/digits_cnn.jsonl") == found
+
+
+def test_the_ablation_goes_on_from_its_cells(tiny, tmp_path, monkeypatch):
+    grid = [cell for cell in ablation.GRID if cell.form == ablation.PAPER.form][:3]
+    grid = (ablation.PAPER, *(cell for cell in grid if cell != ablation.PAPER))
+    monkeypatch.setattr(ablation, "RATES", (0.1, 0.3))
+    monkeypatch.setattr(ablation, "_MOST", 2)
+    monkeypatch.setattr(ablation, "RANKS", (8,))
+    monkeypatch.setattr(ablation, "PERIODS", (2, 100))
+    file, data = tmp_path / "cells.jsonl", tiny.load(None)
+    plan = ablation.Plan(tiny, file, 2, 6, math.inf, grid[:1])
+    assert not plan._replace(deadline=-math.inf).run(data, lambda: None)
+    assert not file.exists()
+    assert plan.run(data, lambda: None)
+    found = records.read(file)
+    cells = [ablation.cell_of(record) for record in found]
+    assert cells == [ablation.PAPER, ablation.PAPER._replace(period=2)]
+    assert all(len(one["accuracy"]) == 2 for one in found)
+    assert found[0]["tried"] == found[1]["tried"] and len(found[0]["tried"]) == 2
+    assert plan._replace(grid=grid[:2]).run(data, lambda: None)
+    assert records.read(file)[:2] == found
+    with pytest.raises(DataError, match=r"6 steps and 2 seeds, expected 9.*Remedy"):
+        plan._replace(steps=9).found()
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel, five gradients, and activations that leave the basis where it is."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    seen = draw(20, 12) * jnp.linspace(1.0, 10.0, 12)
+    grads = [{"kernel": draw(12, 6)} for _ in range(5)]
+    return {"kernel": draw(12, 6)}, grads, {"kernel": dsbp_optax.Activations(seen)}
+
+
+def trained(tx, kernel):
+    """The kernel after five steps."""
+    params, grads, statistics = kernel
+    update = jax.jit(optax.with_extra_args_support(tx).update)
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = update(grad, state, params, statistics=statistics)
+        params = optax.apply_updates(params, updates)
+    return params["kernel"]
+
+
+def test_a_number_takes_its_part_of_the_ablation_in(kernel):
+    sgd = trained(optax.sgd(0.1, ablation.MOMENTUM), kernel)
+    whole = trained(ablation.rule(0.1, bits=32, rank=4), kernel)
+    np.testing.assert_allclose(whole, sgd, rtol=1e-4, atol=1e-5)
+    plain = ablation.Cell("dropped", "none", "input", "none", rank=4)
+    changes = {"outside": "scaled"}, {"filter": "whiten"}, {"sharpness": "spectral"}
+    changes = {}, *changes, {"sharpness": "msam"}
+    settings = [plain._replace(**change).settings for change in changes]
+    ends = [trained(ablation.rule(0.1, rank=4, **one), kernel) for one in settings]
+    for one, other in itertools.combinations([sgd, *ends], 2):
+        assert np.abs(one - other).max() > 1e-3
+
+
+def test_the_best_corner_is_projected_and_judged_on_validation():
+    assert len({*ablation.GRID}) == 4 * 2 * 2 * 3 and ablation.PAPER in ablation.GRID
+    told = {"rate": 0.1, "accuracy": [0.5], "train_loss": [0.1], "tried": [[0.1, 0.5]]}
+    cells = [{**cell._asdict(), **told} for cell in ablation.GRID]
+    names = [cell.outside for cell in ablation.GRID]
+    whole, coarse = names.index("whole"), names.index("5 bits")
+    cells[whole]["tried"], cells[coarse]["tried"] = [[0.1, 0.99]], [[0.1, 0.9]]
+    cells[coarse + 1]["accuracy"] = [0.99]  # Of the test samples: has no say.
+    assert ablation.best_corner(cells) == ablation.GRID[coarse]
+    cells[coarse + 1] |= {"tried": [[0.1, 0.9]], "train_loss": [0.01]}
+    assert ablation.best_corner(cells) == ablation.GRID[coarse + 1]
 
 
 def test_stability_pairs_runs_at_every_rate_of_the_plain_optimizer(tiny, tmp_path):
@@ -203,8 +300,14 @@ def test_processes_of_their_own_give_the_rows_of_a_record(tmp_path, monkeypatch)
         assert ours["ratio"] == ours["value"] / plain["value"] > 0
     for layout in ("unrolled", "stacks of 8"):
         assert rows[f"temporary bytes a parameter, {layout}", "sgd"]["value"] > 0
-    with pytest.raises(RuntimeError, match="KeyError"):
-        cost.ask(ROOT, "nothing", {})
+    small = {"names": ("dsbp_sgd", "sgd"), "width": 16, "blocks": 1}
+    taken = cost.ask(ROOT, "turns", small)
+    assert taken["dsbp_sgd"]["refresh_step_ms"] > 0 and taken["sgd"]["mean_step_ms"] > 0
+    assert taken["sgd"]["refresh_step_ms"] is None
+    curve = cost.ask(ROOT, "losses", {**small, "names": ("dsbp_sgd",)})["dsbp_sgd"]
+    assert 0 < curve["loss_200"] < curve["loss_1"] - 0.1
+    with pytest.raises(RuntimeError, match="TypeError"):
+        cost.ask(ROOT, "losses", {"depth": 3})
 
 
 def test_versions_take_turns_and_plain_optimizers_run_once(monkeypatch):
@@ -230,6 +333,86 @@ def test_versions_take_turns_and_plain_optimizers_run_once(monkeypatch):
     assert here["values"] == [5.0, 6.0, 7.0] and here["ratio"] == 3.0
     grown = rows["growth of update_both_cpu_s", "dsbp_muon", "against"]
     assert grown["value"] == 3.0 and grown["ratio"] == 1.0
+
+
+def test_a_cap_is_the_least_that_trains(monkeypatch):
+    def ask(root, task, settings, *wrap, **env):
+        limit = wrap[2].split()[2].rstrip(";")
+        if limit != "unlimited" and int(limit) < 100 * 1024:
+            raise RuntimeError("worker: out of memory")
+        return {settings["name"]: {"data_mib": 150.0, "fell": 1.0}}
+
+    monkeypatch.setattr(cost, "ask", ask)
+    found = cost.caps(ROOT, {"name": "muon", "width": 16, "blocks": 1})
+    assert 100 <= found["muon"]["cap_mib"] < 104
+
+
+# Little memory.
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+SIZES = {"width": 16, "layers": 1, "context": 8, "batch_size": 2}
+
+
+@pytest.mark.parametrize("guess", [1, 37, 101, 1000])
+def test_bisection_finds_a_planted_threshold(guess):
+    for threshold, step in itertools.product((3, 100, 101, 777), (1, 8)):
+        asked = []
+
+        def works(cap, threshold=threshold, asked=asked):
+            asked.append(cap)
+            return cap >= threshold
+
+        found = device.smallest(works, guess, step, 1000)
+        assert threshold <= found < threshold + step or found == step > threshold
+        assert found in asked and len(asked) < 25
+    assert device.smallest(lambda cap: False, guess, 4, 50) is None
+    assert device.smallest(lambda cap: cap >= 50, guess, 4, 50) == 50
+
+
+@linux
+def test_a_child_ends_under_a_cap_that_is_too_small(tmp_path):
+    order = device.Order("nothing", str(tmp_path), {}, 2, 0.0)
+    free = device.attempt(order, tmp_path / "cache")
+    assert free.trained and free.rss_mib > free.data_mib / 2 > 0
+    small = order._replace(cap=24 * device.MIB)
+    assert device.attempt(small, tmp_path / "cache") is None
+    assert not free._replace(losses=[2.0, 2.5]).trained
+    assert not free._replace(losses=[2.0, float("nan"), 1.0]).trained
+
+
+@linux
+def test_the_artifact_trains_as_the_code_does(tmp_path):
+    """A child with jax alone takes the steps that the model's code takes."""
+    pytest.importorskip("flatbuffers")
+    task = {**constrained.ENTRANTS["sgd"], "sizes": SIZES}
+    workload, _ = device.parts(task)
+    for number in range(3):
+        arrays = jax.tree.leaves(workload.example(SIZES["batch_size"]))
+        device.write_arrays(tmp_path / f"batch{number}.bin", arrays)
+    sizes = constrained.export_step(task, tmp_path)
+    assert sizes["artifact_bytes"] > 1000 and sizes["state_bytes"] > 0
+    order = device.Order("exported", str(tmp_path), task, 3, 0.1)
+    found = device.attempt(order, tmp_path / "cache")
+    step = device._from_code(order)
+    expected = [float(step(number)) for number in range(3)]
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
+    assert found.trained
+
+
+def test_rows_of_caps_are_not_made_again(tmp_path, monkeypatch):
+    row = {"cap_mib": 180.0, "step_ms": 12.0, "compiling_rss_mib": 500.0}
+    alone = {"optimizer": "jax alone", "size": None, "way": None, **row}
+    monkeypatch.setattr(constrained, "baseline", lambda: alone)
+    monkeypatch.setattr(constrained, "measure", lambda head, *_: {**head, **row})
+    path = tmp_path / "caps.jsonl"
+    told = "constrained", "--size", "small", "--optimizer", "sgd", "--json", path
+    assert "jax alone" in invoke(*told, "--way", "code")
+    assert "exported" in invoke(*told)
+    ways = [row["way"] for row in records.read(path)]
+    assert ways == [None, "code", "exported"]
+    assert "another --json" in str(
+        CliRunner().invoke(app, [*map(str, told), "--steps", "3"]).exception
+    )
 
 
 # Many devices.

@@ -1,6 +1,6 @@
 """All records, read once, by what they tell of."""
 
-from collections.abc import Mapping, Sequence
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import tables
 from benchmarks.report.entries import Entry, campaign_entries, entries
 from benchmarks.studies import finetune
+from benchmarks.studies.ablation import FACTORS, PERIOD, RANK
 from benchmarks.studies.scoreboard import BOARDS
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import ACCURACY
@@ -23,13 +24,6 @@ DATA_SETS = {
     "Fashion-MNIST": "fashion_mnist_cnn",
     "PneumoniaMNIST": "pneumonia_cnn",
     "Tiny ImageNet": "tiny_imagenet_resnet",
-}
-#: Of the ablation: factor -> levels, the first of which the others are held against.
-FACTORS: Mapping[str, Sequence[str]] = {
-    "outside": ("whole", "5 bits", "scaled", "dropped"),
-    "filter": ("none", "whiten"),
-    "side": ("input", "output"),
-    "sharpness": ("none", "spectral", "msam"),
 }
 
 
@@ -81,13 +75,17 @@ class Found:
 
     @property
     def effects(self) -> dict[str, dict[str, dict[str, Interval]]]:
-        """Figure -> workload -> effect, in decades; a run that was lost guesses."""
+        """Figure -> workload -> effect, in decades, of whole grids.
+
+        A run that was lost guesses.
+        """
         found: dict[str, dict[str, dict[str, Interval]]] = {}
         cells = pd.DataFrame(self.of("ablation"))
         if cells.empty:
             return found
-        grid = (cells["rank"] == 8) & (cells["period"] == 100)
+        grid = (cells["rank"] == RANK) & (cells["period"] == PERIOD)
         runs = cells[grid].explode(["accuracy", "train_loss"])
+        whole = math.prod(map(len, FACTORS.values()))
         runs["seed"] = runs.groupby(level=0).cumcount()
         error = 1 - runs["accuracy"].astype(float).fillna(0.1)
         loss = runs["train_loss"].astype(float).fillna(np.log(10))
@@ -97,5 +95,6 @@ class Found:
             found[key] = {
                 name: statistics.effects(mine, FACTORS, key)
                 for name, mine in runs.groupby("workload", sort=False)
+                if len(mine.groupby([*FACTORS])) == whole
             }
-        return found
+        return {key: some for key, some in found.items() if some}

@@ -54,10 +54,8 @@ _EFFECTS = """![Effects of the parts](ABLATION.png)
 
 What a level does against the first of its factor, averaged over all levels of the
 others, as a factor of the test error and of the training loss; "a x b": what the effect
-of a gains where b is the level. A run that was lost counts as guessing. Momentum SGD at
-rank 8 and period 100. Outside of the basis: a momentum in float32 (whole) or in 5 bits,
-the gradient times 10 (scaled), or nothing (dropped). Sharpness: the paper's term, or
-`subspace_msam`, both at 0.1."""
+of a gains where b is the level. A run that was lost counts as guessing. Levels are
+explained in `studies/ablation.py`."""
 #: Studies with a record of their own: its title and table.
 _ALONE: Mapping[str, Any] = {
     "communication": tables.communication,

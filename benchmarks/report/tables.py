@@ -432,6 +432,21 @@ def speed(rows: Sequence[Record]) -> pd.DataFrame:
     )
 
 
+def ablation_cells(cells: Sequence[Record]) -> pd.DataFrame:
+    """One row a cell; means over the runs that ended."""
+    rows = []
+    for cell in cells:
+        ended = [value for value in cell["accuracy"] if value is not None]
+        losses = [value for value in cell["train_loss"] if value is not None]
+        loss = float(np.mean(losses)) if losses else None
+        names = ("outside", "filter", "side", "sharpness", "rank", "period", "rate")
+        row = {key: f"{cell[key]}" for key in names}
+        row["test accuracy, %"] = percent(ended, 2) if ended else "-"
+        row["train loss"] = number(loss, ".4f" if loss and loss < 1e3 else ".0e")
+        rows.append({**row, "lost": f"{cell['accuracy'].count(None)}"})
+    return table(rows)
+
+
 def effects(found: Mapping[str, Mapping[str, Interval]]) -> pd.DataFrame:
     """Of factors, in decades, as factors; column -> effect -> interval."""
     rows = [

@@ -4,12 +4,12 @@ Each figure comes from a process of its own, `cost_worker`, with whatever versio
 library is asked for.
 """
 
-import itertools
 import json as json_module
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import cli
-from benchmarks.core import records
+from benchmarks.core import device, records
 from benchmarks.core.records import ROOT, Record
 from benchmarks.report import tables
 from benchmarks.studies.cost_worker import RECIPES, Found
@@ -36,18 +36,23 @@ FIGURES: Mapping[str, tuple[Sequence[str], bool]] = {
     "train": (TRAINED, False),
     "update": (TRAINED, False),
     "temporaries": ((*TRAINED, "dsbp_sgd", "sgd"), True),
+    "turns": ((), False),
+    "losses": ((), True),
+    "caps": (("dsbp_muon", "muon"), True),
 }
 #: What the variables begin with that workers do not inherit.
 DEFAULTS = ("JAX_", "XLA_")
 _WORKER = Path(__file__).with_name("cost_worker.py")
 
 
-def ask(root: Path, task: str, settings: Mapping[str, Any]) -> Found:
+def ask(
+    root: Path, task: str, settings: Mapping[str, Any], *wrap: str, **env: str
+) -> Found:
     """What a worker finds with the library of `root`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(DEFAULTS)}
-    environment = {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    told = json_module.dumps(settings)
-    command = [sys.executable, "-P", str(_WORKER), task, told]
+    environment = {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **env}
+    command = [*wrap, sys.executable, "-P", str(_WORKER), task]
+    command.append(json_module.dumps(settings))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"worker {task} {settings}: {done.stderr[-2000:]}")
@@ -56,6 +61,28 @@ def ask(root: Path, task: str, settings: Mapping[str, Any]) -> Found:
         raise RuntimeError(f"got the library of {found['library']}, expected {root}")
     answer: Found = found["found"]
     return answer
+
+
+def caps(root: Path, settings: Record) -> Found:
+    """The smallest RLIMIT_DATA, on one core, under which compiled steps train."""
+    name, told = settings["name"], {**settings, "steps": 8, "text": False}
+    with tempfile.TemporaryDirectory() as cache:
+
+        def attempt(kib: int | str) -> dict[str, Any]:
+            script = f'ulimit -d {kib}; exec taskset -c 0 "$@"'
+            wrap = "sh", "-c", script, "sh"
+            return ask(root, "train", told, *wrap, **device.cached(cache))[name]
+
+        def works(cap: int) -> bool:
+            try:
+                return bool(attempt(cap // 1024)["fell"])
+            except RuntimeError:
+                return False
+
+        attempt("unlimited")  # It compiles.
+        guess = int(attempt("unlimited")["data_mib"] * device.MIB)
+        cap = device.smallest(works, guess, 4 * device.MIB, 2**14 * device.MIB)
+    return {name: {"cap_mib": cap and cap / device.MIB}}
 
 
 def measure(
@@ -71,17 +98,27 @@ def measure(
     settings: Mapping[str, list[Record]] = {
         "update": [gpt, {**gpt, "blocks": 3 * few}],
         "temporaries": [{"wide": wide, "stack": stack} for stack in (0, 8)],
+        "turns": [{**gpt, "names": TRAINED}],
+        "losses": [{}],
     }
     first = next(iter(roots))
-    values: dict[tuple[str, str, str], list[float]] = {}
-    turns, sizes = range(1 if once else repeats), settings.get(figure, [gpt])
-    for _, one, name, library in itertools.product(turns, sizes, names, roots):
-        if library != first and name not in RECIPES:
-            continue
-        found = ask(roots[library], figure, {**one, "name": name})
-        for key, value in found[name].items():
-            values.setdefault((key, name, library), []).append(value)
-    middle = {key: statistics.median(some) for key, some in values.items()}
+    values: dict[Any, list[float | None]] = {}
+    told = [
+        (one if name is None else {**one, "name": name}, library)
+        for one in settings.get(figure, [gpt])
+        for name in names or (None,)
+        for library in roots
+        if library == first or name in (None, *RECIPES)
+    ]
+    for one, library in told * (1 if once else repeats):
+        root = roots[library]
+        found = caps(root, one) if figure == "caps" else ask(root, figure, one)
+        for name, figures in found.items():
+            for key, value in figures.items():
+                values.setdefault((key, name, library), []).append(value)
+    middle: dict[Any, Any] = {
+        k: None if None in v else statistics.median(v) for k, v in values.items()
+    }
     start, end = (f"update_both_cpu_s, {n} blocks" for n in (few, 3 * few))
     for key, *whose in list(middle):
         if key == start:
@@ -89,25 +126,19 @@ def measure(
             middle[("growth of update_both_cpu_s", *whose)] = grown
     rows = []
     for (key, name, library), value in middle.items():
-        plain = PLAIN.get(name)
-        base = middle.get((key, plain, library)) or middle.get((key, plain, first))
-        rows.append(
-            {
-                "figure": key,
-                "contender": name,
-                "library": library,
-                "value": value,
-                "ratio": value / base if base else None,
-                "values": values.get((key, name, library), []),
-            }
-        )
+        base = middle.get((key, PLAIN.get(name), library))
+        base = base or middle.get((key, PLAIN.get(name), first))
+        ratio = value / base if value is not None and base else None
+        row = {"figure": key, "contender": name, "library": library, "value": value}
+        spread = values.get((key, name, library), [])
+        rows.append({**row, "ratio": ratio, "values": spread})
     return rows
 
 
 @cli.app.command("cost")
 def command(
     figure: Annotated[
-        list[str] | None, typer.Option(help="repeat it; default: all")
+        list[str] | None, typer.Option(help="repeat it; default: all but caps")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(help="a checkout of another version, in turns")
@@ -122,7 +153,7 @@ def command(
 
     With --against, the library of another checkout is measured beside this one.
     """
-    chosen = figure or list(FIGURES)
+    chosen = figure or [name for name in FIGURES if name != "caps"]
     cli.several(FIGURES, chosen, "--figure")
     roots = {"against": against.resolve()} if against else {}
     roots["here"] = ROOT

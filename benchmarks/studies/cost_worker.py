@@ -5,11 +5,13 @@ PYTHONPATH names, and XLA has its default flags in it.
 """
 
 import functools
+import itertools
 import json
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,13 @@ Found = dict[str, dict[str, float | None]]
 
 #: Contender -> its constant rate.
 RATES: Mapping[str, float] = {
-    **dict.fromkeys(("dsbp_sgd", "sgd"), 0.1),
-    **dict.fromkeys(("dsbp_adamw", "adamw"), 3e-3),
-    **dict.fromkeys(("dsbp_muon", "muon", "muon_kernels"), 0.02),
+    **dict.fromkeys(("dsbp", "dsbp_sgd", "sgd"), 0.1),
+    **dict.fromkeys(("dsbp_adamw", "adamw", "subspace_adamw"), 3e-3),
+    **dict.fromkeys(("dsbp_muon", "muon", "muon_kernels", "subspace_muon"), 0.02),
 }
-RECIPES = tuple(name for name in RATES if name.startswith("dsbp"))
+RECIPES = tuple(name for name in RATES if name.startswith(("dsbp", "subspace")))
+#: The steps that are timed, and those whose losses are kept.
+_TIMED, _KEPT, _MIB = range(25, 85), (1, 10, 50, 100, 200), 2**20
 
 
 class Block(nn.Module):
@@ -99,6 +103,13 @@ class Task:
         updates, state = self.tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state, loss
 
+    def start(self) -> tuple[Any, list[Any], dict[str, float | None]]:
+        """The compiled step, ``[params, state]``, and the seconds of compilation."""
+        params = self.init()
+        held = [params, self.tx.init(params)]
+        program, seconds = _compile(self.step, (0, 1), *held, self.tokens)
+        return program, held, seconds
+
 
 def make_optimizer(name: str) -> optax.GradientTransformation:
     """A contender at a constant rate, nothing else changed."""
@@ -138,27 +149,32 @@ def _compile(function: Any, donated: Any, *args: Any) -> tuple[Any, dict[str, An
     return program, {**seconds, "both_s": end - start, "both_cpu_s": cpu}
 
 
-def _peak_mib() -> float:
-    """The most of this process's pages in memory at once.
+def _memory(key: str) -> float:
+    """MiB that Linux says of this process; elsewhere its peak of resident pages.
 
     Not `ru_maxrss` on Linux: a child begins with its parent's.
     """
     if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:")) / 1024
+    return next(int(x.split()[1]) for x in lines if x.startswith(f"{key}:")) / 1024
 
 
-def train(name: str, width: int, blocks: int, steps: int = 25) -> Found:
+def train(
+    name: str, width: int, blocks: int, steps: int = 25, text: bool = True
+) -> Found:
     """Compile the step and take it: seconds, peak memory, size of the program."""
     task = Task(name, width, blocks)
-    params = task.init()
-    held = [params, task.tx.init(params)]
-    program, found = _compile(task.step, (0, 1), *held, task.tokens)
+    program, held, found = task.start()
+    losses, data = [], [_memory("VmData")]
     for _ in range(steps):
         *held, loss = program(*held, task.tokens)
-        loss.block_until_ready()
-    found["peak_mib"] = _peak_mib()
+        losses.append(float(loss))
+        data.append(_memory("VmData"))
+    found |= {"peak_mib": _memory("VmHWM")}
+    if not text:  # Under a cap.
+        fell = losses[-1] < losses[0] < float("inf")
+        return {name: {**found, "data_mib": max(data), "fell": float(fell)}}
     lines = program.as_text()
     count = sum(" = " in line for line in lines.splitlines())
     return {name: {**found, "program_bytes": len(lines), "instructions": count}}
@@ -205,9 +221,51 @@ def temporaries(name: str, wide: int, stack: int) -> Found:
     return {name: {f"temporary bytes a parameter, {layout}": used / total}}
 
 
+def turns(names: Sequence[str], width: int, blocks: int) -> Found:
+    """Steps in turns in one process: those that refresh, the others, the mean."""
+    tasks = {name: Task(name, width, blocks) for name in names}
+    started = {name: task.start()[:2] for name, task in tasks.items()}
+    taken: dict[str, dict[bool, list[float]]] = {n: {} for n in names}
+    for number, name in itertools.product(range(_TIMED.stop), names):
+        program, held = started[name]
+        flags = optax.tree_utils.tree_get_all_with_path(held[1], "collect")
+        refreshes = any(np.any(flag) for _, flag in flags if flag is not None)
+        start = time.perf_counter()
+        *held[:], _ = jax.block_until_ready(program(*held, tasks[name].tokens))
+        if number in _TIMED:
+            elapsed = 1e3 * (time.perf_counter() - start)
+            taken[name].setdefault(refreshes, []).append(elapsed)
+    found: Found = {}
+    for name, kinds in taken.items():
+        middle = {kind: statistics.median(ms) for kind, ms in kinds.items()}
+        mean = sum(len(ms) * middle[kind] for kind, ms in kinds.items()) / len(_TIMED)
+        found[name] = {"mean_step_ms": mean, "other_step_ms": middle.get(False)}
+        found[name]["refresh_step_ms"] = middle.get(True)
+    return found
+
+
+def losses(names: Sequence[str] = RECIPES, width: int = 32, blocks: int = 1) -> Found:
+    """Losses of every recipe on random tokens in a fixed order, to compare versions.
+
+    There is too much of them to be learnt by heart, lest losses end as noise.
+    """
+    rng = np.random.default_rng(1)
+    batches = jnp.asarray(rng.integers(0, 65, (64, 4, 65)) % 33, jnp.int32)
+    found: Found = {}
+    for name in names:
+        task = Task(name, width, blocks, batch=4)
+        program, held, _ = task.start()
+        curve = []
+        for number in range(_KEPT[-1]):
+            *held, loss = program(*held, batches[number % 64])
+            curve.append(float(loss))
+        found[name] = {f"loss_{step}": curve[step - 1] for step in _KEPT}
+    return found
+
+
 if __name__ == "__main__":
     _, chosen, settings = sys.argv
-    workers = {f.__name__: f for f in (train, update, temporaries)}
+    workers = {f.__name__: f for f in (train, update, temporaries, turns, losses)}
     answer = workers[chosen](**json.loads(settings))
     place = str(Path(dsbp_optax.__file__).resolve().parent.parent)
     print(json.dumps({"library": place, "found": answer}))

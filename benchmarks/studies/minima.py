@@ -1,7 +1,7 @@
 """What kind of minimum an optimizer finds: train, then look closely; resumable.
 
-A look is a function of a trained run: curvature, attacks, a bound. Each run leaves one
-record; one that has all looks asked for is not made again.
+A look is a function of a trained run: curvature, attacks, corruptions, a bound. Each
+run leaves one record; one that has all looks asked for is not made again.
 """
 
 import time
@@ -21,6 +21,7 @@ from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, build, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.report import tables
+from benchmarks.studies.corruptions import corrupted
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, Params, Workload
 from dsbp_optax import diagnostics
@@ -103,6 +104,11 @@ def attacks(one: Trained) -> dict[str, Any]:
     return {"attacks": found, "attack_radii": RADII}
 
 
+def corruptions(one: Trained) -> dict[str, Any]:
+    """Accuracy under each corruption."""
+    return {"corruptions": corrupted(one.workload, one.params, one.data.test)}
+
+
 def bound(one: Trained) -> dict[str, float]:
     """The PAC-Bayes bound on the error of the noisy network."""
     size = min(BATCH, len(one.data.train))
@@ -130,7 +136,7 @@ def bound(one: Trained) -> dict[str, float]:
 
 
 LOOKS: dict[str, Callable[[Trained], Mapping[str, Any]]] = {
-    look.__name__: look for look in (curvature, attacks, bound)
+    look.__name__: look for look in (curvature, attacks, corruptions, bound)
 }
 
 
@@ -173,7 +179,7 @@ def command(
     workload: cli.WorkloadName,
     optimizer: cli.OptimizerNames = None,
     look: Annotated[
-        list[str] | None, typer.Option(help="repeat it; curvature, attacks, bound")
+        list[str] | None, typer.Option(help=f"repeat it; {', '.join(LOOKS)}")
     ] = None,
     learning_rate: cli.Rate = None,
     rho: Annotated[

@@ -92,6 +92,11 @@ ELSEWHERE = {
         "dataset-fashion-mnist` (Debian, Ubuntu), then this command; or the same four "
         "files from github.com/zalandoresearch/fashion-mnist."
     ),
+    "omniglot_small": (
+        "drawings of github.com/brendenlake/omniglot, scaled to 28 x 28. Expected: "
+        "omniglot_small_28.npz with x, bytes (characters, 20, 28, 28), ink bright, and "
+        "names, 'Alphabet/character01', of the alphabets in tasks/omniglot.py."
+    ),
     "pneumoniamnist": (
         "medmnist.com, or `pip install medmnist` and its downloader; CC BY 4.0. "
         "Expected: pneumoniamnist.npz as it comes. Any other member likewise."

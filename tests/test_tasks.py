@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 pytest.importorskip("safetensors")
 
-from benchmarks.tasks import WORKLOADS, base, fetch, gpt, mail, vision
+from benchmarks.tasks import WORKLOADS, base, fetch, gpt, mail, omniglot, vision
 from benchmarks.tasks.base import DataError, Samples
 
 REMEDY = r"got .*, expected .*\. Remedy: "
@@ -47,7 +47,7 @@ def fits(workload, found):
     "load",
     [
         *(w.load for name, w in WORKLOADS.items() if name != "digits_cnn"),
-        gpt.load_sotu(8),
+        *(omniglot.load_omniglot, gpt.load_sotu(8)),
     ],
 )
 def test_what_is_missing_is_named_with_where_to_get_it(load, tmp_path):

@@ -67,6 +67,8 @@ __all__ = [
 
 #: Residual of the eigenpairs above which a basis is called stale.
 _STALE = 0.25
+#: Power iterations before which a basis still comes from its random start.
+_SETTLED = 5
 #: Steps without a basis that are nothing to speak of.
 _PATIENCE = 10
 
@@ -262,11 +264,12 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             f"{path}: no basis after {step} steps. Remedy: pass statistics= to update, "
             "and batches of more samples than the rank."
         )
-    elif residual > _STALE:
+    elif residual > _STALE and int(spectrum.iterations.min()) > _SETTLED:
         found.append(
             f"{path}: stale basis: at its last refresh, in step {last}, it missed its "
-            f"layer's covariance by {residual:.0%} of the leading eigenvalue. Remedy: "
-            "a smaller update_every or update_every='auto', or more power_iterations."
+            f"layer's covariance in that batch by {residual:.0%} of the leading "
+            "eigenvalue. Remedy: a smaller update_every or update_every='auto', more "
+            "power_iterations; for small batches, whose covariances differ, decay."
         )
     if last >= 0 and not int(spectrum.activations.max()):
         found.append(

@@ -14,7 +14,7 @@ from packaging.version import Version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ.setdefault(_QUICK, "1")
-_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
+_FLAGS = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=0"
 if Version(metadata.version("jaxlib")) < Version("0.11.1"):  # ends at unknown flags
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)

@@ -4,6 +4,7 @@ By hand means explicit matrix products, patches unfolded with NumPy's own window
 the input and output of every kernel returned as sample matrices ``(*batch, n, d)``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -209,13 +210,23 @@ NETWORKS = {
 
 def batch(network: Network, seed: int, dtype: Any = jnp.float32) -> Any:
     """Inputs with a decaying spectrum and a mean, so that eigenvalues are apart."""
-    key = jax.random.key(seed)
-    x = jax.random.normal(key, network.example, jnp.float64 if dtype is None else dtype)
-    decay = 1.6 ** -jnp.arange(network.example[-1], dtype=x.dtype)
+    dtype = jnp.dtype(jnp.float64 if dtype is None else dtype)
+    return _batch(jax.random.key(seed), network.example, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _batch(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    x = jax.random.normal(key, shape, dtype)
+    decay = 1.6 ** -jnp.arange(shape[-1], dtype=x.dtype)
     return x * decay * 3 + 0.3
 
 
 def init(network: Network, dtype: Any = jnp.float32) -> Any:
     """Linen parameters, the biases not zero."""
-    params = network.linen.init(jax.random.key(0), batch(network, 0))["params"]
+    return _init(network.linen, batch(network, 0), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(model: nn.Module, x: Any, dtype: Any) -> Any:
+    params = model.init(jax.random.key(0), x)["params"]
     return jax.tree.map(lambda p: (p + 0.01).astype(dtype), params)

@@ -17,7 +17,6 @@ from dsbp_optax import Activations, Basis, Covariance, Sketch
 from dsbp_optax.core import layout, refresh, stacks
 from dsbp_optax.linalg import subspace
 
-pytestmark = pytest.mark.usefixtures("optimized")
 D, K, N = 24, 4, 60
 SOLVERS = {"power_iteration": dsbp_optax.power_iteration, "eigh": dsbp_optax.eigh}
 

@@ -1,5 +1,6 @@
 """Moments in few bits: exact where they say so, bounded elsewhere, on every shape."""
 
+import functools
 from typing import Any
 
 import chex
@@ -56,13 +57,27 @@ def gradients(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     return {path: jnp.asarray(rng.normal(size=s), dtype) for path, s in SHAPES.items()}
 
 
-def run(tx: Any, steps: int = 6, params: Any = PARAMS) -> list[Any]:
+def run(tx: Any, steps: int = 6, update: Any = None) -> list[Any]:
     """Updates of steps on random gradients, each step compiled."""
-    state, found, update = tx.init(params), [], jax.jit(tx.update)
+    state, found, update = tx.init(PARAMS), [], update or jax.jit(tx.update)
     for step in range(steps):
-        updates, state = update(gradients(step), state, params)
+        updates, state = update(gradients(step), state)
         found.append(updates)
     return found
+
+
+@functools.cache
+def made(name: str, bits: int = 5) -> tuple[Any, Any]:
+    """A rule with its defaults, and its update, compiled once for all tests."""
+    tx = MAKERS[name](bits=bits)
+    return tx, jax.jit(tx.update)
+
+
+@functools.cache
+def ran(name: str, bits: int = 5) -> list[Any]:
+    """`run` of it."""
+    tx, update = made(name, bits)
+    return run(tx, update=update)
 
 
 def whole(held: Any, bits: int) -> np.ndarray:
@@ -146,11 +161,11 @@ def test_adam_is_adam_where_the_squares_have_rank_one(nesterov) -> None:
 # ---------------------------------------------------------------- few bits
 
 
-@pytest.mark.parametrize("bits", [1, 4, 7])
+@pytest.mark.parametrize("bits", [1, 3, 8])
 @every_rule
 def test_the_first_step_is_exact_whatever_the_bits(name, bits) -> None:
     """A momentum is used before it is rounded."""
-    few, exact = (run(MAKERS[name](bits=b), 1)[0] for b in (bits, 32))
+    few, exact = (ran(name, b)[0] for b in (bits, 32))
     chex.assert_trees_all_close(few, exact, rtol=1e-6, atol=1e-6)
 
 
@@ -205,8 +220,7 @@ def test_moments_in_five_bits_are_those_of_the_oracle(name, path) -> None:
 @pytest.mark.parametrize("bits", [1, 3, 5, 8, 32])
 @every_rule
 def test_every_shape_keeps_its_own(name, bits) -> None:
-    tx = MAKERS[name](bits=bits)
-    for updates in run(tx):
+    for updates in ran(name, bits):
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
         chex.assert_tree_all_finite(updates)
         for path in SHAPES:
@@ -217,7 +231,7 @@ def test_every_shape_keeps_its_own(name, bits) -> None:
 @every_rule
 def test_one_row_or_column_is_not_lost(name, path) -> None:
     """Scales of a row and of a column hold it; levels hold its sign."""
-    few, exact = (run(MAKERS[name](bits=bits)) for bits in (6, 32))
+    few, exact = (ran(name, bits) for bits in (5, 32))
     left, right = (np.stack([one[path] for one in found]) for found in (few, exact))
     assert np.linalg.norm(left - right) < 0.3 * np.linalg.norm(right)
 
@@ -226,9 +240,9 @@ def test_one_row_or_column_is_not_lost(name, path) -> None:
 @every_rule
 def test_zeros_stay_zeros_and_everything_stays_finite(name, bits) -> None:
     """Of all numbers, and of one row and one column beside others."""
-    tx = MAKERS[name](bits=bits)
+    tx, update = made(name, bits)
     nothing = jax.tree.map(jnp.zeros_like, PARAMS)
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    state = tx.init(PARAMS)
     for _ in range(2):
         updates, state = update(nothing, state)
         chex.assert_trees_all_equal(updates, nothing)
@@ -265,20 +279,19 @@ def test_updates_have_the_dtype_of_the_gradients(name, dtype) -> None:
     """And are computed in float32 at least."""
     with x64(dtype == "float64"):
         grads = gradients(0, dtype)
-        tx = MAKERS[name](bits=5)
+        tx, update = made(name)
         state = tx.init(grads)
         form = jax.tree.map(jax.typeof, state)
-        update = jax.jit(tx.update)
         wide = jnp.promote_types(dtype, jnp.float32)
-        exact, held = MAKERS[name](bits=5), None
+        held = None
         for step in range(3):
             grads = gradients(step, dtype)
             updates, state = update(grads, state)
             chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
             assert jax.tree.map(jax.typeof, state) == form
             above = jax.tree.map(lambda g: g.astype(wide), grads)
-            held = exact.init(above) if held is None else held
-            expected, held = jax.jit(exact.update)(above, held)
+            held = tx.init(above) if held is None else held
+            expected, held = update(above, held)
             rounded = jax.tree.map(lambda u, g: u.astype(g.dtype), expected, grads)
             # What is no matrix is left to optax, which computes in what it is given.
             got, expected = (
@@ -322,8 +335,8 @@ def same_update(got: Any, expected: Any) -> None:
 
 @every_rule
 def test_chains_masks_and_partitions(name) -> None:
-    tx, make = MAKERS[name](bits=5), MAKERS[name]
-    expected = run(tx)
+    tx, make = made(name)[0], MAKERS[name]
+    expected = ran(name)
     chained = run(optax.chain(optax.identity(), tx, optax.scale(2.0)))
     for one, twice in zip(expected, chained, strict=True):
         same_update(twice, jax.tree.map(lambda x: 2 * x, one))
@@ -386,12 +399,11 @@ def test_trees_of_nothing(name, tree) -> None:
 @pytest.mark.parametrize("path", ["dense/kernel", "dense/bias"])
 @every_rule
 def test_what_is_not_finite_changes_nothing(name, path, value) -> None:
-    tx = MAKERS[name](bits=5)
-    update = jax.jit(tx.update)
+    tx, update = made(name)
     _, state = update(gradients(0), tx.init(PARAMS))
     grads = gradients(1)
     grads[path] = grads[path].at[(1,) * grads[path].ndim].set(value)
-    for step in (update, tx.update):
+    for step in (update, tx.update) if value == 1e30 else (update,):
         updates, after = step(grads, state)
         chex.assert_trees_all_equal(after, state._replace(skipped=after.skipped))
         assert int(after.skipped) == int(state.skipped) + 1

@@ -24,7 +24,6 @@ from _models import (
     sketches,
     train,
 )
-from absl.testing import parameterized
 from jax import export
 from versions import x64
 
@@ -39,34 +38,33 @@ some_cases = pytest.mark.parametrize("name", ["dsbp_adamw", "sharpness"])
 IN_STATE = Basis(statistics_in_state=True)
 
 
-def _trained(name: str, steps: int = STEPS, **keywords: Any) -> tuple[Any, Any]:
-    """Parameters and state after a few steps of the bare transformation."""
+@functools.cache
+def _compiled(name: str, kind: Any = None) -> tuple[Any, Any]:
+    """A bare transformation with its defaults, and its step, compiled once for all."""
     case = CASES[name]
-    tx, params = case.optimizer(**keywords), make_params()
-    step = jax.jit(make_step(tx, case.side))
+    tx = case.optimizer()
+    return tx, jax.jit(make_step(tx, case.side, kind))
+
+
+@functools.cache
+def _reference(name: str, steps: int = STEPS) -> tuple[Any, Any]:
+    """Parameters and state after a few steps of the bare transformation."""
+    (tx, step), params = _compiled(name), make_params()
     return train(step, params, tx.init(params), steps)
 
 
-_reference = functools.cache(_trained)
-
-
-class BasicStep(chex.TestCase):
-    """One step, compiled or not, is the same step."""
-
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(*CASES)
-    def test_step(self, name):
-        case, params = CASES[name], make_params()
-        tx = case.optimizer()
-        step = self.variant(make_step(tx, case.side))
-        new, state = step(params, tx.init(params), make_batch(0))
-        chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
-        chex.assert_tree_all_finite((new, state))
-        expected, reached = _reference(name, 1)
-        chex.assert_trees_all_close(new, expected, rtol=2e-4, atol=2e-5)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, reached)
-        assert not np.allclose(new["first"]["kernel"], params["first"]["kernel"])
-        assert only(state).spectrum[KERNELS[0]].activations.all()
+@every_case
+def test_a_step_that_is_not_compiled_is_the_compiled_one(name):
+    case, params = CASES[name], make_params()
+    tx = case.optimizer()
+    new, state = make_step(tx, case.side)(params, tx.init(params), make_batch(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
+    chex.assert_tree_all_finite((new, state))
+    expected, reached = _reference(name, 1)
+    chex.assert_trees_all_close(new, expected, rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, reached)
+    assert not np.allclose(new["first"]["kernel"], params["first"]["kernel"])
+    assert only(state).spectrum[KERNELS[0]].activations.all()
 
 
 def _traced_once(step: Any) -> Any:
@@ -504,12 +502,13 @@ def test_schedules_reach_learning_rate_and_sharpness():
     params = make_params()
     zero = optax.constant_schedule(0.0)
     tx = dsbp_optax.dsbp(zero, 2, 3, 2, zero)
-    new, _ = train(make_step(tx, "output"), params, tx.init(params), 1)
+    new, _ = train(jax.jit(make_step(tx, "output")), params, tx.init(params), 1)
     chex.assert_trees_all_equal(new, params)
     flat = dsbp_optax.dsbp(0.05, 2, 3, 2, zero)
     none = dsbp_optax.dsbp(0.05, 2, 3, 2, 0.0)
     runs = [
-        train(make_step(t, "output"), params, t.init(params), 2) for t in (flat, none)
+        train(jax.jit(make_step(t, "output")), params, t.init(params), 2)
+        for t in (flat, none)
     ]
     chex.assert_trees_all_close(*(p for p, _ in runs), rtol=1e-6)
 
@@ -521,7 +520,8 @@ def test_schedules_reach_learning_rate_and_sharpness():
 def test_map_params_maps_copies_of_the_parameters_only(name):
     tx = optax.chain(CASES[name].optimizer(), optax.ema(0.9, debias=False))
     params = make_params()
-    _, state = train(make_step(tx, CASES[name].side), params, tx.init(params), 1)
+    step = jax.jit(make_step(tx, CASES[name].side))
+    _, state = train(step, params, tx.init(params), 1)
     mapped = optax.tree.map_params(tx, lambda x, _: x + 1, state, params)
     chex.assert_trees_all_equal(
         mapped[-1].ema, jax.tree.map(lambda x: x + 1, state[-1].ema)
@@ -628,18 +628,15 @@ def test_scan(name):
 
 @some_cases
 def test_vmap_over_an_ensemble(name):
-    case = CASES[name]
-    tx = case.optimizer()
+    tx, compiled = _compiled(name)
     members = [make_params(seed=s) for s in (0, 7)]
     states = [tx.init(p) for p in members]
-    step = make_step(tx, case.side)
-    compiled = jax.jit(step)
     single = [train(compiled, p, s, 4) for p, s in zip(members, states, strict=True)]
 
     def stack(trees):
         return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
-    both = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+    both = jax.jit(jax.vmap(compiled, in_axes=(0, 0, None)))
     together = train(both, stack(members), stack(states), 4)
     chex.assert_trees_all_close(together, stack(single), rtol=2e-3, atol=2e-4)
 
@@ -754,9 +751,7 @@ def test_nothing_in_place_of_parameters(name):
 
 def _mid_window(name: str) -> tuple[Any, Any, Any]:
     """A compiled step, and parameters and state one step into a window of two."""
-    case, params = CASES[name], make_params()
-    tx = case.optimizer()
-    step = jax.jit(make_step(tx, case.side, sketches))
+    (tx, step), params = _compiled(name, sketches), make_params()
     params, state = train(step, params, tx.init(params), 4)
     assert bool(only(state).collect)
     assert int(only(state).step) % 3 == 1

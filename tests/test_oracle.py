@@ -15,7 +15,6 @@ from versions import x64
 import dsbp_optax
 from dsbp_optax import Activations
 
-pytestmark = pytest.mark.usefixtures("optimized")
 RULE = Rule(learning_rate=0.05, sharpness=0.1, update_every=8, power_iterations=3)
 STEPS, RANK = 20, 3
 

@@ -3,6 +3,8 @@
 Each line has the fields of `REQUIRED`, those of a training run also the fields of
 `RUN`. Figures of validation and test samples are named so: ``validation_accuracy``,
 ``test_loss``. What is not finite is null.
+
+To import this takes the standard library alone.
 """
 
 import datetime
@@ -16,11 +18,6 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-
-import dsbp_optax
-from benchmarks.tasks.base import DataError
 
 Record = dict[str, Any]
 
@@ -45,6 +42,10 @@ def provenance() -> Record:
 
 @functools.cache
 def _surroundings() -> Record:
+    import jax
+
+    import dsbp_optax
+
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -113,6 +114,8 @@ def read(path: Path, **wanted: Any) -> list[Record]:
         except ValueError:
             continue
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+            from benchmarks.tasks.base import DataError
+
             raise DataError(
                 f"{path}: got a line that is no record of schema {SCHEMA}. Remedy: "
                 "take the line out; its run is made again."

@@ -5,6 +5,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,21 +31,23 @@ class Block(nn.Module):
     """Causal attention and a GELU layer, each on the normalised residual stream."""
 
     heads: int
+    dtype: Any = None  # of the computation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(n, t, d)`` to the same."""
         n, t, d = x.shape
-        h = nn.LayerNorm(use_bias=False)(x)
-        qkv = nn.Dense(3 * d, use_bias=False, name="qkv")(h)
+        told = {"use_bias": False, "dtype": self.dtype}
+        h = nn.LayerNorm(**told)(x)
+        qkv = nn.Dense(3 * d, name="qkv", **told)(h)
         q, k, v = (a.reshape(n, t, self.heads, -1) for a in jnp.split(qkv, 3, -1))
         scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / jnp.sqrt(d // self.heads)
         scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -1e9)
         a = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(scores), v)
-        x = x + nn.Dense(d, use_bias=False, name="proj")(a.reshape(n, t, d))
-        h = nn.LayerNorm(use_bias=False)(x)
-        h = nn.gelu(nn.Dense(4 * d, use_bias=False, name="up")(h))
-        return x + nn.Dense(d, use_bias=False, name="down")(h)
+        x = x + nn.Dense(d, name="proj", **told)(a.reshape(n, t, d))
+        h = nn.LayerNorm(**told)(x)
+        h = nn.gelu(nn.Dense(4 * d, name="up", **told)(h))
+        return x + nn.Dense(d, name="down", **told)(h)
 
 
 class Gpt(nn.Module):
@@ -55,16 +58,18 @@ class Gpt(nn.Module):
     layers: int = 4
     heads: int = 4
     context: int = 64
+    dtype: Any = None  # of all layers but the head
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens ``(n, t)`` to logits ``(n, t, vocabulary)``."""
         shape = (self.context, self.width)
-        x = nn.Embed(self.vocabulary, self.width, name="embed")(tokens)
+        told = {"dtype": self.dtype}
+        x = nn.Embed(self.vocabulary, self.width, name="embed", **told)(tokens)
         positions = self.param("pos_embed", nn.initializers.normal(0.02), shape)
-        x = x + positions[: tokens.shape[1]]
+        x = x + positions[: tokens.shape[1]].astype(x.dtype)
         for number in range(self.layers):
-            x = Block(self.heads, name=f"block_{number}")(x)
+            x = Block(self.heads, name=f"block_{number}", **told)(x)
         x = nn.LayerNorm(use_bias=False)(x)
         return nn.Dense(self.vocabulary, use_bias=False, name="head_embed")(x)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.tasks import png
 from benchmarks.tasks.base import (
     Batch,
     Data,
@@ -78,17 +79,19 @@ class Residual(nn.Module):
 
     features: int
     stride: int
+    dtype: Any = None  # of the computation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(n, h, w, c)`` to ``(n, h / stride, w / stride, features)``."""
-        strides = (self.stride, self.stride)
-        h = nn.relu(nn.GroupNorm(num_groups=8)(x))
+        strides, told = (self.stride, self.stride), {"dtype": self.dtype}
+        conv = functools.partial(nn.Conv, self.features, use_bias=False, **told)
+        h = nn.relu(nn.GroupNorm(num_groups=8, **told)(x))
         if x.shape[-1] != self.features or self.stride != 1:
-            x = nn.Conv(self.features, (1, 1), strides, use_bias=False)(h)
-        h = nn.Conv(self.features, (3, 3), strides, use_bias=False)(h)
-        h = nn.relu(nn.GroupNorm(num_groups=8)(h))
-        return x + nn.Conv(self.features, (3, 3), use_bias=False)(h)
+            x = conv((1, 1), strides)(h)
+        h = conv((3, 3), strides)(h)
+        h = nn.relu(nn.GroupNorm(num_groups=8, **told)(h))
+        return x + conv((3, 3))(h)
 
 
 class ResNet(nn.Module):
@@ -97,16 +100,18 @@ class ResNet(nn.Module):
     widths: Sequence[int] = (16, 32, 64)
     blocks: int = 1
     classes: int = 10
+    dtype: Any = None  # of all layers but the last
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Images ``(n, h, h, 3)`` to logits ``(n, classes)``."""
-        x = nn.Conv(self.widths[0], (3, 3), use_bias=False)(x)
+        x = nn.Conv(self.widths[0], (3, 3), use_bias=False, dtype=self.dtype)(x)
         for stage, features in enumerate(self.widths):
             for block in range(self.blocks):
-                x = Residual(features, 2 if stage and not block else 1)(x)
-        x = nn.relu(nn.GroupNorm(num_groups=8)(x)).mean((1, 2))
-        return nn.Dense(self.classes)(x)
+                stride = 2 if stage and not block else 1
+                x = Residual(features, stride, self.dtype)(x)
+        x = nn.relu(nn.GroupNorm(num_groups=8, dtype=self.dtype)(x))
+        return nn.Dense(self.classes)(x.mean((1, 2)).astype(jnp.float32))
 
 
 # -------------------------------------------------------------------------- pixels
@@ -293,13 +298,11 @@ def load_cifar10(data_dir: Path | None, rows: int = 10_000) -> Data:
 
 def _cifar_png(path: Path, rows: int) -> np.ndarray:
     """``(rows, 32, 32, 3)`` bytes; the file holds one image a row."""
-    from PIL import Image
-
-    expected = f"a PNG in RGB of 1024 x {rows}"
-    with reading(path, expected), Image.open(path, formats=["PNG"]) as image:
-        if (image.mode, image.size) != ("RGB", (1024, rows)):
-            raise ValueError(f"{image.mode} {image.size}")
-        return np.asarray(image).reshape(rows, 32, 32, 3)
+    with reading(path, f"a PNG in RGB of 1024 x {rows}"):
+        image = png.read_rgb(path)
+        if image.shape != (rows, 1024, 3):
+            raise ValueError(f"{image.shape}")
+        return image.reshape(rows, 32, 32, 3)
 
 
 _TINY = "the folder tiny-imagenet-200 (cs231n.stanford.edu/tiny-imagenet-200.zip)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dsbp_optax.core.layout import Axes
 from dsbp_optax.linalg.types import Array
 
 
+@functools.lru_cache
 def einsum_map(equation: str, parameter: str = "kernel") -> LinearMap | None:
     """How ``einsum(equation, x, kernel)`` acts through its kernel.
 

@@ -119,6 +119,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.readings: dict[Any, Any] = {}
 
     def note(
         self,
@@ -148,7 +149,12 @@ class Notes:
             origin.label(kernel, label)
         if reason is None:
             try:
-                reading = _read(linear, shape, x, y)
+                key = linear.apply, linear.axes_of(len(shape)), shape, jnp.shape(x)
+                if key not in self.readings:
+                    self.readings[key] = _reading(linear, shape, x)
+                reading = self.readings[key]
+                if y is not None and not linear.gives_kernel:
+                    _check_result(linear, shape, reading, y)
             except Exception as error:
                 reason = f"{NOT_LINEAR} ({first_line(error)})"
         seen = _seen(kernel)
@@ -307,11 +313,10 @@ def _seen(kernel: Any) -> Shape:
     return tuple(seen)
 
 
-def _read(linear: LinearMap, kernel: Shape, x: Any, y: Any) -> Any:
+def _reading(linear: LinearMap, kernel: Shape, x: Any) -> Any:
     """The linear map for one output, or an error where it is none."""
     axes = linear.axes_of(len(kernel))
     ins = tuple(kernel[a] for a in (*axes.batch, *axes.inputs))
-    outs = tuple(kernel[a] for a in axes.outputs)
     like = jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32)
     column = jax.ShapeDtypeStruct((*ins, 1), jnp.float32)
     reading = jax.make_jaxpr(linear.apply)(like, column)
@@ -321,13 +326,19 @@ def _read(linear: LinearMap, kernel: Shape, x: Any, y: Any) -> Any:
         return jax.linear_transpose(lambda kernel: linear.apply(x, kernel), column)(z)
 
     jax.eval_shape(transpose, like, jax.ShapeDtypeStruct(result.shape, result.dtype))
-    if y is not None and not linear.gives_kernel:
-        arrange = linear.arrange or (lambda y: y)
-        got = jax.eval_shape(arrange, jax.ShapeDtypeStruct(y.shape, y.dtype)).shape
-        expected = (*result.shape[:-1], *outs)
-        if got != expected:
-            raise ValueError(f"it returns {got}, the rule says {expected}")
     return reading
+
+
+def _check_result(linear: LinearMap, kernel: Shape, reading: Any, y: Any) -> None:
+    """Raise where a layer returns another shape than its rule says."""
+    got, (one,) = y.shape, reading.out_avals
+    if linear.arrange is not None:
+        like = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        got = jax.eval_shape(linear.arrange, like).shape
+    outs = (kernel[a] for a in linear.axes_of(len(kernel)).outputs)
+    expected = (*one.shape[:-1], *outs)
+    if got != expected:
+        raise ValueError(f"it returns {got}, the rule says {expected}")
 
 
 def first_line(error: Exception) -> str:

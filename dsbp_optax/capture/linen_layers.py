@@ -3,6 +3,7 @@
 A layer type is one function and one entry of `RULES`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen import recurrent
 
 from dsbp_optax.capture.einsum import einsum_map
-from dsbp_optax.capture.tap import LinearMap
+from dsbp_optax.capture.tap import LinearMap, hash_of
 from dsbp_optax.linalg.convolution import shifted_convolution
 from dsbp_optax.linalg.types import Array
 
@@ -21,22 +22,30 @@ LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
 DETACHED = "dsbp_detached"
 
 
-def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:
-    """The layer's own map for any number of features, without bias or mask."""
+@dataclasses.dataclass(frozen=True)
+class _Clone:
+    """The layer's own map for any number of features, without bias or mask.
 
-    def apply(x: Array, kernel: Array) -> Array:
-        layer = module.clone(
-            parent=None,
-            name=DETACHED,
-            features=kernel.shape[-1],
-            use_bias=False,
-            dtype=kernel.dtype,
-            param_dtype=kernel.dtype,
-            **changes,
+    Equal for layers with the same settings, which are traced once.
+    """
+
+    layer: Any
+
+    def __call__(self, x: Array, kernel: Array) -> Array:
+        layer = self.layer.clone(
+            features=kernel.shape[-1], dtype=kernel.dtype, param_dtype=kernel.dtype
         )
         return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
-    return LinearMap(apply, inputs, batch)
+    def __hash__(self) -> int:
+        return hash_of(self.layer)
+
+
+def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:
+    layer = module.clone(
+        parent=None, name=DETACHED, features=1, use_bias=False, **changes
+    )
+    return LinearMap(_Clone(layer), inputs, batch)
 
 
 def _dense(module: Any) -> LinearMap:
@@ -53,9 +62,11 @@ def _conv(module: Any) -> LinearMap | None:
     spatial = 1 if isinstance(size, int) else len(size)
     if module.mask is not None or module.feature_group_count != 1:
         return None
-    return _by_clone(
-        module, spatial + 1, conv_general_dilated_cls=lambda: shifted_convolution
-    )
+    return _by_clone(module, spatial + 1, conv_general_dilated_cls=_shifted)
+
+
+def _shifted() -> Any:
+    return shifted_convolution
 
 
 def _conv_transpose(module: Any) -> LinearMap | None:

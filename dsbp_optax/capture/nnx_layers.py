@@ -3,6 +3,7 @@
 A layer type is one function and one entry of `RULES`.
 """
 
+import dataclasses
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsbp_optax.capture.einsum import einsum_map
-from dsbp_optax.capture.tap import LinearMap
+from dsbp_optax.capture.tap import LinearMap, hash_of
 from dsbp_optax.linalg.convolution import shifted_convolution
 from dsbp_optax.linalg.types import Array
 
@@ -19,23 +20,34 @@ from dsbp_optax.linalg.types import Array
 LayerRule: TypeAlias = Callable[[Any], LinearMap | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shadow:
+    """A layer's own call on a stand-in whose kernel has any number of features.
+
+    Equal for layers with the same settings, which are traced once.
+    """
+
+    call: Callable[..., Any]
+    settings: Mapping[str, Any]
+
+    def __call__(self, x: Array, kernel: Array) -> Array:
+        mine = {"kernel": nnx.Param(kernel), "dtype": kernel.dtype}
+        stand_in = types.SimpleNamespace(**{**self.settings, **mine})
+        return jnp.asarray(self.call(stand_in, x))
+
+    def __hash__(self) -> int:
+        return hash_of((self.call, *sorted(self.settings.items())))
+
+
 def _by_shadow(layer: Any, inputs: int, batch: int = 0, **others: Any) -> LinearMap:
-    """The layer's own call on a stand-in whose kernel has any number of features."""
     call = getattr(type(layer), "__wrapped_type__", type(layer)).__call__
-
-    def apply(x: Array, kernel: Array) -> Array:
-        changes = {
-            "kernel": nnx.Param(kernel),
-            "bias": None,
-            "use_bias": False,
-            "dtype": kernel.dtype,
-            "preferred_element_type": None,
-            **others,
-        }
-        stand_in = types.SimpleNamespace(**{**vars(layer), **changes})
-        return jnp.asarray(call(stand_in, x))
-
-    return LinearMap(apply, inputs, batch)
+    settings = {
+        name: value
+        for name, value in vars(layer).items()
+        if not name.startswith("_") and not isinstance(value, nnx.Variable)
+    }
+    settings |= {"bias": None, "use_bias": False, "preferred_element_type": None}
+    return LinearMap(_Shadow(call, {**settings, **others}), inputs, batch)
 
 
 def _linear(layer: Any) -> LinearMap:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Literal
 
 from dsbp_optax.core.layout import Axes, Shape
 from dsbp_optax.linalg.types import Array
@@ -100,8 +101,8 @@ def trace(function: Callable[..., Any], leaves: Mapping[str, Any]) -> Trace:
             lambda values: function(dict(zip(leaves, values, strict=True)))
         )(list(leaves.values()))
     starts = [
-        Origin(path, True, tuple(range(len(v.aval.shape))))
-        for path, v in zip(leaves, closed.jaxpr.invars, strict=True)
+        Origin(path, True, tuple(range(jnp.ndim(leaf))))
+        for path, leaf in leaves.items()
     ]
     _walk(closed, starts, found)
     return found
@@ -121,7 +122,7 @@ def _walk(
     jaxpr: Any, origins: Sequence[Origin | None], found: Trace
 ) -> list[Origin | None]:
     """The origins of a jaxpr's results, given those of its arguments."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    jaxpr = _open(jaxpr)
     known = dict(zip(jaxpr.invars, origins, strict=True))
 
     def of(variable: Any) -> Origin | None:
@@ -171,9 +172,16 @@ def _outcome(
         one = known.pop() if len(known) == 1 else None
         return [one] if one and len(one.dims) == rank else lost
     if name == "scan":
-        fixed, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        state, rest = operands[fixed : fixed + carry], operands[fixed + carry :]
-        body, slices = eqn.params["jaxpr"], [_slice(one) for one in rest]
+        body = eqn.params["jaxpr"]
+        held, carry = (  # What has an axis less in the body is taken slice by slice.
+            sum(len(x.aval.shape) == len(y.aval.shape) for x, y in pairs)
+            for pairs in (
+                zip(eqn.invars, _open(body).invars, strict=True),
+                zip(eqn.outvars, _open(body).outvars, strict=True),
+            )
+        )
+        fixed, state = held - carry, operands[held - carry : held]
+        slices = [_slice(one) for one in operands[held:]]
         outcome = _loop(body, operands[:fixed], state, slices, found)
         return [*outcome, *lost[carry:]]
     if name == "while":
@@ -186,8 +194,8 @@ def _outcome(
     if name == "cond":
         ways = [_walk(way, operands[1:], found) for way in eqn.params["branches"]]
         return [_all(pair) for pair in zip(*ways, strict=True)]
-    inner = [x for x in eqn.params.values() if isinstance(x, Jaxpr | ClosedJaxpr)]
-    if len(inner) != 1 or len(_arguments(inner[0])) != len(operands):
+    inner = [x for x in eqn.params.values() if hasattr(x, "eqns")]
+    if len(inner) != 1 or len(_open(inner[0]).invars) != len(operands):
         found.touched.update(mine)
         return lost
     outcome = _walk(inner[0], operands, found)
@@ -252,9 +260,9 @@ def _lost(values: Sequence[Any]) -> list[Origin | None]:
     return [None for _ in values]
 
 
-def _arguments(jaxpr: Any) -> Sequence[Any]:
-    variables: Sequence[Any] = getattr(jaxpr, "jaxpr", jaxpr).invars
-    return variables
+def _open(jaxpr: Any) -> Any:
+    """Without its constants: of older versions of jax, a closed one has it inside."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _all(origins: Sequence[Origin | None]) -> Origin | None:

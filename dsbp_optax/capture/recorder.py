@@ -23,6 +23,7 @@ from dsbp_optax.capture.inspection import (
 )
 from dsbp_optax.capture.tap import (
     LinearMap,
+    Once,
     Rider,
     observe_input,
     observe_output,
@@ -56,6 +57,7 @@ class Recorder:
         self.riders, self.labels = dict(riders or {}), dict(labels or {})
         self.notes, self.holdable = notes, holdable
         self.tapped: set[str] = set()
+        self.once = Once()
 
     def observe(
         self,
@@ -97,14 +99,15 @@ class Recorder:
             elif rider.coordinates is not None:
                 held[key] = rider
             else:
-                tapped = observe_input(linear, axes, _input(args, kwargs)[1], rider)
+                seen = _input(args, kwargs)[1]
+                tapped = observe_input(self.once, linear, axes, seen, rider)
                 args, kwargs = _put(args, kwargs, where, tapped)
         y = call(*args, **kwargs)
         for rider in through:
             first, *rest = y
-            y = (observe_input(linear, axes, x, rider, first), *rest)
+            y = (observe_input(self.once, linear, axes, x, rider, first), *rest)
         for rider in outputs:
-            y = observe_output(linear, axes, y, rider)
+            y = observe_output(self.once, linear, axes, y, rider)
         for rider in held.values():
             y = coordinates.take_coordinates(linear, axes, x, y, rider)
         if self.holdable is None or not held:

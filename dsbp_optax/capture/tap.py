@@ -14,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from dsbp_optax.core import sharding
 from dsbp_optax.core.layout import Axes, Shape
-from dsbp_optax.linalg.types import Array
+from dsbp_optax.linalg.types import Array, is_traced
+
+T = TypeVar("T")
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -88,6 +91,46 @@ class Rider:
         return dataclasses.replace(self, coordinates=None, displaced=False)
 
 
+class Once:
+    """Functions of layers' maps, each traced once for all layers alike.
+
+    For one trace of a loss: no cache outlives it.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(
+        self, function: Callable[..., T], fixed: tuple[Any, ...], *args: Any
+    ) -> T:
+        """``function(*fixed, *args)``.
+
+        Args:
+          function: of anything that can be hashed, then of trees of arrays.
+          fixed: the former.
+          *args: the latter.
+        """
+        leaves, treedef = jax.tree.flatten(args)
+        key = function, fixed, treedef, *map(jax.typeof, leaves)
+        if key not in self.known:
+            traced = functools.partial(function, *fixed)
+            closed, shapes = jax.make_jaxpr(traced, return_shape=True)(*args)
+            if is_traced(closed.consts):  # They belong to this layer alone.
+                return traced(*args)
+            self.known[key] = closed, jax.tree.structure(shapes)
+        closed, structure = self.known[key]
+        found: T = structure.unflatten(jaxpr_as_fun(closed)(*leaves))
+        return found
+
+
+def hash_of(settings: Any) -> int:
+    """Of what can be hashed; something else is like itself alone."""
+    try:
+        return hash(settings)
+    except TypeError:
+        return id(settings)
+
+
 def parameter_path(key: str) -> str:
     """The parameter that a rider belongs to."""
     return key.split("#")[0]
@@ -126,16 +169,21 @@ def core_form(rider: Rider, axes: Axes, side: str) -> Rider:
 
 
 def observe_input(
-    linear: LinearMap, axes: Axes, x: Array, rider: Rider, through: Array | None = None
+    once: Once,
+    linear: LinearMap,
+    axes: Axes,
+    x: Array,
+    rider: Rider,
+    through: Array | None = None,
 ) -> Array:
     """`x`, or `through`, itself; the sketch of `x` becomes the cotangent of `rider`."""
-    core = core_form(rider, axes, "input")
-    return _tap(
-        linear.apply, len(axes.batch), x if through is None else through, x, core
-    )
+    core, passed = core_form(rider, axes, "input"), x if through is None else through
+    return _tap(once, (linear.apply, len(axes.batch)), passed, x, core)
 
 
-def observe_output(linear: LinearMap, axes: Axes, y: Array, rider: Rider) -> Array:
+def observe_output(
+    once: Once, linear: LinearMap, axes: Axes, y: Array, rider: Rider
+) -> Array:
     """`y` itself, for riders on the output side; `y` includes the bias."""
     batch, sides = len(axes.batch), len(axes.outputs)
 
@@ -147,31 +195,27 @@ def observe_output(linear: LinearMap, axes: Axes, y: Array, rider: Rider) -> Arr
             columns = columns[..., None, :, :]
         return jnp.matmul(rows, columns, precision=_HIGHEST)
 
-    return _tap(apply, batch, y, y, core_form(rider, axes, "output"))
+    return _tap(once, (apply, batch), y, y, core_form(rider, axes, "output"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tap(
-    apply: Callable[[Array, Array], Array],
-    batch: int,
-    passed: Array,
-    observed: Array,
-    rider: Rider,
+    once: Once, layer: tuple[Any, int], passed: Array, observed: Array, rider: Rider
 ) -> Array:
-    del apply, batch, observed, rider
+    del once, layer, observed, rider
     return passed
 
 
-def _tap_fwd(apply: Any, batch: int, passed: Any, observed: Any, rider: Any) -> Any:
-    del apply, batch
+def _tap_fwd(once: Once, layer: Any, passed: Any, observed: Any, rider: Any) -> Any:
+    del once, layer
     return passed, (observed, rider)
 
 
-def _tap_bwd(apply: Any, batch: int, saved: Any, cotangent: Array) -> Any:
+def _tap_bwd(once: Once, layer: Any, saved: Any, cotangent: Array) -> Any:
     observed, rider = saved
 
     def sketch(observed: Array, rider: Rider) -> Rider:
-        return sketch_if_asked(apply, batch, observed, rider)
+        return once(sketch_if_asked, layer, observed, rider)
 
     return cotangent, None, sharding.in_place(sketch, rider, observed, rider)
 
@@ -202,6 +246,9 @@ def sketch_layer(
 ) -> Rider:
     """``Y = L_x^T(L_x(V))``, the number of samples and ``|A|^2``.
 
+    Of inputs in bfloat16 the products are taken in it, as those of the layer are: a
+    copy of the input in float32 would be larger than what a small state saves.
+
     Args:
       apply: the layer's linear map.
       batch: leading stacked axes of kernel and output.
@@ -211,14 +258,15 @@ def sketch_layer(
     Returns:
       The cotangents in the place of what they are the cotangents of.
     """
-    basis = rider.basis
-    x = jax.lax.stop_gradient(x).astype(basis.dtype)
+    wide = rider.basis.dtype
+    dtype = jnp.bfloat16 if x.dtype == jnp.bfloat16 else wide
+    x, basis = jax.lax.stop_gradient(x).astype(dtype), rider.basis.astype(dtype)
     z = apply(x, basis)
     (product,) = jax.linear_transpose(lambda kernel: apply(x, kernel), basis)(z)
     squares = apply(x * x, jnp.ones_like(basis[..., :1]))
-    trace = jnp.sum(squares, axis=tuple(range(batch, squares.ndim)))
+    trace = jnp.sum(squares, axis=tuple(range(batch, squares.ndim)), dtype=wide)
     samples = z.size // (z.shape[-1] * max(1, trace.size))
     # Under the user's `vmap` cotangents are summed over samples, constants are not.
     count = jnp.where(jnp.isnan(trace), samples, samples).astype(rider.count.dtype)
     shape = rider.count.shape
-    return Rider(product, count.reshape(shape), trace.reshape(shape))
+    return Rider(product.astype(wide), count.reshape(shape), trace.reshape(shape))

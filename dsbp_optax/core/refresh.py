@@ -46,20 +46,6 @@ class Bases(NamedTuple):
     interval: Any
 
 
-class _Solved(NamedTuple):
-    """What the solver found of one matrix, and whether it may be accepted."""
-
-    basis: Array
-    eigenvalues: Array
-    residual: Array
-    trace: Array
-    weight: Array
-    done: Array
-    observed: Array
-    something: Array
-    good: Array
-
-
 def turn_of(asked: Choices, interval: Any, step: Array, instant: bool) -> Turn:
     """Where a step stands.
 
@@ -111,14 +97,16 @@ def refreshed(
     basis, spectrum, rotations = {}, {}, {}
     for stack in stacks.of_bases(kernels):
         old, past = held.basis[stack.name], held.spectrum[stack.name]
-        solved = _solve(
-            *(asked, stack, old, past, statistics, gradients, turn, unsure, incoming)
-        )
-        accept = functools.partial(_accept, asked, stack.first.adaptive, step, turn)
-        new, after, rotation = jax.vmap(accept)(old, past, solved)
+        known = _known(stack, old, statistics, gradients, unsure, incoming)
+        run = functools.partial(_one, asked, stack.first.adaptive, step, turn)
+        found = []
+        for rows, *of_rows in known:
+            mine = jax.tree.map(lambda x, rows=rows: _take(x, rows), (old, past))
+            found.append(stacks.one_by_one(run, *mine, *of_rows))
+        new, after, rotation = _joined([rows for rows, *_ in known], found)
         energy = past.energy
-        for mine, g in _gradients(stack, gradients):
-            energy = _put(energy, mine, jax.vmap(_energy)(_take(new, mine), g))
+        for rows, g in _gradients(stack, gradients):
+            energy = _put(energy, rows, jax.vmap(_energy)(_take(new, rows), g))
         spectrum[stack.name] = after._replace(energy=energy)
         basis[stack.name], rotations[stack.name] = new, rotation
     interval = held.interval
@@ -157,9 +145,9 @@ def _gradients(
     return found
 
 
-def _joined(groups: Sequence[tuple[np.ndarray, Any]], parts: Sequence[T]) -> T:
+def _joined(groups: Sequence[np.ndarray], parts: Sequence[T]) -> T:
     """What was found of groups of rows, in the order of the rows."""
-    order = np.argsort(np.concatenate([rows for rows, _ in groups]))
+    order = np.argsort(np.concatenate(groups))
     joined: T = jax.tree.map(lambda *x: _take(jnp.concatenate(x), order), *parts)
     return joined
 
@@ -185,18 +173,15 @@ def _energy(basis: Array, gradient: Array) -> Array:
     return subspace.captured_energy(subspace.project(basis, gradient), gradient)
 
 
-def _solve(
-    asked: Choices,
+def _known(
     stack: Stack,
     basis: Array,
-    past: Spectrum,
     statistics: Mapping[str, Any],
     gradients: Mapping[Stack, Array],
-    turn: Turn,
     unsure: bool,
     incoming: Incoming,
-) -> _Solved:
-    """What the solver finds for each matrix, from whatever is known of it."""
+) -> list[tuple[np.ndarray, Any, Array]]:
+    """Groups of matrices, their statistics, and 1 where these tell of activations."""
     index = np.arange(stack.matrices)
     given = {p: s for p, s in statistics.items() if s is not None}
     told = [one for one in stack.kernels if one.path in given]
@@ -205,8 +190,7 @@ def _solve(
         [one for one in told if given[one.path].instant == instant]
         for instant in (False, True)
     )
-    groups: list[tuple[np.ndarray, Any]] = []
-    observed: list[Any] = []
+    groups: list[tuple[np.ndarray, Any, Array]] = []
 
     def rows_of(some: Sequence[Kernel]) -> np.ndarray:
         return np.concatenate([index[stack.rows(one.path)] for one in some])
@@ -233,60 +217,66 @@ def _solve(
             empty = sketch.count == 0
             sketch = jax.vmap(where)(empty, from_gradients(rows), sketch)
             seen = jnp.where(empty, 0, 1)
-        groups.append((rows, sketch))
-        observed.append(seen)
+        groups.append((rows, sketch, seen))
     if blind:
         rows = rows_of(blind)
-        groups.append((rows, from_gradients(rows)))
-        observed.append(jnp.zeros(len(rows), jnp.int32))
+        groups.append((rows, from_gradients(rows), jnp.zeros(len(rows), jnp.int32)))
     for one in whole:
-        groups.append((rows_of([one]), given[one.path].matrices(one.view, one.dtype)))
-        observed.append(jnp.ones(one.view.matrices, jnp.int32))
-
-    solved = []
-    deficient = stack.first.adaptive is not None
-    for (rows, statistic), seen in zip(groups, observed, strict=True):
-        run = functools.partial(_solve_one, asked, deficient)
-        held = jax.tree.map(lambda x, rows=rows: _take(x, rows), (basis, past))
-        found = stacks.one_by_one(run, *held, statistic, seen)
-        if statistic.instant:
-            first = turn.first
-            found = found._replace(
-                something=found.something & first, good=found.good & first
-            )
-        solved.append(found)
-    return _joined(groups, solved)
+        found = given[one.path].matrices(one.view, one.dtype)
+        seen = jnp.ones(one.view.matrices, jnp.int32)
+        groups.append((rows_of([one]), found, seen))
+    return groups
 
 
-def _solve_one(
+def _one(
     asked: Choices,
-    deficient: bool,
-    basis: Array,
+    adaptive: tuple[int, float] | None,
+    step: Array,
+    turn: Turn,
+    old: Array,
     past: Spectrum,
     statistic: Any,
     observed: Array,
-) -> _Solved:
-    """What the solver finds of one matrix."""
+) -> tuple[Array, Spectrum, Array]:
+    """Basis, spectrum and rotation of one matrix; the old ones where refused."""
     settings, iterations = asked.basis, to_int(asked.basis.power_iterations)
-    operator = statistic.operator(basis)
-    decay = jnp.asarray(settings.decay, basis.dtype)
+    operator = statistic.operator(old)
+    decay = jnp.asarray(settings.decay, old.dtype)
     if not operator.exact:  # The steps of a window are one observation together.
-        decay = decay ** (1 / jnp.asarray(iterations, basis.dtype))
+        decay = decay ** (1 / jnp.asarray(iterations, old.dtype))
     weight = decay * past.weight
     total = weight + (1 - decay)
     if not is_zero(settings.decay):
         share = weight / total
-        operator = blend(operator, basis, past.eigenvalues, past.trace, share)
-    pairs = settings.solver(operator, basis, iterations)
-    return _Solved(
-        *pairs,
-        trace=jnp.asarray(operator.trace, basis.dtype),
+        operator = blend(operator, old, past.eigenvalues, past.trace, share)
+    pairs = settings.solver(operator, old, iterations)
+    # What activations told in this window is not to be replaced by a gradient.
+    lately = (past.refreshed >= 0) & (past.refreshed > step - iterations)
+    tried = ~((observed == 0) & (past.activations > 0) & lately)
+    if statistic.instant:  # It takes all iterations on the first step of a window.
+        tried &= turn.first
+    good = tried & _usable(operator, pairs, deficient=adaptive is not None)
+    fresh = past._replace(
+        eigenvalues=pairs.eigenvalues,
+        trace=jnp.asarray(operator.trace, old.dtype),
         weight=total,
-        done=jnp.asarray(iterations if operator.exact else 1, jnp.int32),
-        observed=observed,
-        something=operator.count != 0,
-        good=_usable(operator, pairs, deficient),
+        residual=pairs.residual,
+        iterations=past.iterations + (iterations if operator.exact else 1),
+        activations=observed,
+        refreshed=step,
     )
+    failures = past.failures + jnp.where(tried & (operator.count != 0), 1, 0)
+    after = where(good, fresh, past._replace(failures=failures))
+    basis = jnp.where(good, pairs.basis, old)
+    same = jnp.eye(old.shape[-1], dtype=old.dtype)
+    rotation = jnp.where(good, subspace.rotation(basis, old), same)
+    if adaptive is None:
+        return basis, after, rotation
+    told = turn.last & ((good | lately) & (after.refreshed >= 0))
+    chosen = schedule.next_rank(*adaptive, past.rank, after.eigenvalues, after.trace)
+    after = after._replace(rank=jnp.where(told, chosen, past.rank))
+    before, now = (in_use(x.rank, old.shape[-1]) for x in (past, after))
+    return basis, after, rotation * now[:, None] * before
 
 
 def _usable(operator: Operator, pairs: Eigenpairs, deficient: bool) -> Array:
@@ -306,45 +296,6 @@ def _usable(operator: Operator, pairs: Eigenpairs, deficient: bool) -> Array:
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
     finite &= jnp.isfinite(pairs.residual)
     return (operator.count > 0) & finite & full_rank & orthonormal
-
-
-def _accept(
-    asked: Choices,
-    adaptive: tuple[int, float] | None,
-    step: Array,
-    turn: Turn,
-    old: Array,
-    past: Spectrum,
-    solved: _Solved,
-) -> tuple[Array, Spectrum, Array]:
-    """Basis, spectrum and rotation of one matrix; the old ones where refused."""
-    # What activations told in this window is not to be replaced by a gradient.
-    lately = (past.refreshed >= 0) & (
-        past.refreshed > step - to_int(asked.basis.power_iterations)
-    )
-    kept = (solved.observed == 0) & (past.activations > 0) & lately
-    good = solved.good & ~kept
-    fresh = past._replace(
-        eigenvalues=solved.eigenvalues,
-        trace=solved.trace,
-        weight=solved.weight,
-        residual=solved.residual,
-        iterations=past.iterations + solved.done,
-        activations=solved.observed,
-        refreshed=step,
-    )
-    failures = past.failures + jnp.where(solved.something & ~kept, 1, 0)
-    after = where(good, fresh, past._replace(failures=failures))
-    basis = jnp.where(good, solved.basis, old)
-    same = jnp.eye(old.shape[-1], dtype=old.dtype)
-    rotation = jnp.where(good, subspace.rotation(basis, old), same)
-    if adaptive is None:
-        return basis, after, rotation
-    told = turn.last & ((good | lately) & (after.refreshed >= 0))
-    chosen = schedule.next_rank(*adaptive, past.rank, after.eigenvalues, after.trace)
-    after = after._replace(rank=jnp.where(told, chosen, past.rank))
-    before, now = (in_use(x.rank, old.shape[-1]) for x in (past, after))
-    return basis, after, rotation * now[:, None] * before
 
 
 def _next_interval(

@@ -197,13 +197,18 @@ def each(
 
 
 def one_by_one(function: Callable[..., T], *trees: PyTree) -> T:
-    """`function` of the parts of every matrix, one after the other.
+    """`function` of the parts of every matrix; on a CPU one after the other.
 
-    For factorisations: those of a whole batch wait for threads of XLA's pool, and two
-    of them at once on a machine of two cores wait for each other for good.
+    For factorisations: on a CPU those of a whole batch wait for threads of XLA's pool,
+    and two of them at once on a machine of two cores wait for each other for good. On
+    accelerators they are a few launches for the whole batch.
     """
     if is_traced(trees):
-        mapped: T = jax.lax.map(lambda parts: function(*parts), trees)
+        mapped: T = jax.lax.platform_dependent(
+            trees,
+            cpu=lambda trees: jax.lax.map(lambda parts: function(*parts), trees),
+            default=lambda trees: jax.vmap(function)(*trees),
+        )
         return mapped
     count = len(jax.tree.leaves(trees)[0])
     found = [

@@ -163,10 +163,11 @@ def gradient_sketch(gradient: Array, basis: Array) -> Sketch:
       gradient: ``(d, m)``.
       basis: ``(d, k)``.
     """
-    inside = jnp.matmul(gradient.T, basis)
+    inside = jnp.matmul(gradient.T, basis, precision=_HIGHEST)
     count = jnp.asarray(gradient.shape[-1], basis.dtype)
     trace = jnp.sum(gradient * gradient)
-    return Sketch(jnp.matmul(gradient, inside), count, trace)
+    product = jnp.matmul(gradient, inside, precision=_HIGHEST)
+    return Sketch(product, count, trace)
 
 
 def blend(

@@ -38,6 +38,7 @@ from dsbp_optax.core.plan import Choices, Kernel
 from dsbp_optax.core.refresh import Bases
 from dsbp_optax.core.stacks import Stack
 from dsbp_optax.core.state import Kind, SpectralState, cast_like
+from dsbp_optax.linalg.subspace import rotate_first_moment
 from dsbp_optax.linalg.types import Array, PyTree, Scalar
 
 _NO_STATISTICS = (
@@ -314,7 +315,7 @@ def _refreshed(
                 inner[stack.name] = jax.vmap(rule.rotate)(inner[stack.name], rotation)
         for stack, values in given.items():
             rotation = stacks.of_stack(stack, bases, rotations)
-            given[stack] = jnp.matmul(rotation, values)
+            given[stack] = rotate_first_moment(rotation, values)
         return cast_like((after, inner, given), operands)
 
     operands = before, dict(held.inner), dict(given)
@@ -339,12 +340,14 @@ def _changed(
     shape = (count, first.view.size, first.view.other)
     known: dict[str, Any] = dict.fromkeys(Seen._fields)
     if first.rank:
-        basis = stacks.of_stack(stack, held.bases, bases.basis)
-        spectrum = stacks.of_stack(stack, held.bases, bases.spectrum)
-        if spectrum.rank is not None:
-            basis = basis * state.in_use(spectrum.rank, first.rank)[:, None, :]
-        known |= {"basis": basis, "eigenvalues": spectrum.eigenvalues}
-        known |= {name: getattr(spectrum, name) for name in _OF_SPECTRUM}
+        shown = {
+            name: (basis, *(getattr(bases.spectrum[name], field) for field in _SHOWN))
+            for name, basis in bases.basis.items()
+        }
+        basis, rank, *spectrum = stacks.of_stack(stack, held.bases, shown)
+        if rank is not None:
+            basis = basis * state.in_use(rank, first.rank)[:, None, :]
+        known |= {"basis": basis, **dict(zip(_SHOWN[1:], spectrum, strict=True))}
     seeds = [
         (plan.seed(one.path) + i) % 2**32
         for one in stack.kernels
@@ -372,7 +375,8 @@ def _changed(
     return update, inner
 
 
-_OF_SPECTRUM = ("trace", "activations", "iterations")
+#: Fields of `Spectrum` that rules are shown, and the rank that goes into the basis.
+_SHOWN = ("rank", "eigenvalues", "trace", "activations", "iterations")
 
 
 def _gathered(

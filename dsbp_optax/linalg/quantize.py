@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from dsbp_optax.linalg.types import Array
 
@@ -124,6 +125,6 @@ def _unpack(codes: tuple[Array, ...], rows: int, bits: int) -> Array:
     return index
 
 
-def _places(width: int) -> Array:
+def _places(width: int) -> np.ndarray:
     """``(8 / width, 1)``: the lowest bit of each of the rows in a byte."""
-    return jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
+    return np.arange(0, 8, width, dtype=np.uint8)[:, None]

@@ -10,17 +10,17 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def project(basis: Array, matrix: Array) -> Array:
     """Coordinates ``V^T G``: ``(*b, d, k), (*b, d, m) -> (*b, k, m)``."""
-    return jnp.einsum("...dk,...dm->...km", basis, matrix)
+    return jnp.einsum("...dk,...dm->...km", basis, matrix, precision=_HIGHEST)
 
 
 def lift(basis: Array, coordinates: Array) -> Array:
     """``V u (*b, d, m)``, the inverse of `project` on the subspace."""
-    return jnp.einsum("...dk,...km->...dm", basis, coordinates)
+    return jnp.einsum("...dk,...km->...dm", basis, coordinates, precision=_HIGHEST)
 
 
 def squared_norm(matrix: Array) -> Array:
-    """``|M|_F^2`` of one matrix, ``()``."""
-    return jnp.sum(matrix * matrix)
+    """``|M|_F^2`` of one array, ``()``."""
+    return jnp.sum((matrix * matrix.conj()).real)
 
 
 def captured_energy(coordinates: Array, matrix: Array) -> Array:

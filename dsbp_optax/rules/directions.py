@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ Scale: TypeAlias = Literal["muon", "adam"]
 _ADAM_RMS = 0.2
 
 
-def orthogonalize(steps: int = 5, scale: Scale = "muon") -> Direction:
+def orthogonalize(
+    steps: int = 5, scale: Scale = "muon", dtype: Any = None
+) -> Direction:
     """The update of each kernel made semi-orthogonal, as Muon does.
 
     Args:
@@ -26,6 +28,7 @@ def orthogonalize(steps: int = 5, scale: Scale = "muon") -> Direction:
       scale: "muon" multiplies by ``sqrt(max(1, fan out / fan in))``, so that the
         learning rate is that of `optax.contrib.muon`; "adam" gives each entry an RMS
         of 0.2, so that it is that of `optax.adamw`.
+      dtype: of the iteration, such as "bfloat16"; None is float32 at least.
 
     Returns:
       ``(matrix, fan in, fan out) -> matrix``, for
@@ -54,7 +57,7 @@ def orthogonalize(steps: int = 5, scale: Scale = "muon") -> Direction:
         factor = math.sqrt(max(1.0, fan_out / fan_in))
         if scale == "adam":
             factor = _ADAM_RMS * math.sqrt(max(fan_in, fan_out))
-        return factor * newton_schulz(matrix, steps)
+        return factor * newton_schulz(matrix, steps, dtype)
 
     return direction
 

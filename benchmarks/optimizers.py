@@ -260,15 +260,6 @@ CONTENDERS = {
             1e-2,
             {"beta": 0.95},
         ),
-        Contender(
-            "sophia",
-            "optax.contrib.sophia, Hutchinson's diagonal every 10 steps",
-            optax.contrib.sophia,
-            _FINE,
-            3e-3,
-            period=10,
-            window=1,
-        ),
     )
 }
 

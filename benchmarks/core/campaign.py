@@ -7,7 +7,6 @@ rates, are functions of the records alone.
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from rich.progress import Progress
 from benchmarks.core import records, tune
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, Program, build, carry_out, key_of
-from benchmarks.optimizers import CONTENDERS, Contender
-from benchmarks.tasks import WORKLOADS
+from benchmarks.optimizers import Contender
 from benchmarks.tasks.base import Data, DataError, Workload
 
 #: Name of the study, and folder of its files.
@@ -162,36 +160,3 @@ def words(order: Order) -> str:
     """A run in words."""
     phase = f"tuning round {order.round}" if order.round else f"seed {order.seed}"
     return f"{phase}, rate {order.rate:g}"
-
-
-def run_on_cores(
-    lanes: Sequence[Lane], workers: int, data_dir: Path | None, deadline: float
-) -> None:
-    """The same in several processes, each on one core: small models run better so."""
-    import joblib
-
-    cores = sorted(getattr(os, "sched_getaffinity", lambda _: range(workers))(0))
-    if workers > len(cores):
-        raise DataError(
-            f"--workers: got {workers}, expected at most {len(cores)}, one a core. "
-            "Remedy: fewer workers."
-        )
-    seconds = deadline - time.monotonic()
-    told = [
-        (lane.out, lane.workload.name, lane.contender.name, lane.seeds, lane.quick)
-        for lane in lanes
-    ]
-    joblib.Parallel(workers)(
-        joblib.delayed(_worker)(cores[core], told[core::workers], data_dir, seconds)
-        for core in range(workers)
-    )
-
-
-def _worker(
-    core: int, told: Sequence[tuple], data_dir: Path | None, seconds: float
-) -> None:
-    """Every so many-th lane; XLA sizes its threads by the cores it may use."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-    lanes = [Lane(out, WORKLOADS[w], CONTENDERS[c], *rest) for out, w, c, *rest in told]
-    run(lanes, data_dir, time.monotonic() + seconds, Progress(disable=True))

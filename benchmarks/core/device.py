@@ -108,19 +108,25 @@ def smallest(
 
 def parts(task: dict[str, Any]) -> tuple[Any, Any]:
     """The small GPT in another size, and a contender with other settings."""
-    import dataclasses
+    from dataclasses import replace
 
     from benchmarks.optimizers import CONTENDERS
     from benchmarks.tasks import gpt
 
     sizes = dict(task["sizes"])
     batch, model = sizes.pop("batch_size"), gpt.Gpt(**sizes)
-    workload = gpt.workload("sized", "GPT", model, batch_size=batch, quick_steps=1)
+    workload = replace(
+        gpt.WORKLOADS["shakespeare_gpt"],
+        model=model,
+        example=gpt.tokens(model.context),
+        load=gpt.load_shakespeare(model.context),
+        batch_size=batch,
+    )
     contender = CONTENDERS[task["optimizer"]]
     if task["coordinates"]:
         settings = {**contender.settings, **task["settings"], "residual": None}
         told = {"settings": settings, "coordinates": True, "warm_start": True}
-        contender = dataclasses.replace(contender, **told)
+        contender = replace(contender, **told)
     return workload, contender
 
 

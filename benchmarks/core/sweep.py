@@ -20,12 +20,11 @@ import optax
 
 import dsbp_optax
 from benchmarks.core import kernels
+from benchmarks.core.train import evaluation_steps
 from benchmarks.peers import Contender
 from benchmarks.tasks.base import cosine
 from dsbp_optax.core import gate
 
-#: Evaluations along a run, the last one at its end.
-EVALUATIONS = 12
 #: Samples that an evaluation takes at once.
 _AT_ONCE = 128
 #: Integers of a state that depend on the number of steps alone.
@@ -315,12 +314,6 @@ def train(
             }
         )
     return rows
-
-
-def evaluation_steps(steps: int, chunk: int) -> list[int]:
-    """At most `EVALUATIONS` multiples of a chunk, about evenly spaced, the last too."""
-    numbers = np.linspace(0, steps // chunk, EVALUATIONS + 1)[1:]
-    return sorted({chunk * max(1, round(number)) for number in numbers})
 
 
 def _is_counter(keys: Any, leaf: Any) -> bool:

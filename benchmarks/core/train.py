@@ -61,8 +61,8 @@ def train_step(
 ) -> tuple[Params, Any, jax.Array]:
     """One step, the same for every contender.
 
-    Statistics exist only where `tx` asks for them; only SAM uses `grad_fn` and only
-    Sophia `obj_fn`. The gradients of SAM's second point are clipped alike.
+    Statistics exist only where `tx` asks for them; only SAM uses `grad_fn`. The
+    gradients of its second point are clipped alike.
     """
     clipped = _clipper(clip)
     make = dsbp_optax.linen
@@ -74,7 +74,6 @@ def train_step(
         opt_state,
         params,
         grad_fn=lambda params, _: clipped(jax.grad(loss)(params, batch)),
-        obj_fn=lambda params: loss(params, batch),
         **extra,
     )
     return optax.apply_updates(params, updates), opt_state, value
@@ -209,10 +208,10 @@ def train(
     return run
 
 
-def evaluation_steps(steps: int) -> list[int]:
-    """At most `EVALUATIONS` step numbers, evenly spaced, the last step included."""
-    numbers = np.linspace(0, steps, EVALUATIONS + 1)[1:]
-    return sorted({max(1, round(number)) for number in numbers})
+def evaluation_steps(steps: int, chunk: int = 1) -> list[int]:
+    """At most `EVALUATIONS` multiples of a chunk, about evenly spaced, the last too."""
+    numbers = np.linspace(0, steps // chunk, EVALUATIONS + 1)[1:]
+    return sorted({chunk * max(1, round(number)) for number in numbers})
 
 
 @dataclass(frozen=True)

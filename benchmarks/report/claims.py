@@ -1,6 +1,6 @@
 """What the paper claims, and what was reached for: each held against the records.
 
-A new claim is one function of the `Evidence`, named in `CLAIMS`.
+A new claim is one function of the `Found` records, named in `CLAIMS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,18 +13,12 @@ from benchmarks.core.statistics import mean_interval
 from benchmarks.report import entries as compare
 from benchmarks.report import tables
 from benchmarks.report.entries import Entry
+from benchmarks.report.found import DATA_SETS, Found
 from benchmarks.studies.finetune import ALIKE, PEER, TASKS, WIDE
 
 CONFIRMED, REFUTED = "confirmed", "**not confirmed**"
 UNTESTABLE, UNMEASURED = "not testable here", "not measured"
 
-#: The paper's data sets, and the workload of each.
-DATA_SETS = {
-    "CIFAR-10": "cifar10_resnet",
-    "Fashion-MNIST": "fashion_mnist_cnn",
-    "PneumoniaMNIST": "pneumonia_cnn",
-    "Tiny ImageNet": "tiny_imagenet_resnet",
-}
 #: The paper's rule among the contenders, and among the levels of the ablation.
 PAPER, SAM = "dsbp", "sam"
 LITERAL = ("dropped", "none", "output", "spectral")
@@ -32,21 +26,7 @@ LITERAL = ("dropped", "none", "output", "spectral")
 Line = tuple[str, str, str]
 
 
-class Evidence(NamedTuple):
-    """What there is to judge by."""
-
-    found: Sequence[Record]  # every record
-    pictures: Mapping[str, Mapping[str, Entry]]  # workload -> contender -> final runs
-    finetuned: Mapping[str, Sequence[Entry]]  # of each task
-    looked_at: Mapping[str, Sequence[Record]]  # of `minima`, by workload
-    fewshot: Mapping[int, Sequence[Entry]]  # by shots
-
-    def of(self, study: str) -> list[Record]:
-        """Records of a study."""
-        return [one for one in self.found if one["study"] == study]
-
-
-def cost(evidence: Evidence) -> Iterator[Line]:
+def cost(found: Found) -> Iterator[Line]:
     """A gradient for O(k d): as published, and in coordinates."""
     claim = "a layer's gradient costs O(k d) instead of O(d d')"
     yield (
@@ -55,7 +35,7 @@ def cost(evidence: Evidence) -> Iterator[Line]:
         REFUTED,
     )
     claim = f"{claim}: with gradients taken in coordinates"
-    counted = evidence.of("coordinates")
+    counted = found.of("coordinates")
     if not counted:
         yield claim, "-", UNMEASURED
         return
@@ -74,10 +54,10 @@ def cost(evidence: Evidence) -> Iterator[Line]:
     yield claim, measured, CONFIRMED if shares["dense layers"] < 0.68 else REFUTED
 
 
-def accuracy(evidence: Evidence) -> Iterator[Line]:
+def accuracy(found: Found) -> Iterator[Line]:
     """Better than SAM on each data set."""
     for title, workload in DATA_SETS.items():
-        claim, known = f"more accurate than SAM on {title}", evidence.pictures[workload]
+        claim, known = f"more accurate than SAM on {title}", found.pictures[workload]
         if title == "Tiny ImageNet" and not known:
             reason = "the data has to be got by hand and was not; the loader is there"
             yield claim, reason, UNTESTABLE
@@ -89,7 +69,7 @@ def accuracy(evidence: Evidence) -> Iterator[Line]:
         yield _judged(claim, known.get(PAPER), known.get(SAM), more)
 
 
-def lora(evidence: Evidence) -> Iterator[Line]:
+def lora(found: Found) -> Iterator[Line]:
     """Better than LoRA, where there is something to adapt."""
     yield (
         "more accurate than LoRA, trained on pictures from the start",
@@ -97,29 +77,29 @@ def lora(evidence: Evidence) -> Iterator[Line]:
         UNTESTABLE,
     )
     for workload in TASKS:
-        named = {one.name: one for one in evidence.finetuned.get(workload, ())}
+        named = {one.name: one for one in found.finetuned.get(workload, ())}
         for name in (*ALIKE, WIDE):
             alike = "as much state" if name == WIDE else "as many trained numbers"
             claim = f"better than LoRA: {workload}, {name} in coordinates, {alike}"
             yield _judged(claim, named.get(name), named.get(PEER))
 
 
-def maml(evidence: Evidence) -> Iterator[Line]:
+def maml(found: Found) -> Iterator[Line]:
     """Better than MAML, on episodes."""
-    for shots, found in evidence.fewshot.items():
-        named = {one.name: one for one in found}
+    for shots, some in found.fewshot.items():
+        named = {one.name: one for one in some}
         claim = f"better than MAML ({shots} shot(s)), as spectral inner steps"
         yield _judged(claim, named.get("maml_spectral"), named.get("maml"))
 
 
-def flatness(evidence: Evidence) -> Iterator[Line]:
+def flatness(found: Found) -> Iterator[Line]:
     """Flat minima: the ten largest eigenvalues of the Hessian."""
     claim = "flatter minima: lower top-10 Hessian eigenvalues than SGD's and SAM's"
     key = "hessian_eigenvalues"
     values = {
         name: np.mean([run[key] for run in runs], axis=0)
         for name in (PAPER, "sgd", SAM)
-        if (runs := _looked(evidence, name, key))
+        if (runs := _looked(found, name, key))
     }
     if len(values) < 3:
         yield claim, "-", UNMEASURED
@@ -130,10 +110,10 @@ def flatness(evidence: Evidence) -> Iterator[Line]:
     yield claim, measured, CONFIRMED if lower else REFUTED
 
 
-def bounded(evidence: Evidence) -> Iterator[Line]:
+def bounded(found: Found) -> Iterator[Line]:
     """The PAC-Bayes bound, and its KL term along training."""
     claim = "the KL term of a PAC-Bayes bound stays bounded along training"
-    curve = tables.mean_curve(_looked(evidence, PAPER, "kl"), "kl")
+    curve = tables.mean_curve(_looked(found, PAPER, "kl"), "kl")
     if curve is None:
         yield claim, "-", UNMEASURED
     else:
@@ -144,7 +124,7 @@ def bounded(evidence: Evidence) -> Iterator[Line]:
         )
         yield claim, measured, CONFIRMED if growth < 1.5 else REFUTED
     claim = "a PAC-Bayes bound limits the error"
-    runs = [run for some in evidence.looked_at.values() for run in some]
+    runs = [run for some in found.minima.values() for run in some]
     least = min(
         (run for run in runs if "bound" in run),
         key=lambda run: float(run["bound"]),
@@ -162,9 +142,9 @@ def bounded(evidence: Evidence) -> Iterator[Line]:
     yield claim, measured, CONFIRMED if least["bound"] < 0.9 else REFUTED
 
 
-def unobserved(evidence: Evidence) -> Iterator[Line]:
+def unobserved(found: Found) -> Iterator[Line]:
     """The stochastic differential equation, and what is known by name only."""
-    del evidence
+    del found
     yield (
         "a third-order stochastic differential equation describes training",
         "no observable is named by which it could be told from another",
@@ -178,9 +158,9 @@ def unobserved(evidence: Evidence) -> Iterator[Line]:
     )
 
 
-def failures(evidence: Evidence) -> Iterator[Line]:
+def failures(found: Found) -> Iterator[Line]:
     """Stale bases and too few directions cost accuracy."""
-    cells = evidence.of("ablation")
+    cells = found.of("ablation")
     for workload in dict.fromkeys(cell["workload"] for cell in cells):
         keys = ("workload", "outside", "filter", "side", "sharpness")
         mine = [c for c in cells if tuple(c[k] for k in keys) == (workload, *LITERAL)]
@@ -222,18 +202,18 @@ def _judged(
     return claim, measured, CONFIRMED if better else REFUTED
 
 
-def _looked(evidence: Evidence, optimizer: str, key: str) -> list[Record]:
+def _looked(found: Found, optimizer: str, key: str) -> list[Record]:
     """Runs on Fashion-MNIST that have a figure, at the end or along the way."""
     return [
         run
-        for run in evidence.looked_at.get(DATA_SETS["Fashion-MNIST"], ())
+        for run in found.minima.get(DATA_SETS["Fashion-MNIST"], ())
         if run["optimizer"] == optimizer
         and not run["diverged"]
         and (key in run or key in run["curve"][-1])
     ]
 
 
-CLAIMS: tuple[Callable[[Evidence], Iterator[Line]], ...] = (
+CLAIMS: tuple[Callable[[Found], Iterator[Line]], ...] = (
     *(cost, accuracy, lora, maml, flatness, bounded, failures, unobserved),
 )
 

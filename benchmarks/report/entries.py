@@ -110,6 +110,14 @@ def campaign_entries(
     return entries(workload.metric, runs, speeds)
 
 
+def control_entries(workload: Workload, rule: str, out: Path = RESULTS) -> list[Entry]:
+    """Of a rule, and of the controls that are it without one of its parts."""
+    found = records.read(out / "controls" / f"{workload.name}.jsonl")
+    own = campaign.finals(workload, CONTENDERS[rule], out)
+    others = [one for one in found if one["optimizer"].startswith(f"{rule}, ")]
+    return entries(workload.metric, own + others)
+
+
 def best_peer(found: Sequence[Entry]) -> Entry | None:
     """The best by mean among the contenders of other packages."""
     peers = [entry for entry in found if not entry.ours]

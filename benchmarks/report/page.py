@@ -4,23 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import typer
 
 from benchmarks import cli
-from benchmarks.core import records, statistics
+from benchmarks.core import records
 from benchmarks.core.records import RESULTS, Record
-from benchmarks.core.statistics import Interval
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
-from benchmarks.report.entries import Entry, campaign_entries, entries
+from benchmarks.report.entries import (
+    control_entries,
+)
+from benchmarks.report.found import DATA_SETS, Found
 from benchmarks.report.tables import markdown, table
-from benchmarks.studies import controls, fewshot, finetune
-from benchmarks.studies.ablation import FACTORS, cell_of
+from benchmarks.studies import finetune
 from benchmarks.studies.scoreboard import BOARDS
 from benchmarks.tasks import WORKLOADS
-from benchmarks.tasks.base import ACCURACY
 
 PAGE = Path(__file__).parents[1] / "RESULTS.md"
 #: Of pictures: the board, and the workloads.
@@ -66,77 +65,6 @@ _ALONE: Mapping[str, Any] = {
 }
 
 
-class Found:
-    """Everything that the page shows, read once."""
-
-    def __init__(self, root: Path):
-        self.root, self.every = root, records.read_all(root)
-        minima = [one for one in self.every if one["study"] == "minima"]
-        self.minima = {
-            name: tables.latest_looks(some)
-            for name in WORKLOADS
-            if (some := [one for one in minima if one["workload"] == name])
-        }
-        self.campaign = {
-            name: some
-            for name, workload in WORKLOADS.items()
-            if (some := campaign_entries(workload, root))
-        }
-        self.finetuned = {
-            name: some
-            for name, task in finetune.TASKS.items()
-            if (some := task.entries(root))
-        }
-        file = root / "fewshot.jsonl"
-        finals = {shots: fewshot.finals(file, shots) for shots in fewshot.SHOTS}
-        self.fewshot = {s: entries(ACCURACY, rows) for s, rows in finals.items()}
-        self.boards = {n: board.rows(root) for n, board in BOARDS.items()}
-        self.boards = {name: rows for name, rows in self.boards.items() if rows}
-
-    def of(self, study: str) -> list[Record]:
-        """Records of a study."""
-        return [one for one in self.every if one["study"] == study]
-
-    @property
-    def pictures(self) -> dict[str, dict[str, Entry]]:
-        """Final runs on the paper's data sets, by workload and contender."""
-        found = {}
-        for name in claims.DATA_SETS.values():
-            some = tables.first_entries(WORKLOADS[name], self.minima.get(name, ()))
-            some |= {entry.name: entry for entry in self.campaign.get(name, ())}
-            found[name] = {key: some[key] for key in CONTENDERS if key in some}
-        return found
-
-    @property
-    def effects(self) -> dict[str, dict[str, dict[str, Interval]]]:
-        """Figure -> workload -> effect, in decades, of whole grids."""
-        found: dict[str, dict[str, dict[str, Interval]]] = {"test error": {}}
-        found["training loss"] = {}
-        cells = [one for one in self.of("ablation") if cell_of(one).on_grid]
-        whole = int(np.prod([*map(len, FACTORS.values())]))
-        for name in dict.fromkeys(cell["workload"] for cell in cells):
-            mine = [cell for cell in cells if cell["workload"] == name]
-            rows = [
-                {
-                    **{factor: cell[factor] for factor in FACTORS},
-                    "seed": seed,
-                    "test error": np.log10(max(1e-3, 1 - (0.1 if a is None else a))),
-                    "training loss": np.log10(
-                        max(1e-4, np.log(10) if b is None else b)
-                    ),
-                }
-                for cell in mine
-                for seed, (a, b) in enumerate(
-                    zip(cell["accuracy"], cell["train_loss"], strict=True)
-                )
-            ]
-            if len(mine) == whole:
-                frame = pd.DataFrame(rows)
-                for key, some in found.items():
-                    some[name] = statistics.effects(frame, FACTORS, key)
-        return found
-
-
 def document(found: Found) -> str:
     """The whole page."""
     return "\n\n".join([_HEAD, *_parts(found)]) + "\n"
@@ -156,16 +84,13 @@ def _parts(found: Found) -> Iterator[str]:
         for name in CONTENDERS:
             cells = {
                 title: f"{tables.mean(one)} ({tables.runs(one)})"
-                for title, workload in claims.DATA_SETS.items()
+                for title, workload in DATA_SETS.items()
                 if (one := pictures[workload].get(name))
             }
             rows += [{"optimizer": name, **cells}] if cells else []
         yield f"## The paper's comparison\n\n{_PAPER}\n\n{markdown(table(rows))}"
-    evidence = claims.Evidence(
-        *(found.every, pictures, found.finetuned, found.minima, found.fewshot)
-    )
     heads = "claim", "here", "verdict"
-    lines = [line for judge in claims.CLAIMS for line in judge(evidence)]
+    lines = [line for judge in claims.CLAIMS for line in judge(found)]
     rows = [dict(zip(heads, line, strict=True)) for line in lines]
     yield f"## The paper's claims\n\n{_CLAIMS}\n\n{markdown(table(rows))}"
     yield from _reached(found)
@@ -175,7 +100,7 @@ def _parts(found: Found) -> Iterator[str]:
         yield f"## {name}\n\n{workload.summary}; {told}."
         yield markdown(tables.campaign(some))
         for rule in ("projected_muon", "dsbp_sgd"):
-            both = entries(workload.metric, controls.known(found.root, workload, rule))
+            both = control_entries(workload, rule, found.root)
             if len(both) > 1:
                 yield _titled(f"Controls of {rule}", tables.controls(both))
     for name, some in found.finetuned.items():
@@ -194,7 +119,7 @@ def _parts(found: Found) -> Iterator[str]:
         for title, shown in tables.minima(WORKLOADS[name], looked).items():
             yield _titled(title, shown)
     effects = found.effects
-    if effects["test error"]:
+    if effects:
         columns = {f"{w}: {k}": e for k, ws in effects.items() for w, e in ws.items()}
         yield f"## Ablation: which part does the work\n\n{_EFFECTS}"
         yield markdown(tables.effects(columns))
@@ -307,7 +232,7 @@ def write(page: Path, root: Path = RESULTS) -> list[Path]:
     ]
     picture("MINIMA", plots.minima, looked)
     effects = found.effects
-    if effects["test error"]:
+    if effects:
         picture("ABLATION", plots.effects, effects)
     return drawn
 

@@ -86,6 +86,21 @@ def percent(values: Sequence[float], digits: int = 1) -> str:
 # ------------------------------------------------------------------------ campaign
 
 
+def _head(entry: Entry, title: str = "optimizer") -> dict[str, str]:
+    """What every table of final runs begins with."""
+    return {
+        title: entry.name,
+        "rate": f"{entry.records[0]['learning_rate']:g}",
+        entry.metric.label: mean(entry),
+        "runs": runs(entry),
+    }
+
+
+def _of(entry: Entry, key: str, form: str, factor: float = 1.0) -> str:
+    """The median of a figure over the seeds."""
+    return number(entry.median(key), form, factor)
+
+
 def campaign(found: Sequence[Entry]) -> pd.DataFrame:
     """After as many steps for all, and in as much time; memory and times.
 
@@ -97,29 +112,24 @@ def campaign(found: Sequence[Entry]) -> pd.DataFrame:
     for one in found:
         kernels, times = one.median("kernel_state_bytes"), one.milliseconds
         row = {
-            "optimizer": one.name,
-            "rate": f"{one.records[0]['learning_rate']:g}",
-            metric.label: mean(one),
-            "runs": runs(one),
+            **_head(one),
             f"against {peer.name if peer else 'none'} (95 %)": against(one, peer),
-            "train loss": number(one.median("train_loss"), ".4f"),
+            "train loss": _of(one, "train_loss", ".4f"),
             "kernels KiB": number(kernels, ",.1f", 1 / KIB),
         }
         if peer and np.isfinite(peer.mean):
             goal = compare.target(metric, peer)
-            seconds = peer.curves()[0][-1] * peer.step_seconds
-            value = compare.value_after(one, seconds)
+            value = compare.value_after(one, peer.curves()[0][-1] * peer.step_seconds)
             needed, base = (compare.seconds_to(e, goal) for e in (one, peer))
             whole = peer.median("kernel_state_bytes")
-            row["of peer's"] = number(
-                kernels / whole if kernels and whole else None, ".3f"
-            )
-            row["in equal time"] = "-" if value is None else metric.show(value)
-            share = needed / base if needed and base else None
-            row["time to target"] = number(share, ".2f")
+            row |= {
+                "of peer's": number(kernels and whole and kernels / whole, ".3f"),
+                "in equal time": "-" if value is None else metric.show(value),
+                "time to target": number(needed and base and needed / base, ".2f"),
+            }
         row |= {f"{key} ms": number(times[key], ".2f") for key in ("mean", "refresh")}
-        row["temp MiB"] = number(one.median("temporary_bytes"), ",.1f", 1 / MIB)
-        row["compile s"] = number(one.median("compile_seconds"), ".1f")
+        row["temp MiB"] = _of(one, "temporary_bytes", ",.1f", 1 / MIB)
+        row["compile s"] = _of(one, "compile_seconds", ".1f")
         rows.append(row)
     return table(rows)
 
@@ -129,13 +139,31 @@ def controls(found: Sequence[Entry]) -> pd.DataFrame:
     return table(
         [
             {
-                "rule": one.name,
-                "rate": f"{one.records[0]['learning_rate']:g}",
-                found[0].metric.label: mean(one),
-                "runs": runs(one),
+                **_head(one, "rule"),
                 "against the rule (95 %)": against(one, found[0]),
-                "kernels KiB": number(
-                    one.median("kernel_state_bytes"), ",.1f", 1 / KIB
+                "kernels KiB": _of(one, "kernel_state_bytes", ",.1f", 1 / KIB),
+            }
+            for one in found
+        ]
+    )
+
+
+def finetuning(found: Sequence[Entry]) -> pd.DataFrame:
+    """The metric against LoRA and training everything; what is trained and kept."""
+    named = {entry.name: entry for entry in found}
+    return table(
+        [
+            {
+                **_head(one),
+                "against lora (95 %)": against(one, named.get("lora")),
+                "against adamw (95 %)": against(one, named.get("adamw")),
+                "trained numbers": _of(one, "trained_numbers", ",.0f"),
+                "state KiB": _of(one, "state_bytes", ",.1f", 1 / KIB),
+                "temp MiB": _of(one, "temporary_bytes", ",.1f", 1 / MIB),
+                "GFLOP": _of(one, "flops", ".2f", 1e-9),
+                "step ms": number(one.milliseconds["step"], ".0f"),
+                "time of lora's (95 %)": ratio(
+                    one.speed["ratio"] if one.speed and one.name != "lora" else None, 3
                 ),
             }
             for one in found
@@ -143,66 +171,23 @@ def controls(found: Sequence[Entry]) -> pd.DataFrame:
     )
 
 
-def speed(rows: Sequence[Record]) -> pd.DataFrame:
-    """Steps in turns, or fixed figures; ratios have 95 % bootstrap intervals."""
-    return table(
-        [
-            {
-                **({"figure": row["figure"]} if "figure" in row else {}),
-                "contender": row["contender"],
-                "mean ms": number(row["seconds"], ".2f", 1e3),
-                "refresh ms": number(row.get("refresh_seconds"), ".2f", 1e3),
-                "refresh to other": ratio(row.get("dearest")),
-                "against": row["against"],
-                "ratio (95 %)": ratio(row["ratio"], 3),
-                "compile s": f"{row['compile_seconds']:.1f}",
-            }
-            for row in rows
-        ]
-    )
-
-
-def finetuning(found: Sequence[Entry]) -> pd.DataFrame:
-    """The metric against LoRA and training everything; what is trained and kept."""
-    metric, named = found[0].metric, {entry.name: entry for entry in found}
-    rows = []
-    for one in found:
-        turns = None if one.speed is None or one.name == "lora" else one.speed["ratio"]
-        row = {
-            "optimizer": one.name,
-            "rate": f"{one.records[0]['learning_rate']:g}",
-            metric.label: mean(one),
-            "runs": runs(one),
-            "against lora (95 %)": against(one, named.get("lora")),
-            "against adamw (95 %)": against(one, named.get("adamw")),
-            "trained numbers": number(one.median("trained_numbers"), ",.0f"),
-            "state KiB": number(one.median("state_bytes"), ",.1f", 1 / KIB),
-            "temp MiB": number(one.median("temporary_bytes"), ",.1f", 1 / MIB),
-            "GFLOP": number(one.median("flops"), ".2f", 1e-9),
-            "step ms": number(one.milliseconds["step"], ".0f"),
-            "time of lora's (95 %)": ratio(turns, 3),
-        }
-        rows.append(row)
-    return table(rows)
-
-
 def fewshot(found: Sequence[Entry]) -> pd.DataFrame:
     """Learners of few-shot episodes, against the first of them."""
     rows = []
     for one in found:
-        first, interval = one.records[0], mean_interval(list(one.finals.values()))
+        interval = mean_interval(list(one.finals.values()))
         shown = one.metric.show(one.mean)
         if interval is not None:
             low, high = map(one.metric.show, interval[1:])
             shown = f"{shown} [{low}, {high}]"
         row = {
             "learner": one.name,
-            "rate": f"{first['learning_rate']:g}",
-            "inner": f"{first['inner_rate']:g}",
+            "rate": f"{one.records[0]['learning_rate']:g}",
+            "inner": f"{one.records[0]['inner_rate']:g}",
             f"{one.metric.label} (95 %)": shown,
             "runs": runs(one),
             f"against {found[0].name} (95 %)": against(one, found[0]),
-            "state KiB": number(one.median("state_bytes"), ",.1f", 1 / KIB),
+            "state KiB": _of(one, "state_bytes", ",.1f", 1 / KIB),
         }
         rows.append(row)
     return table(rows)
@@ -351,47 +336,11 @@ def mean_of(found: Sequence[Record], key: str, place: int = 0) -> float | None:
 
 def minima(workload: Workload, found: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """Accuracy beside curvature and distance; attacks and corruptions; the bound."""
-    if not found:
-        return {}
-    firsts = first_entries(workload, found)
-    groups, rows = grouped(found), []
-    keys = "hessian_eigenvalues"
-    tops = {name: mean_of(one.records, keys) for name, one in firsts.items()}
-    robust, bounds = [], []
-    for (name, rate), some in groups.items():
+    firsts, rows, robust, bounds = first_entries(workload, found), [], [], []
+    for (name, rate), some in grouped(found).items():
         head = {"optimizer": name, "rate": f"{rate:g}"}
         one = Entry(some[0]["optimizer"], workload.metric, some)
-        seen = [run for run in some if keys in run]
-        values = [run[keys][0] for run in seen]
-        top, wide = mean_of(seen, keys), spread(values)
-        tail = "" if wide is None else f" ± {wide:.2f}"
-        kl = mean_curve([run for run in some if not run["diverged"]], "kl")
-        inside = mean_curve(some, "moved_inside")
-        row = {
-            **head,
-            workload.metric.label: mean(one),
-            "runs": runs(one),
-            **{
-                f"against {peer} (95 %)": "-"
-                if firsts.get(peer) and firsts[peer].records is some
-                else signed(compare.difference(one, firsts.get(peer)), 2)
-                for peer in ("sgd", "sam")
-            },
-            "lambda max": "-" if top is None else f"{top:.2f}{tail}",
-            **{
-                f"of {peer}'s": number(
-                    top and tops.get(peer) and top / tops[peer], ".2f"
-                )
-                for peer in ("sgd", "sam")
-            },
-            "lambda 10": number(mean_of(seen, keys, -1), ".2f"),
-            "trace": number(mean_of(seen, "hessian_trace"), ".4g"),
-            "m-sharpness": number(mean_of(seen, "m_sharpness"), ".4g"),
-            "KL, half": "-" if kl is None else f"{kl[len(kl) // 2 - 1]:,.0f}",
-            "KL, end": "-" if kl is None else f"{kl[-1]:,.0f}",
-            "way inside bases": "-" if inside is None else f"{inside[-1]:.2f}",
-        }
-        rows.append(row)
+        rows.append({**_head(one), **head, **_flatness(one, firsts)})
         robust += _robust(head, some)
         seen = [run for run in some if "bound" in run]
         if seen:
@@ -403,11 +352,46 @@ def minima(workload: Workload, found: Sequence[Record]) -> dict[str, pd.DataFram
             }
             bounds.append({**head, **shown})
     whole = table(rows)
-    tables = {"accuracy, curvature, distance": whole.loc[:, (whole != "-").any()]}
-    tables |= (
-        {"attacks and corruptions, accuracy in %": table(robust)} if robust else {}
+    shown = {
+        "accuracy, curvature, distance": whole.loc[:, (whole != "-").any()],
+        "attacks and corruptions, accuracy in %": table(robust),
+        "PAC-Bayes bound": table(bounds),
+    }
+    return {title: one for title, one in shown.items() if len(one)}
+
+
+def _flatness(one: Entry, firsts: Mapping[str, Entry]) -> dict[str, str]:
+    """Differences to SGD and SAM, curvature, and the distance from the start."""
+    keys, some = "hessian_eigenvalues", one.records
+    peers = {peer: firsts.get(peer) for peer in ("sgd", "sam")}
+    top, wide = (
+        mean_of(some, keys),
+        spread([run[keys][0] for run in some if keys in run]),
     )
-    return tables | ({"PAC-Bayes bound": table(bounds)} if bounds else {})
+    tops = {name: mean_of(e.records, keys) for name, e in peers.items() if e}
+    kl = mean_curve([run for run in some if not run["diverged"]], "kl")
+    inside = mean_curve(some, "moved_inside")
+    gaps = {
+        f"against {name} (95 %)": "-"
+        if peer and peer.records is some
+        else signed(compare.difference(one, peer), 2)
+        for name, peer in peers.items()
+    }
+    shares = {
+        f"of {name}'s": number(top and tops.get(name) and top / tops[name], ".2f")
+        for name in peers
+    }
+    return {
+        **gaps,
+        "lambda max": number(top, ".2f") + ("" if wide is None else f" ± {wide:.2f}"),
+        **shares,
+        "lambda 10": number(mean_of(some, keys, -1), ".2f"),
+        "trace": number(mean_of(some, "hessian_trace"), ".4g"),
+        "m-sharpness": number(mean_of(some, "m_sharpness"), ".4g"),
+        "KL, half": "-" if kl is None else f"{kl[len(kl) // 2 - 1]:,.0f}",
+        "KL, end": "-" if kl is None else f"{kl[-1]:,.0f}",
+        "way inside bases": "-" if inside is None else f"{inside[-1]:.2f}",
+    }
 
 
 def _robust(head: Mapping[str, str], some: Sequence[Record]) -> list[dict[str, str]]:
@@ -419,14 +403,33 @@ def _robust(head: Mapping[str, str], some: Sequence[Record]) -> list[dict[str, s
             values = [run["attacks"][name][place] for run in hit]
             row[f"{name} {255 * radius:.0f}/255"] = percent(values)
     if bent:
-        means = {key: np.mean([run[key] for run in bent]) for key in bent[0]}
-        worst = min(means, key=lambda key: float(means[key]))
-        row["corrupted"] = percent([float(np.mean(list(run.values()))) for run in bent])
-        row["worst"] = f"{percent([run[worst] for run in bent])} ({worst})"
+        frame = pd.DataFrame(bent)
+        worst = frame.mean().idxmin()
+        row["corrupted"] = percent(list(frame.mean(axis=1)))
+        row["worst"] = f"{percent(list(frame[worst]))} ({worst})"
     return [{**head, "runs": f"{len(hit or bent)}", **row}] if row else []
 
 
 # -------------------------------------------------------------------------- others
+
+
+def speed(rows: Sequence[Record]) -> pd.DataFrame:
+    """Steps in turns, or fixed figures; ratios have 95 % bootstrap intervals."""
+    return table(
+        [
+            {
+                **({"figure": row["figure"]} if "figure" in row else {}),
+                "contender": row["contender"],
+                "mean ms": number(row["seconds"], ".2f", 1e3),
+                "refresh ms": number(row.get("refresh_seconds"), ".2f", 1e3),
+                "refresh to other": ratio(row.get("dearest")),
+                "against": row["against"],
+                "ratio (95 %)": ratio(row["ratio"], 3),
+                "compile s": f"{row['compile_seconds']:.1f}",
+            }
+            for row in rows
+        ]
+    )
 
 
 def ablation_cells(cells: Sequence[Record]) -> pd.DataFrame:
@@ -568,7 +571,8 @@ def coordinates(found: Record) -> dict[str, pd.DataFrame]:
             "step that refreshes": ratio(found["times"][f"refresh_{clock}"]),
             "mean of a period": number(found["times"][f"period_{clock}"], ".2f"),
         }
-        for clock in ("wall", "cpu")
+        for clock in ("wall", "cpu")  # The older record has both.
+        if clock in found["times"]
     ]
     gaps = [
         {

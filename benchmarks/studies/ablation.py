@@ -271,17 +271,16 @@ def command(
     hours: cli.Hours = 1.0,
     seeds: cli.Seeds = 3,
     steps: cli.Steps = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Each part of the rule at each of its levels, crossed; can be continued.
 
     Default workloads: digits_cnn, fashion_mnist_mlp, at their quick lengths.
     """
     deadline = time.monotonic() + 3600 * hours
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         for one in cli.several(WORKLOADS, workload or USUAL, "WORKLOAD"):
             file = out / "ablation" / f"{one.name}.jsonl"
             plan = Plan(one, file, seeds, steps or one.quick_steps, deadline)
             runs = len(GRID) * (len(RATES) + seeds)
             plan.run(one.load(data_dir), cli.bar(progress, one.name, runs))
-            cli.show(quiet, (one.name, tables.ablation_cells(plan.found())))
+            cli.show((one.name, tables.ablation_cells(plan.found())))

@@ -4,6 +4,7 @@ Parameters and optimizer state are replicated, the batch is split. The compiler 
 adds a reduction over devices for every sum over samples; its operands are what is sent.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -11,27 +12,23 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import optax
 import typer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dsbp_optax
 from benchmarks import cli
 from benchmarks.core.kernels import path_of
 from benchmarks.core.records import Record
+from benchmarks.core.train import train_step
 from benchmarks.report import tables
+from benchmarks.studies.distributed import Layout
+from benchmarks.studies.speed import PERIOD, WINDOW
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Workload
 from dsbp_optax import Coordinates
 
 Shape = tuple[int, ...]
-#: Steps from refresh to refresh, and how many of them refresh.
-PERIOD, WINDOW = 100, 5
 #: Ways to a gradient.
-ROUTES = {
-    "whole": dsbp_optax.linen.value_and_grad,
-    "subspace": dsbp_optax.linen.subspace_value_and_grad,
-}
+ROUTES = ("whole", "subspace")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
@@ -73,25 +70,16 @@ def compile_step(
     workload: Workload, rank: int, route: str, devices: int
 ) -> tuple[str, Any, Any]:
     """The text of a compiled step, parameters and optimizer state (shapes)."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    layout, coordinates = Layout(), route == "subspace"
     basis = dsbp_optax.Basis(power_iterations=WINDOW)
     tx = dsbp_optax.subspace_adamw(1e-3, rank=rank, update_every=PERIOD, basis=basis)
-    differentiate = ROUTES[route](workload.loss)
-
-    def step(params: Any, opt_state: Any, batch: Any) -> Any:
-        loss, grads, seen = differentiate(params, batch, opt_state=opt_state)
-        updates, opt_state = tx.update(grads, opt_state, params, statistics=seen)
-        return optax.apply_updates(params, updates), opt_state, loss
-
     params = jax.eval_shape(lambda: workload.init(0))
     opt_state = jax.eval_shape(tx.init, params)
     rows = workload.batch_size - workload.batch_size % devices
     program = jax.jit(
-        step,
-        in_shardings=(everywhere, everywhere, split),
-        out_shardings=everywhere,
+        functools.partial(train_step, workload.loss, None, tx, coordinates=coordinates),
+        in_shardings=(layout.everywhere, layout.everywhere, layout.split),
+        out_shardings=layout.everywhere,
         donate_argnums=(0, 1),
     )
     text = program.lower(params, opt_state, workload.example(rows)).compile().as_text()
@@ -151,13 +139,12 @@ def command(
     rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 16,
     route: Annotated[str, typer.Option(help="subspace, or whole")] = "subspace",
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """What a data-parallel step sends, read off its compiled program; nothing runs."""
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
-    cli.lookup(ROUTES, route, "--route")
+    cli.lookup(dict.fromkeys(ROUTES), route, "--route")
     jax.config.update("jax_num_cpu_devices", devices)
     found = account(*compile_step(chosen, rank, route, devices))
     record = {"workload": workload, "rank": rank, "devices": devices, "route": route}
     cli.save(json, "communication", [{**record, **found}])
-    cli.show(quiet, (f"{workload}, {route} route", tables.communication(found)))
+    cli.show((f"{workload}, {route} route", tables.communication(found)))

@@ -29,20 +29,18 @@ _STEP, _MOST = 4 * MIB, 16 * 1024 * MIB
 
 #: Name -> what `device.parts` makes a contender of.
 ENTRANTS: Mapping[str, Record] = {
-    **{
-        name: {"optimizer": name, "coordinates": False, "settings": {}}
-        for name in ("adamw", "sgd", "muon", "projected_muon", "projected_adamw")
-    },
-    "projected_muon in coordinates, rank 32": {
-        "optimizer": "projected_muon",
-        "coordinates": True,
-        "settings": {"rank": 32},
-    },
-    "projected_adamw in coordinates": {
-        "optimizer": "projected_adamw",
-        "coordinates": True,
-        "settings": {},
-    },
+    name: {"optimizer": optimizer, "coordinates": coordinates, "settings": settings}
+    for name, optimizer, coordinates, settings in (
+        *((n, n, False, {}) for n in ("adamw", "sgd", "muon")),
+        *((n, n, False, {}) for n in ("projected_muon", "projected_adamw")),
+        (
+            "projected_muon in coordinates, rank 32",
+            "projected_muon",
+            True,
+            {"rank": 32},
+        ),
+        ("projected_adamw in coordinates", "projected_adamw", True, {}),
+    )
 }
 #: The small GPT, and one in which the state of the optimizer is not hidden behind
 #: activations.
@@ -149,7 +147,6 @@ def command(
     data_dir: cli.DataDir = None,
     steps: Annotated[int, typer.Option(min=2, help="of each attempt")] = 20,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """The smallest cap of memory, on one core, under which each optimizer trains.
 
@@ -164,21 +161,23 @@ def command(
         for name in optimizer or ENTRANTS
         for how in way or WAYS
     ]
-    known = records.read(json) if json else []
-    if any(row["steps"] != steps for row in known):
-        raise DataError(f"{json}: made with other --steps. Remedy: another --json.")
-    with cli.bars(quiet) as progress, tempfile.TemporaryDirectory() as place:
+    rows = records.read(json) if json else []
+
+    def keep(row: Record) -> None:
+        rows.append({**row, "steps": steps})
+        if json:
+            records.append(json, "constrained", rows[-1:])
+
+    with cli.bars() as progress, tempfile.TemporaryDirectory() as place:
+        if any(row["steps"] != steps for row in rows):
+            raise DataError(f"{json}: made with other --steps. Remedy: another --json.")
         advance = cli.bar(progress, "optimizers", len(heads))
-        made = [{key: row[key] for key in heads[0]} for row in known]
-        rows = list(known) or [{**baseline(), "steps": steps}]
-        new = rows[len(known) :]
-        for head in (head for head in heads if head not in made):
-            folder = Path(place) / head["size"]
-            folder.mkdir(exist_ok=True)
-            rows.append({**measure(head, data_dir, folder, steps), "steps": steps})
-            new.append(rows[-1])
-            if json:
-                records.append(json, "constrained", new)
-            new = []
+        if not rows:
+            keep(baseline())
+        for head in heads:
+            if not any(head.items() <= row.items() for row in rows):
+                folder = Path(place) / head["size"]
+                folder.mkdir(exist_ok=True)
+                keep(measure(head, data_dir, folder, steps))
             advance()
-    cli.show(quiet, ("smallest caps", tables.constrained(rows)))
+    cli.show(("smallest caps", tables.constrained(rows)))

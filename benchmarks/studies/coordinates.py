@@ -4,7 +4,6 @@ Time, arithmetic and memory of whole steps (gradient, update, new parameters) ag
 those of `optax.adamw`; and the losses of the same rule on either kind of gradient.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +21,10 @@ from benchmarks.core import statistics, timing
 from benchmarks.core.records import Record
 from benchmarks.report import tables
 from benchmarks.studies.distributed import largest_gap
+from benchmarks.studies.speed import PERIOD, WINDOW
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Workload
 
-#: Steps from refresh to refresh, and how many of them refresh.
-PERIOD, WINDOW = 100, 5
 #: Steps up to which gaps of losses are told.
 SHOWN = (1, 2, 5, 10, 20, 50, 100)
 
@@ -52,8 +50,13 @@ class Mlp(nn.Module):
         return jnp.mean((self.apply({"params": params}, inputs) - targets) ** 2)
 
 
-def rule(rank: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of coordinates, in float32: both ways are compared to rounding."""
+def optimizer(way: str, rank: int) -> optax.GradientTransformationExtraArgs:
+    """``adamw``, what there is without this package, or the rule of coordinates.
+
+    In float32: both kinds of gradients are compared to rounding.
+    """
+    if way == "adamw":
+        return optax.with_extra_args_support(optax.adamw(1e-3))
     return dsbp_optax.subspace_adamw(
         1e-3,
         rank=rank,
@@ -64,34 +67,34 @@ def rule(rank: int) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def gradients(loss: Loss, rank: int) -> dict[str, tuple[Any, Any]]:
-    """Way -> an optimizer, and ``(params, opt_state, batch) -> loss, grads, extra``.
+def gradient(way: str, loss: Loss) -> Callable[..., Any]:
+    """``(params, opt_state, batch) -> loss, gradient, statistics``.
 
-    "adamw" is what there is without this package.
+    ``whole`` projects a gradient that was computed whole.
     """
 
-    def plain(params: Any, opt_state: Any, batch: Any) -> Any:
-        del opt_state
-        return *jax.value_and_grad(loss)(params, batch), {}
-
-    def coordinates(params: Any, opt_state: Any, batch: Any) -> Any:
-        collect = dsbp_optax.linen.subspace_value_and_grad(loss)
+    def differentiate(params: Any, opt_state: Any, batch: Any) -> Any:
+        if way == "adamw":
+            return *jax.value_and_grad(loss)(params, batch), {}
+        adapter = dsbp_optax.linen
+        if way == "coordinates":
+            collect = adapter.subspace_value_and_grad(loss)
+            return collect(params, batch, opt_state=opt_state)
+        collect = adapter.value_and_grad(loss)
         value, grads, seen = collect(params, batch, opt_state=opt_state)
-        return value, grads, {"statistics": seen}
+        return value, dsbp_optax.project_gradients(grads, opt_state), seen
 
-    return {
-        "adamw": (optax.adamw(1e-3), plain),
-        "coordinates": (rule(rank), coordinates),
-    }
+    return differentiate
 
 
-def make_step(tx: Any, differentiate: Any) -> Any:
+def make_step(way: str, loss: Loss, rank: int) -> Any:
     """The jitted whole step; parameters and optimizer state are donated."""
+    tx, differentiate = optimizer(way, rank), gradient(way, loss)
 
     def step(params: Any, opt_state: Any, batch: Any) -> Any:
-        loss, grads, extra = differentiate(params, opt_state, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
-        return optax.apply_updates(params, updates), opt_state, loss
+        value, grads, seen = differentiate(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, statistics=seen)
+        return optax.apply_updates(params, updates), opt_state, value
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -103,30 +106,17 @@ def compiler_figures(loss: Loss, params: Any, batch: Any, rank: int) -> list[Rec
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     rows = []
-    for way, (tx, differentiate) in gradients(loss, rank).items():
-        opt_state, step = jax.eval_shape(tx.init, params), make_step(tx, differentiate)
-        functions = {"gradient": jax.jit(differentiate), "step": step}
-        for name, function in functions.items():
+    for way in ("adamw", "coordinates"):
+        opt_state = jax.eval_shape(optimizer(way, rank).init, params)
+        programs = {"gradient": jax.jit(gradient(way, loss))}
+        programs["step"] = make_step(way, loss, rank)
+        for name, function in programs.items():
             program = function.lower(params, opt_state, batch).compile()
             memory = program.memory_analysis()
             aliased = getattr(memory, "alias_size_in_bytes", None)
             row = {"way": way, "program": name, **timing.cost(program)}
             rows.append({**row, "aliased_bytes": aliased, "parameter_bytes": size})
     return rows
-
-
-def figures(
-    model: Mlp, samples: int, workload: Workload, rank: int
-) -> dict[str, list[Record]]:
-    """`compiler_figures` of the dense layers and of a workload, by name."""
-    like = jax.ShapeDtypeStruct((samples, model.width), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), like)["params"]
-    shapes = jax.eval_shape(lambda: workload.init(0))
-    batch = workload.example(workload.batch_size)
-    return {
-        "dense layers": compiler_figures(model.loss, params, (like, like), rank),
-        workload.name: compiler_figures(workload.loss, shapes, batch, rank),
-    }
 
 
 def time_steps(
@@ -138,95 +128,61 @@ def time_steps(
 ) -> Record:
     """Whole steps of both ways, taking turns; those that refresh apart.
 
-    The first step of a run, which refreshes, is not timed. ``wall``, ``cpu``,
-    ``refresh_wall`` and ``refresh_cpu`` are ratios to AdamW; ``period_wall`` and
-    ``period_cpu`` those of a mean step of a period.
+    The first step of a run, which refreshes, is not timed. ``wall`` and
+    ``refresh_wall`` are ratios to AdamW; ``period_wall`` that of a mean step of a
+    period.
     """
     keys = jax.random.split(jax.random.key(0), 3)
     batch = tuple(jax.random.normal(k, (samples, model.width)) for k in keys[:2])
-    loops, cpu = {}, {}
-    for way, (tx, differentiate) in gradients(model.loss, rank).items():
+    loops = {}
+    for way in ("adamw", "coordinates"):
         params = jax.jit(model.init)(keys[2], batch[0])["params"]
-        carry = [params, jax.jit(tx.init)(params)]
-        cpu[way] = list[float]()
-        loop = timing.Loop(make_step(tx, differentiate), carry, [batch])
-        loops[way] = _on_cpu(loop, cpu[way])
+        carry = [params, jax.jit(optimizer(way, rank).init)(params)]
+        loops[way] = timing.Loop(make_step(way, model.loss, rank), carry, [batch])
     first, share = WINDOW - 1, WINDOW / PERIOD
-    wall = timing.interleave(loops, first + rounds, 1, after_round)
-    clocks = {"wall": wall, "cpu": {w: np.asarray(s[1:]) for w, s in cpu.items()}}
-    found: Record = {"seconds": clocks["wall"], "cpu_seconds": clocks["cpu"]}
-    for clock, seconds in clocks.items():
-        mine, theirs = seconds["coordinates"], seconds["adamw"]
-        steady = statistics.ratio_of_medians(mine[first:], theirs[first:])
-        refresh = statistics.ratio_of_groups(mine[:first], theirs)
-        mean = (1 - share) * np.median(mine[first:]) + share * np.median(mine[:first])
-        found |= {clock: steady._asdict(), f"refresh_{clock}": refresh._asdict()}
-        found[f"period_{clock}"] = float(mean / np.median(theirs))
-    return found
-
-
-def _on_cpu(call: Callable[[], Any], seconds: list[float]) -> Callable[[], Any]:
-    """The same call; notes the time that processors spent on it, of all threads."""
-
-    def noted() -> Any:
-        start = time.process_time()
-        result = jax.block_until_ready(call())
-        seconds.append(time.process_time() - start)
-        return result
-
-    return noted
+    seconds = timing.interleave(loops, first + rounds, 1, after_round)
+    mine, theirs = seconds["coordinates"], seconds["adamw"]
+    mean = (1 - share) * np.median(mine[first:]) + share * np.median(mine[:first])
+    steady = statistics.ratio_of_medians(mine[first:], theirs[first:])
+    return {
+        "seconds": seconds,
+        "wall": steady._asdict(),
+        "refresh_wall": statistics.ratio_of_groups(mine[:first], theirs)._asdict(),
+        "period_wall": float(mean / np.median(theirs)),
+    }
 
 
 def compare_losses(
-    workload: Workload,
-    data_dir: Path | None,
-    rank: int,
-    steps: int,
-    after_run: Callable[[], None] = lambda: None,
+    workload: Workload, data_dir: Path | None, rank: int, steps: int
 ) -> Record:
     """One rule on coordinates, and on whole gradients that are projected afterwards.
 
-    In float32 a third run shows what rounding alone grows to: whole gradients, every
-    parameter larger by one unit in its last place. ``gaps`` are the largest relative
-    differences from the whole gradients' losses up to each of the `SHOWN` steps.
+    ``gaps`` are the largest relative differences from the whole gradients' losses up to
+    each of the `SHOWN` steps.
     """
     data, found = workload.load(data_dir), {}
     for dtype in (jnp.float64, jnp.float32):
-        losses = {}
         with _enable_x64(dtype == jnp.float64):
-            for way in ("whole", "coordinates", "nudged")[: 2 + (dtype == jnp.float32)]:
-                losses[way] = _train(workload, data, rank, steps, dtype, way)
-                after_run()
-        gaps = {
-            way: _gaps(curve, losses["whole"])
-            for way, curve in losses.items()
-            if way != "whole"
-        }
-        found[jnp.dtype(dtype).name] = {"losses": losses, "gaps": gaps}
+            losses = {
+                way: _train(workload, data, rank, steps, dtype, way)
+                for way in ("whole", "coordinates")
+            }
+        ends = *(end for end in SHOWN if end < steps), steps
+        pair = losses["coordinates"], losses["whole"]
+        gaps = {n: largest_gap(*(curve[:n] for curve in pair)) for n in ends}
+        told = {"losses": losses, "gaps": {"coordinates": gaps}}
+        found[jnp.dtype(dtype).name] = told
     return found
 
 
 def _train(
     workload: Workload, data: Any, rank: int, steps: int, dtype: Any, way: str
 ) -> list[float]:
-    tx = rule(rank)
-    whole = dsbp_optax.linen.value_and_grad(workload.loss)
-    short = dsbp_optax.linen.subspace_value_and_grad(workload.loss)
-
-    def differentiate(params: Any, opt_state: Any, batch: Any) -> Any:
-        collect = short if way == "coordinates" else whole
-        value, grads, seen = collect(params, batch, opt_state=opt_state)
-        if way != "coordinates":
-            grads = dsbp_optax.project_gradients(grads, opt_state)
-        return value, grads, {"statistics": seen}
-
-    step, losses = make_step(tx, differentiate), []
+    step, losses = make_step(way, workload.loss, rank), []
     params = jax.tree.map(lambda x: x.astype(dtype), workload.init(0))
-    if way == "nudged":
-        params = jax.tree.map(lambda x: jnp.nextafter(x, jnp.inf), params)
     rng = np.random.default_rng(0)
     batches = workload.sampler(data.train, workload.batch_size, rng)
-    opt_state = jax.jit(tx.init)(params)
+    opt_state = jax.jit(optimizer(way, rank).init)(params)
     for _ in range(steps):
         params, opt_state, loss = step(params, opt_state, next(batches))
         losses.append(float(loss))
@@ -241,11 +197,6 @@ def _enable_x64(on: bool) -> Any:
     return enable_x64(on)
 
 
-def _gaps(found: list[float], expected: list[float]) -> dict[int, float]:
-    ends = [end for end in SHOWN if end < len(found)]
-    return {n: largest_gap(found[:n], expected[:n]) for n in (*ends, len(found))}
-
-
 @cli.app.command("coordinates")
 def command(
     workload: cli.WorkloadName = "shakespeare_gpt",
@@ -257,20 +208,26 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="timed, none refreshes")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="whose losses are compared")] = 100,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Gradients in coordinates against whole ones: time, memory, losses.
 
     Times mean most on one core: `taskset -c 0 python -m benchmarks coordinates`.
     """
     chosen, model = cli.lookup(WORKLOADS, workload, "WORKLOAD"), Mlp(width, layers)
-    with cli.bars(quiet) as progress:
+    like = jax.ShapeDtypeStruct((samples, width), jnp.float32)
+    dense = jax.eval_shape(model.init, jax.random.key(0), like)["params"]
+    shapes = jax.eval_shape(lambda: chosen.init(0))
+    batch = chosen.example(chosen.batch_size)
+    with cli.bars() as progress:
         clock = cli.bar(progress, "steps in turns", WINDOW - 1 + rounds)
         found = {
-            "figures": figures(model, samples, chosen, rank),
+            "figures": {
+                "dense layers": compiler_figures(model.loss, dense, (like, like), rank),
+                workload: compiler_figures(chosen.loss, shapes, batch, rank),
+            },
             "losses": compare_losses(chosen, data_dir, rank, steps),
             "times": time_steps(model, samples, rank, rounds, clock),
         }
     sizes = {"rank": rank, "width": width, "layers": layers, "samples": samples}
     cli.save(json, "coordinates", [{"workload": workload, **sizes, **found}])
-    cli.show(quiet, *tables.coordinates(found).items())
+    cli.show(*tables.coordinates(found).items())

@@ -148,7 +148,6 @@ def command(
     blocks: Annotated[int, typer.Option(min=1, help="of the GPT")] = 4,
     wide: Annotated[int, typer.Option(min=1, help="of the update alone")] = 768,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """What a step costs to compile and run on a CPU, each figure a process of its own.
 
@@ -161,10 +160,10 @@ def command(
     gpt = {"width": width, "blocks": blocks}
     record: Record = {**gpt, "wide": wide, "repeats": repeats, "rows": []}
     record["libraries"] = {name: records.git(root) for name, root in roots.items()}
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         advance = cli.bar(progress, "figures", len(chosen))
         for name in dict.fromkeys(chosen):
             record["rows"] += measure(name, roots, repeats, gpt, wide)
             advance()
     cli.save(json, "cost", [record])
-    cli.show(quiet, ("what a step costs", tables.cost(record["rows"])))
+    cli.show(("what a step costs", tables.cost(record["rows"])))

@@ -244,7 +244,7 @@ def turns(names: Sequence[str], width: int, blocks: int) -> Found:
     return found
 
 
-def losses(width: int = 32, blocks: int = 1) -> Found:
+def losses(names: Sequence[str] = RECIPES, width: int = 32, blocks: int = 1) -> Found:
     """Losses of every recipe on random tokens in a fixed order, to compare versions.
 
     There is too much of them to be learnt by heart, lest losses end as noise.
@@ -252,7 +252,7 @@ def losses(width: int = 32, blocks: int = 1) -> Found:
     rng = np.random.default_rng(1)
     batches = jnp.asarray(rng.integers(0, 65, (64, 4, 65)) % 33, jnp.int32)
     found: Found = {}
-    for name in RECIPES:
+    for name in names:
         task = Task(name, width, blocks, batch=4)
         program, held, _ = task.start()
         curve = []

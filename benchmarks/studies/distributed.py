@@ -5,11 +5,9 @@ gloo. Every process draws the same global batch and puts its own rows of it on i
 devices; gradients and statistics are reduced over all of them.
 """
 
-import json as json_module
-import os
+import functools
+import multiprocessing
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,24 +20,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from benchmarks import cli
 from benchmarks.core import campaign
 from benchmarks.core.train import make_init, make_step
-from benchmarks.optimizers import CONTENDERS, Contender
+from benchmarks.optimizers import CONTENDERS
 from benchmarks.tasks import WORKLOADS
-from benchmarks.tasks.base import DataError, Workload
-
-#: Holds the fields of a child's `Place`.
-VARIABLE = "DSBP_PLACE"
+from benchmarks.tasks.base import DataError
 
 
 class Place(NamedTuple):
     """One process among several."""
 
-    address: str  # of the coordinator
-    processes: int
-    number: int  # which one this is
-    devices: int  # of each
+    address: str = ""  # of the coordinator
+    processes: int = 1
+    number: int = 0  # which one this is
+    devices: int = 1  # of each
 
 
-def join(place: Place, missed: int | None = None) -> None:
+def join(place: Place, missed: int = 100) -> None:
     """Make this process one of several; before anything else is asked of jax.
 
     After `missed` seconds a process that has gone is missed, and this one ends.
@@ -47,85 +42,76 @@ def join(place: Place, missed: int | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", place.devices)
     if place.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        told = {} if missed is None else {"heartbeat_timeout_seconds": missed}
-        jax.distributed.initialize(
-            *(place.address, place.processes, place.number), **told
-        )
+        told = place.address, place.processes, place.number
+        jax.distributed.initialize(*told, heartbeat_timeout_seconds=missed)
+
+
+class Layout:
+    """Where arrays lie on all devices of all processes."""
+
+    def __init__(self) -> None:
+        axes = {"axis_types": (AxisType.Auto,)}
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), **axes)
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def spread(self, batch: Any) -> Any:
+        """A batch that every process holds, its rows on their devices."""
+
+        def own(rows: np.ndarray) -> jax.Array:
+            each = len(rows) // jax.process_count()
+            mine = slice(each * jax.process_index(), each * (jax.process_index() + 1))
+            return jax.make_array_from_process_local_data(self.split, rows[mine])
+
+        return jax.tree.map(own, batch)
 
 
 def losses(
-    workload: Workload,
-    contender: Contender,
+    workload: str,
+    optimizer: str,
     data_dir: Path | None,
     rate: float,
     steps: int,
+    place: Place,
 ) -> list[float]:
     """The loss of every step, trained on all devices of all processes."""
-    count = jax.device_count()
-    if workload.batch_size % count:
+    join(place)
+    chosen, contender, layout = WORKLOADS[workload], CONTENDERS[optimizer], Layout()
+    if chosen.batch_size % jax.device_count():
         raise DataError(
-            f"{workload.name}: got {count} devices, expected a divisor of its batch of "
-            f"{workload.batch_size}. Remedy: another number of processes or devices."
+            f"{workload}: got {jax.device_count()} devices, expected a divisor of its "
+            f"batch of {chosen.batch_size}. Remedy: another number of processes or "
+            "devices."
         )
-    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    data = workload.load(data_dir)
-    rng = np.random.default_rng(0)
-    batches = workload.sampler(data.train, workload.batch_size, rng)
-    rows = workload.batch_size // jax.process_count()
-    mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
-    params = jax.device_put(workload.init(0, data.pretrained), everywhere)
-    step, found, opt_state = make_step(workload, contender), [], None
-    numbers = np.float32(rate), np.float32(steps)
-    for _ in range(steps):
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(split, x[mine]),
-            next(batches),
-        )
+    data, rng = chosen.load(data_dir), np.random.default_rng(0)
+    batches = map(layout.spread, chosen.sampler(data.train, chosen.batch_size, rng))
+    params = jax.device_put(chosen.init(0, data.pretrained), layout.everywhere)
+    step, found, opt_state = make_step(chosen, contender), [], None
+    for _, batch in zip(range(steps), batches, strict=False):
         if opt_state is None:
-            opt_state = make_init(workload, contender)(params, batch)
+            opt_state = make_init(chosen, contender)(params, batch)
+        numbers = np.float32(rate), np.float32(steps)
         params, opt_state, loss = step(params, opt_state, batch, *numbers)
         found.append(float(loss))
     return found
 
 
-def run(arguments: Sequence[str], place: Place, seconds: float) -> Any:
-    """Start all processes of a group; what they print as JSON, which must agree.
+def run(told: Sequence[Any], processes: int, devices: int, seconds: float) -> Any:
+    """What `losses` gives in every process of a group, which must agree.
 
     A process that fails, or the end of the time, ends the others.
     """
-    own = place._replace(address=f"127.0.0.1:{free_port()}")
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    children, pipe = [], subprocess.PIPE
-    for number in range(place.processes):
-        told = json_module.dumps(own._replace(number=number))
-        environment = {**os.environ, VARIABLE: told}
-        children.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=pipe,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    found = []
-    try:
-        for child in children:
-            said, _ = child.communicate(timeout=seconds)
-            if child.returncode:
-                raise DataError(f"one process of {place.processes} failed: {said}")
-            found.append(json_module.loads(said.strip().splitlines()[-1]))
-    except subprocess.TimeoutExpired as error:
-        raise DataError(
-            f"{place.processes} processes: no end after {seconds:.0f} s. Remedy: a "
-            "longer --timeout, or fewer --steps."
-        ) from error
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+    address, work = f"127.0.0.1:{free_port()}", functools.partial(losses, *told)
+    places = [Place(address, processes, n, devices) for n in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        asked = pool.imap_unordered(work, places)
+        try:
+            found = [asked.next(seconds) for _ in places]
+        except multiprocessing.TimeoutError as error:
+            raise DataError(
+                f"{processes} processes: no end after {seconds:.0f} s. Remedy: a "
+                "longer --timeout, or fewer --steps."
+            ) from error
     if any(other != found[0] for other in found):
         raise DataError(f"processes: got different losses, {found}, expected the same.")
     return found[0]
@@ -141,8 +127,7 @@ def free_port() -> int:
 
 def largest_gap(found: Sequence[float], expected: Sequence[float]) -> float:
     """Largest difference of two curves, relative to the second."""
-    pairs = zip(found, expected, strict=True)
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    return float(np.max(np.abs(np.asarray(found) / np.asarray(expected) - 1)))
 
 
 @cli.app.command("distributed")
@@ -155,36 +140,21 @@ def command(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     timeout: Annotated[float, typer.Option(help="seconds for each run")] = 900.0,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Several processes on this machine against one, on the same global batches."""
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
     contender = cli.lookup(CONTENDERS, optimizer, "--optimizer")
     rate, _ = campaign.rate_for(chosen, contender)
+    told = workload, optimizer, data_dir, rate, steps
     with cli.bars(True):
-        if (held := os.environ.get(VARIABLE)) is not None:
-            join(Place(*json_module.loads(held)))
-            print(json_module.dumps(losses(chosen, contender, data_dir, rate, steps)))
-            return
-        told = [
-            "distributed",
-            workload,
-            "--optimizer",
-            optimizer,
-            "--steps",
-            str(steps),
-        ]
-        told += [] if data_dir is None else ["--data-dir", str(data_dir)]
-        together = run(told, Place("", processes, 0, devices), timeout)
-        alone = run(told, Place("", 1, 0, 1), timeout)
+        together = run(told, processes, devices, timeout)
+        alone = run(told, 1, 1, timeout)
     record = {"workload": workload, "optimizer": optimizer, "processes": processes}
-    gap = largest_gap(together, alone)
-    record |= {"devices": devices, "gap": gap}
+    record |= {"devices": devices, "gap": largest_gap(together, alone)}
     record |= {"losses": {"together": together, "alone": alone}}
     cli.save(json, "distributed", [record])
-    if not quiet:
-        cli.console.print(
-            f"{processes} processes of {devices} devices: loss {together[0]:.4f} -> "
-            f"{together[-1]:.4f}; from one process on one device it differs by "
-            f"{gap:.1e} of itself at most"
-        )
+    cli.console.print(
+        f"{processes} processes of {devices} devices: loss {together[0]:.4f} -> "
+        f"{together[-1]:.4f}; from one process on one device it differs by "
+        f"{record['gap']:.1e} of itself at most"
+    )

@@ -1,39 +1,34 @@
 """Training that is killed, and goes on: every bit must be that of an unbroken run.
 
-A child trains a small network and keeps parameters, state and losses with orbax; this
-process kills it with SIGKILL, as often as asked for, and starts it again until it is
-through. `tests/test_faults.py` puts the same child through torn files and the loss of
-one process of two.
+A child trains a small network and keeps parameters, state and losses with orbax, beside
+them a hash, since orbax reads inverted bits without a word. This process kills it as
+often as asked for, and starts it again until it is through. `tests/test_faults.py` puts
+the same child through torn files and the loss of one process of two.
 """
 
-import dataclasses
 import hashlib
-import json as json_module
 import logging
-import os
+import multiprocessing
 import random
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import typer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dsbp_optax
 from benchmarks import cli
-from benchmarks.core import device
-from benchmarks.core.records import ROOT, Record
 from benchmarks.core.train import make_step
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import tables
-from benchmarks.studies import distributed
+from benchmarks.studies.distributed import Layout, Place, join
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import DataError
 
@@ -42,55 +37,55 @@ class Job(NamedTuple):
     """What a child is to do."""
 
     folder: str  # of the checkpoints
+    cache: str  # of compiled programs
     optimizer: str = "dsbp_muon"
     steps: int = 60
     every: int = 4  # steps from one checkpoint to the next
-    place: tuple[str, int, int, int] = ("", 1, 0, 1)  # see `distributed.Place`
+    place: Place = Place()
     timeout: int = 10  # seconds after which a process that is gone is missed
 
 
-def train(job: Job) -> Record:
-    """Train from the newest whole checkpoint, or from the start; digests and losses.
+def train(job: Job, said: Connection) -> None:
+    """Train from the newest whole checkpoint, or from the start.
 
-    Batches are functions of the step, so that they need no state of their own.
+    Says ``("start", step)``, then ``("step", number)`` and ``("saved", number)``, at
+    last ``("done", hashes)``. Batches are functions of the step, so that they need no
+    state of their own.
     """
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    distributed.join(distributed.Place(*job.place), job.timeout)
+    jax.config.update("jax_compilation_cache_dir", job.cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    join(job.place, job.timeout)
     workload, contender = WORKLOADS["digits_cnn"], CONTENDERS[job.optimizer]
     if contender.ours:  # Windows of refreshes are frequent.
         settings = {**contender.settings, "update_every": 8}
-        contender = dataclasses.replace(contender, settings=settings)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    whole, split = (NamedSharding(mesh, PartitionSpec(*x)) for x in ((), ("data",)))
+        contender = replace(contender, settings=settings)
     params = workload.init(0)
     state = jax.jit(contender.build(lambda count: 0.0).init)(params)
-    held = jax.device_put((params, state, np.zeros(job.steps, np.float32)), whole)
+    held = params, state, np.zeros(job.steps, np.float32)
+    layout = Layout()
+    held = jax.device_put(held, layout.everywhere)
     data, step = workload.load(None).train, make_step(workload, contender)
-    rows = workload.batch_size // jax.process_count()
-    mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
-    with open_folder(Path(job.folder)) as manager:
+    numbers = np.float32(contender.default_rate), np.float32(job.steps)
+    with open_folder(job.folder) as manager:
         start, held = restore(manager, held)
-        print(f"start {start}", flush=True)
+        said.send(("start", start))
         for number in range(start, job.steps):
             rng = np.random.default_rng(number)
             batch = data.take(rng.integers(0, len(data), workload.batch_size))
-            batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(split, x[mine]), batch
-            )
-            rate = np.float32(contender.default_rate), np.float32(job.steps)
-            params, state, loss = step(*held[:2], batch, *rate)
+            params, state, loss = step(*held[:2], layout.spread(batch), *numbers)
             held = params, state, held[2].at[number].set(loss)
-            print(f"step {number}", flush=True)
+            said.send(("step", number))
             if (number + 1) % job.every == 0:
-                seal = jax.device_put(sealed(held), whole)
+                seal = jax.device_put(sealed(held), layout.everywhere)
                 manager.save(number + 1, args=ocp.args.StandardSave((held, seal)))
-                print(f"saved {number + 1}", flush=True)
-    return {"started": start, **digests(held)}
+                said.send(("saved", number + 1))
+    said.send(("done", digests(held)))
 
 
-def open_folder(folder: Path) -> Any:
+def open_folder(folder: str | Path) -> Any:
     """The checkpoints in a folder, by orbax: the last three."""
     import orbax.checkpoint as ocp
 
@@ -98,8 +93,9 @@ def open_folder(folder: Path) -> Any:
         max_to_keep=3, create=True, enable_async_checkpointing=False
     )
     handler = ocp.StandardCheckpointHandler()
-    told = {"options": options, "item_handlers": handler}
-    return ocp.CheckpointManager(folder.resolve(), **told)
+    return ocp.CheckpointManager(
+        Path(folder).resolve(), options=options, item_handlers=handler
+    )
 
 
 def restore(manager: Any, held: Any) -> tuple[int, Any]:
@@ -116,8 +112,8 @@ def restore(manager: Any, held: Any) -> tuple[int, Any]:
         except DataError:
             raise
         except Exception as error:  # Whatever a torn file makes a reader say.
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(f"checkpoint of step {step} is torn ({said})", stacklevel=2)
+            first = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"checkpoint of step {step} is torn ({first})", stacklevel=2)
             manager.delete(step)
     return 0, held
 
@@ -145,10 +141,8 @@ def _read(manager: Any, step: int, shapes: Any) -> Any:
 def digests(arrays: Any) -> dict[str, str]:
     """Path -> hash of every bit of an array."""
     return {
-        jax.tree_util.keystr(keys): hashlib.sha256(
-            np.asarray(leaf).tobytes()
-        ).hexdigest()
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+        jax.tree_util.keystr(keys): hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+        for keys, x in jax.tree_util.tree_leaves_with_path(arrays)
     }
 
 
@@ -158,49 +152,45 @@ def sealed(arrays: Any) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(whole).digest(), np.uint8)
 
 
-def start(job: Job, cache: Path) -> "subprocess.Popen[str]":
-    """A child that trains; it says what it does line by line, at last its result."""
-    code = "import sys, json; from benchmarks.studies import faults as f; "
-    code += "print(json.dumps(f.train(f.Job(*json.loads(sys.argv[1])))), flush=True)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **device.cached(cache)}
-    command = [sys.executable, "-c", code, json_module.dumps(job)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+class Child:
+    """A process that trains."""
 
+    def __init__(self, job: Job):
+        context = multiprocessing.get_context("spawn")
+        self._said, there = context.Pipe(duplex=False)
+        self.process = context.Process(target=train, args=(job, there), daemon=True)
+        self.process.start()
+        there.close()
 
-def finish(child: "subprocess.Popen[str]") -> Record:
-    """What a child came to that nobody kills."""
-    said, _ = child.communicate(timeout=900)
-    if child.returncode:
-        raise RuntimeError(f"a child that nobody killed failed: {said[-2000:]}")
-    found: Record = json_module.loads(said.strip().splitlines()[-1])
-    return {**found, "said": said}
+    def said(self) -> Iterator[tuple[str, Any]]:
+        """What it says, until it ends."""
+        try:
+            while True:
+                yield self._said.recv()
+        except (EOFError, OSError):  # At the end of it, or of half a word.
+            self.process.join()
 
+    def finish(self) -> tuple[int, dict[str, str]]:
+        """The step that it started from and the hashes at its end; nobody kills it."""
+        told = dict(self.said())
+        if self.process.exitcode:
+            raise RuntimeError(f"a child that nobody killed ended after {told}")
+        return told["start"], told["done"]
 
-def kill_at(child: "subprocess.Popen[str]", line: str, wait: float = 0.0) -> str | None:
-    """Kill a child so long after a line of its, what it said last; None if it ended.
-
-    An empty line stands for any.
-    """
-    assert child.stdout is not None
-    with child.stdout as lines:
-        for said in lines:
-            if said.startswith(("step", "saved")) and said.strip().endswith(line):
+    def kill_at(self, number: int, wait: float = 0.0) -> str | None:
+        """Kill it so long after a step; what it said last, None if it ended."""
+        last = None
+        for kind, value in self.said():
+            last = kind
+            if kind == "step" and value >= number:
                 time.sleep(wait)
-                child.kill()
-                rest = [x for x in lines if x.startswith(("step", "saved", "{"))]
-                child.wait()
-                return [said, *rest][-1].split()[0]
-    child.wait()
-    return None
+                self.process.kill()
+        return None if last == "done" else last
 
 
-def different(found: Record, expected: Record) -> list[str]:
+def different(found: dict[str, str], expected: dict[str, str]) -> list[str]:
     """Paths of the arrays whose bits differ."""
-    names = {key for key in expected if key not in ("started", "said")}
-    return sorted(key for key in names if found[key] != expected[key])
+    return sorted(key for key in expected if found[key] != expected[key])
 
 
 @cli.app.command("faults")
@@ -211,7 +201,6 @@ def command(
     every: Annotated[int, typer.Option(min=1, help="steps to a checkpoint")] = 4,
     seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 0,
     json: cli.Save = None,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Kill training at random moments: it must go on as if nothing had been.
 
@@ -220,33 +209,30 @@ def command(
     rows, rng = [], random.Random(seed)
     names = optimizer or ["dsbp_muon", "dsbp_adamw"]
     cli.several(CONTENDERS, names, "--optimizer")
-    with cli.bars(quiet) as progress, tempfile.TemporaryDirectory() as place:
+    with cli.bars() as progress, tempfile.TemporaryDirectory() as place:
         for name in names:
-            advance, cache = cli.bar(progress, name, kills), Path(place) / "cache"
-            job = Job(f"{place}/{name}", name, steps, every)
-            expected = finish(start(job, cache))
-            places: Counter[str] = Counter()
+            advance = cli.bar(progress, name, kills)
+            job = Job(f"{place}/{name}", f"{place}/cache", name, steps, every)
+            _, expected = Child(job).finish()
+            row: dict[str, Any] = {"optimizer": name, "places": {}, "jobs": 0}
             gaps: set[str] = set()
-            jobs, reached = 0, steps
-            while sum(places.values()) < kills:
-                if reached >= steps:  # The next job.
-                    folder, reached, jobs = f"{place}/{name}{jobs}", 0, jobs + 1
-                child = start(job._replace(folder=folder), cache)
-                reached += rng.randrange(1, 4 * every)
-                last = kill_at(child, f" {reached}", rng.uniform(0, 0.05))
-                if last is not None:
-                    saves = last == "step" and (reached + 1) % every == 0
-                    places["in or before a save" if saves else f"after {last}"] += 1
-                    advance()
-                if reached >= steps or sum(places.values()) == kills:
-                    found = finish(start(job._replace(folder=folder), cache))
-                    gaps |= {*different(found, expected)}
-            row = {"optimizer": name, "places": dict(places), "jobs": jobs}
+            while (made := sum(row["places"].values())) < kills:
+                row["jobs"] += 1
+                mine = job._replace(folder=f"{place}/{name}{row['jobs']}")
+                few = min(kills - made, steps // 8)
+                for moment in sorted(rng.sample(range(steps), few)):
+                    last = Child(mine).kill_at(moment, rng.uniform(0, 0.05))
+                    if last is not None:
+                        where = f"after {last}"
+                        row["places"][where] = row["places"].get(where, 0) + 1
+                        advance()
+                _, found = Child(mine).finish()
+                gaps |= {*different(found, expected)}
             rows.append({**row, "different": sorted(gaps)})
     passed = not any(row["different"] for row in rows)
     sizes = {"workload": "digits_cnn", "steps": steps, "every": every, "seed": seed}
     record = {**sizes, "kills": rows, "passed": passed}
     cli.save(json, "faults", [record])
-    cli.show(quiet, (f"jobs of {steps} steps", tables.faults(record)))
+    cli.show((f"jobs of {steps} steps", tables.faults(record)))
     if not passed:
         raise typer.Exit(1)

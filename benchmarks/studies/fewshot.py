@@ -1,8 +1,9 @@
 """Few-shot episodes on Omniglot-small: tune every learner alike, then judge it.
 
 Rates are chosen by episodes of the validation alphabet; results are of episodes of the
-test alphabets, the same for all learners and seeds. A new learner is one `Learner` in
-`LEARNERS`: a function that trains and returns how it meets new tasks.
+test alphabets, the same for all learners and seeds. A learner adapts its network to a
+task (`maml`), or classifies by the features of one that was trained on all characters
+(`pretrained`). A new one is one `Learner` in `LEARNERS`.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,13 @@ import typer
 
 import dsbp_optax
 from benchmarks import cli
-from benchmarks.controls import keep_basis
 from benchmarks.core import records, tune
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.train import Order, key_of, train_step
 from benchmarks.optimizers import CONTENDERS, Contender
 from benchmarks.report import tables
 from benchmarks.report.entries import entries
+from benchmarks.studies.controls import keep_basis
 from benchmarks.studies.maml import Inner, adapt, in_bases, keep_bases, meta_loss
 from benchmarks.tasks.base import ACCURACY, DataError, Params, cosine
 from benchmarks.tasks.omniglot import (
@@ -61,123 +62,121 @@ _INNER_ROUND = len(tune.ROUNDS) + 1
 #: Episodes that are judged at once.
 _TOGETHER = 50
 
-#: ``(stacked episodes, inner rate) -> accuracy of each``.
-Judge = Callable[[Episode, float], np.ndarray]
-
 
 class Fitted(NamedTuple):
     """What training gave."""
 
-    judge: Judge  # how it meets new tasks
+    judge: Callable[[Episode], np.ndarray]  # accuracies in stacked episodes
     loss: float = 0.0  # of training, the mean of the last tenth
     seconds: float = 0.0  # its first step left out, which compiles
     state_bytes: int = 0
 
 
-class Plan(NamedTuple):
-    """One training run."""
-
-    rate: float  # of the outer optimizer, the largest of its schedule
-    inner_rate: float
-    steps: int  # outer ones
-    seed: int
-
-
-#: What a learner is once its programs are made.
-Fit = Callable[[Characters, Plan], Fitted]
+#: What a learner is once its programs are made: of a run and its inner rate.
+Fit = Callable[[Order, float], Fitted]
 
 
 def cross_entropy(
-    model: DrawingsMlp, params: Params, images: Any, labels: Any
+    model: nn.Module, params: Params, images: Any, labels: Any
 ) -> jax.Array:
     """Mean cross-entropy of one batch."""
     logits = model.apply({"params": params}, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def run_loop(
-    step: Callable[..., Any], params: Params, opt_state: Any, batches: Iterator[Any]
-) -> tuple[Params, Any, float, float]:
-    """Train until there are no batches or the loss is not finite; loss and seconds."""
-    losses: list[float] = []
-    start = time.perf_counter()
-    for batch in batches:
-        params, opt_state, loss = step(params, opt_state, batch)
-        losses.append(float(loss))
-        start = time.perf_counter() if len(losses) == 1 else start
-        if not np.isfinite(losses[-1]):
-            break
-    last = float(np.mean(losses[-max(1, len(losses) // 10) :]))
-    return params, opt_state, last, time.perf_counter() - start
+def by_parts(accuracy: Callable[[Episode], Any]) -> Callable[[Episode], np.ndarray]:
+    """The same for many episodes, some at a time."""
+
+    def judge(tasks: Episode) -> np.ndarray:
+        starts = range(0, len(tasks.support), _TOGETHER)
+        parts = (Episode(*(x[s : s + _TOGETHER] for x in tasks)) for s in starts)
+        return np.concatenate([np.asarray(accuracy(part)) for part in parts])
+
+    return judge
 
 
-def by_parts(accuracies: Callable[[Episode], Any], tasks: Episode) -> np.ndarray:
-    """Accuracies of many episodes, some at a time."""
-    starts = range(0, len(tasks.support), _TOGETHER)
-    parts = (Episode(*(x[s : s + _TOGETHER] for x in tasks)) for s in starts)
-    return np.concatenate([np.asarray(accuracies(part)) for part in parts])
+def trained(
+    contender: Contender,
+    model: nn.Module,
+    images: Any,
+    batches: Callable[[np.random.Generator], Iterator[Any]],
+    loss: Callable[..., jax.Array],
+    accuracy: Callable[..., jax.Array],
+    longer: int = 1,
+) -> Fit:
+    """A network trained with a contender, compiled once for all rates and lengths.
 
-
-class Maml:
-    """MAML for so many shots, compiled once for all rates and lengths.
-
-    The outer optimizer has `keep_bases` where inner steps stay in the eigenbases.
+    `loss` takes ``params, opt_state, batch, inner rate``; `accuracy` a task instead of
+    a batch.
     """
+    init = jax.jit(contender.build(lambda count: jnp.zeros(())).init)
+    judged = jax.jit(jax.vmap(accuracy, in_axes=(None, None, 0, None)))
 
-    def __init__(self, contender: Contender, shots: int, spectral: bool, first: bool):
-        self.contender, self.shots, self.spectral = contender, shots, spectral
-        self.first, self.model = first, DrawingsMlp(WAYS)
-        self.loss = functools.partial(cross_entropy, self.model)
-        self._init = jax.jit(contender.build(lambda count: jnp.zeros(())).init)
-        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
-        self._accuracies = jax.jit(self._judge)
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(
+        params: Params, state: Any, batch: Any, rate: Any, inner: Any, steps: Any
+    ) -> Any:
+        tx = contender.build(lambda count: cosine(count, rate, steps))
 
-    def __call__(self, characters: Characters, plan: Plan) -> Fitted:
-        """Train on episodes of these characters."""
-        rng = np.random.default_rng([plan.seed, 0])
-        drawn = episodes(characters, WAYS, self.shots, TRAIN_QUERIES, rng)
-        batches = (stacked(drawn, TASKS) for _ in range(plan.steps))
-        images = characters.images[0, :2]
-        params = self.model.init(jax.random.key(plan.seed), images)["params"]
-        numbers = tuple(map(np.float32, (plan.rate, plan.inner_rate, plan.steps)))
-        params, state, loss, seconds = run_loop(
-            lambda *told: self._step(*told, *numbers),
-            *(params, self._init(params), batches),
+        def outer(params: Params, batch: Any) -> jax.Array:
+            return loss(params, state, batch, inner)
+
+        return train_step(outer, None, tx, params, state, batch)
+
+    def fit(order: Order, inner: float) -> Fitted:
+        steps, losses = longer * order.steps, list[float]()
+        params = model.init(jax.random.key(order.seed), images)["params"]
+        state, drawn = init(params), batches(np.random.default_rng([order.seed, 0]))
+        told = tuple(map(np.float32, (order.rate, inner, steps)))
+        start = time.perf_counter()
+        while len(losses) < steps and np.isfinite(losses[-1:]).all():
+            params, state, value = step(params, state, next(drawn), *told)
+            losses.append(float(value))
+            start = time.perf_counter() if len(losses) == 1 else start
+        return Fitted(
+            by_parts(lambda some: judged(params, state, some, inner)),
+            loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+            seconds=time.perf_counter() - start,
+            state_bytes=dsbp_optax.diagnostics.state_bytes(state),
         )
 
-        def judge(tasks: Episode, rate: float) -> np.ndarray:
-            return by_parts(
-                lambda some: self._accuracies(params, state, some, rate), tasks
-            )
+    return fit
 
-        size = dsbp_optax.diagnostics.state_bytes(state)
-        return Fitted(judge, loss, seconds, size)
 
-    def _inner(self, opt_state: Any, rate: Any, steps: int) -> Inner:
-        found = Inner(rate, steps, first_order=self.first)
-        return found._replace(move=in_bases(opt_state)) if self.spectral else found
+# ------------------------------------------------------------------- kinds of them
 
-    def _train_step(
-        self, params: Params, opt_state: Any, tasks: Episode, *numbers: jax.Array
-    ) -> Any:
-        rate, inner_rate, steps = numbers
-        tx = self.contender.build(lambda count: cosine(count, rate, steps))
-        inner = self._inner(opt_state, inner_rate, TRAIN_STEPS)
 
-        def outer(params: Params, tasks: Episode) -> jax.Array:
-            return meta_loss(self.loss, params, tasks, inner)
+def maml(
+    contender: Contender,
+    characters: Characters,
+    shots: int,
+    spectral: bool = False,
+    first: bool = False,
+) -> Fit:
+    """MAML; the contender has `keep_bases` where inner steps stay in the eigenbases."""
+    model = DrawingsMlp(WAYS)
+    loss = functools.partial(cross_entropy, model)
 
-        return train_step(outer, None, tx, params, opt_state, tasks)
+    def inner(state: Any, rate: Any, steps: int) -> Inner:
+        found = Inner(rate, steps, first_order=first)
+        return found._replace(move=in_bases(state)) if spectral else found
 
-    def _judge(self, params: Params, opt_state: Any, tasks: Episode, rate: Any) -> Any:
-        inner = self._inner(opt_state, rate, TEST_STEPS)
+    def batches(rng: np.random.Generator) -> Iterator[Episode]:
+        drawn = episodes(characters, WAYS, shots, TRAIN_QUERIES, rng)
+        while True:
+            yield stacked(drawn, TASKS)
 
-        def one(task: Episode) -> jax.Array:
-            mine = adapt(self.loss, params, task.support, task.support_labels, inner)
-            logits = self.model.apply({"params": mine}, task.query)
-            return jnp.mean(logits.argmax(-1) == task.query_labels)
+    def outer(params: Params, state: Any, tasks: Episode, rate: Any) -> jax.Array:
+        return meta_loss(loss, params, tasks, inner(state, rate, TRAIN_STEPS))
 
-        return jax.vmap(one)(tasks)
+    def accuracy(params: Params, state: Any, task: Episode, rate: Any) -> jax.Array:
+        how = inner(state, rate, TEST_STEPS)
+        mine = adapt(loss, params, task.support, task.support_labels, how)
+        logits = model.apply({"params": mine}, task.query)
+        return jnp.mean(logits.argmax(-1) == task.query_labels)
+
+    images = characters.images[0, :2]
+    return trained(contender, model, images, batches, outer, accuracy)
 
 
 def nearest_mean(support: Any, labels: Any, query: Any, rate: Any) -> jax.Array:
@@ -207,86 +206,64 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def accuracies(
-    features: Callable[[Any], Any], classifier: Any, tasks: Episode, rate: Any
+def accuracy_of(
+    features: Callable[[Any], Any], classifier: Any, task: Episode, rate: Any
 ) -> jax.Array:
     """Of a classifier of features; supports and queries pass the network together."""
-
-    def one(task: Episode) -> jax.Array:
-        count = len(task.support)
-        seen = features(jnp.concatenate([task.support, task.query]))
-        scores = classifier(seen[:count], task.support_labels, seen[count:], rate)
-        return jnp.mean(scores.argmax(-1) == task.query_labels)
-
-    return jax.vmap(one)(tasks)
+    count = len(task.support)
+    seen = features(jnp.concatenate([task.support, task.query]))
+    scores = classifier(seen[:count], task.support_labels, seen[count:], rate)
+    return jnp.mean(scores.argmax(-1) == task.query_labels)
 
 
-def pretrained(classifier: Callable[..., jax.Array]) -> Fit:
-    """A classifier of all training characters; its features meet the new ones."""
-    init = jax.jit(_ADAM.build(lambda count: jnp.zeros(())).init)
+def pretrained(
+    classifier: Callable[..., jax.Array], characters: Characters, shots: int
+) -> Fit:
+    """A network that tells all training characters; its features meet the new ones."""
+    del shots
+    images, model = characters.images, DrawingsMlp(len(characters))
 
-    def step(params: Params, state: Any, batch: Any, model: Any, *told: Any) -> Any:
-        tx = _ADAM.build(lambda count: cosine(count, *told))
-        loss = functools.partial(cross_entropy, model)
-        return train_step(lambda p, b: loss(p, *b), None, tx, params, state, batch)
+    def batches(rng: np.random.Generator) -> Iterator[Any]:
+        while True:
+            who = rng.integers(0, images.shape[0], BATCH)
+            yield images[who, rng.integers(0, images.shape[1], BATCH)], who
 
-    step = jax.jit(step, static_argnums=3, donate_argnums=(0, 1))
+    def loss(params: Params, state: Any, batch: Any, rate: Any) -> jax.Array:
+        del state, rate
+        return cross_entropy(model, params, *batch)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def judged(model: DrawingsMlp, params: Params, tasks: Episode, rate: Any) -> Any:
+    def accuracy(params: Params, state: Any, task: Episode, rate: Any) -> jax.Array:
         def features(images: jax.Array) -> Any:
             return model.apply({"params": params}, images, method="features")
 
-        return accuracies(features, classifier, tasks, rate)
+        del state
+        return accuracy_of(features, classifier, task, rate)
 
-    def fit(characters: Characters, plan: Plan) -> Fitted:
-        model, steps = DrawingsMlp(len(characters)), CLASSIFIER_STEPS * plan.steps
-        rng, shape = np.random.default_rng([plan.seed, 0]), characters.images.shape
-        batches = (_batch(characters, rng, *shape[:2]) for _ in range(steps))
-        images = characters.images[0, :2]
-        params = model.init(jax.random.key(plan.seed), images)["params"]
-        told = model, np.float32(plan.rate), np.float32(steps)
-        params, state, loss, seconds = run_loop(
-            lambda *held: step(*held, *told), params, init(params), batches
-        )
-        size = dsbp_optax.diagnostics.state_bytes(state)
-        return Fitted(
-            lambda t, r: by_parts(lambda s: judged(model, params, s, r), t),
-            *(loss, seconds, size),
-        )
-
-    return fit
+    told = _ADAM, model, images[0, :2], batches, loss, accuracy
+    return trained(*told, longer=CLASSIFIER_STEPS)
 
 
-def _batch(
-    characters: Characters, rng: np.random.Generator, count: int, drawings: int
-) -> Any:
-    """Drawings of any characters, with the numbers of these."""
-    who = rng.integers(0, count, BATCH)
-    return characters.images[who, rng.integers(0, drawings, BATCH)], who
-
-
-def pixels(characters: Characters, plan: Plan) -> Fitted:
+def pixels(characters: Characters, shots: int) -> Fit:
     """Nothing trained: the nearest class mean of the pixels themselves."""
-    del characters, plan
+    del characters, shots
 
-    @jax.jit
-    def judged(tasks: Episode, rate: Any) -> jax.Array:
-        return accuracies(lambda x: x.reshape(len(x), -1), nearest_mean, tasks, rate)
+    def flat(images: jax.Array) -> jax.Array:
+        return images.reshape(len(images), -1)
 
-    return Fitted(lambda tasks, rate: by_parts(lambda s: judged(s, rate), tasks))
+    one = functools.partial(accuracy_of, flat, nearest_mean, rate=0.0)
+    found = Fitted(by_parts(jax.jit(jax.vmap(one))))
+    return lambda order, inner: found
 
 
 # ------------------------------------------------------------------------ learners
 
 
-@dataclass(frozen=True)
-class Learner:
+class Learner(NamedTuple):
     """One way to learn from few drawings."""
 
     name: str
     summary: str
-    make: Callable[[int], Fit]  # shots -> the learner, ready to be trained
+    make: Callable[[Characters, int], Fit]  # of training characters and shots
     grid: tuple[float, ...] = ()  # outer rates tried first; none: nothing is tuned
     inner_rates: tuple[float, ...] = INNER_RATES  # that are tried, in this order
     takes: str | None = None  # the learner whose tuned rates it takes
@@ -296,7 +273,7 @@ def _spectral_adam(
     learning_rate: optax.ScalarOrSchedule, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
     settings = {"rank": RANK, "update_every": PERIOD, **settings}
-    return keep_bases(optax.adam(learning_rate), **settings)
+    return optax.chain(keep_bases(**settings), optax.adam(learning_rate))
 
 
 _ADAM = dataclasses.replace(CONTENDERS["adamw"], name="adam", factory=optax.adam)
@@ -309,59 +286,51 @@ def _maml(
     summary: str,
     contender: Contender,
     settings: Any = None,
-    spectral: bool = False,
-    first: bool = False,
     takes: str | None = None,
+    **told: Any,
 ) -> Learner:
     if settings is not None:
         contender = dataclasses.replace(contender, settings=settings)
-
-    def make(shots: int) -> Fit:
-        return Maml(contender, shots, spectral, first)
-
-    return Learner(name, summary, make, contender.grid, takes=takes)
+    make = functools.partial(maml, contender, **told)
+    return Learner(name, f"MAML{summary}", make, contender.grid, takes=takes)
 
 
-_OUTSIDE = "MAML, {} outside"
+_OUTSIDE = {
+    "projected_adamw": {"weight_decay": 0.0},
+    **dict.fromkeys(("muon", "projected_muon")),
+}
+_INSIDE = ", Adam outside, inner steps in {}directions a kernel"
 LEARNERS = {
     learner.name: learner
     for learner in (
-        _maml("maml", "MAML of second order, Adam outside", _ADAM),
-        _maml("fomaml", "MAML of first order, Adam outside", _ADAM, first=True),
-        _maml(
-            *("maml_projected_adamw", _OUTSIDE.format("projected_adamw")),
-            *(CONTENDERS["projected_adamw"], {"weight_decay": 0.0}),
-        ),
-        _maml("maml_muon", _OUTSIDE.format("Muon"), CONTENDERS["muon"]),
-        _maml(
-            *("maml_projected_muon", _OUTSIDE.format("projected_muon")),
-            CONTENDERS["projected_muon"],
+        _maml("maml", " of second order, Adam outside", _ADAM),
+        _maml("fomaml", " of first order, Adam outside", _ADAM, first=True),
+        *(
+            _maml(f"maml_{name}", f", {name} outside", CONTENDERS[name], settings)
+            for name, settings in _OUTSIDE.items()
         ),
         _maml(
-            "maml_spectral",
-            f"MAML, Adam outside, inner steps in {RANK} eigendirections a kernel",
-            _SPECTRAL,
-            spectral=True,
+            "maml_spectral", _INSIDE.format(f"{RANK} eigen"), _SPECTRAL, spectral=True
         ),
         _maml(
-            *("spectral_random", "the same in 8 random directions", _SPECTRAL, _RANDOM),
-            spectral=True,
+            *("spectral_random", _INSIDE.format(f"{RANK} random "), _SPECTRAL, _RANDOM),
             takes="maml_spectral",
+            spectral=True,
         ),
         Learner(
             "nearest_mean",
             "classifier pretrained with Adam, nearest class mean of its features",
-            *(lambda shots: pretrained(nearest_mean), _ADAM.grid, (0.0,)),
+            *(functools.partial(pretrained, nearest_mean), _ADAM.grid, (0.0,)),
         ),
         Learner(
             "linear_probe",
             "classifier pretrained with Adam, linear probe of its features by SGD",
-            *(lambda shots: pretrained(linear_probe), _ADAM.grid),
+            *(functools.partial(pretrained, linear_probe), _ADAM.grid),
         ),
         Learner(
             "pixels",
             "nothing trained, nearest class mean of the pixels",
-            *(lambda shots: pixels, (), (0.0,)),
+            *(pixels, (), (0.0,)),
         ),
     )
 }
@@ -450,10 +419,9 @@ class Lane(NamedTuple):
     ) -> Record:
         """Train once, judge and describe."""
         final = order.phase == "final"
-        plan = Plan(order.rate, inner_rate, order.steps, order.seed)
-        fitted = fit(alphabets.train, plan)
+        fitted = fit(order, inner_rate)
         diverged = not np.isfinite(fitted.loss)
-        found = fitted.judge(judging(alphabets, self.shots, final), inner_rate)
+        found = fitted.judge(judging(alphabets, self.shots, final))
         accuracy = ACCURACY.test if final else ACCURACY.validation
         return {
             "workload": self.workload,
@@ -488,13 +456,6 @@ def judging(alphabets: Alphabets, shots: int, final: bool) -> Episode:
     return stacked(drawn, TEST_EPISODES if final else VALIDATION_EPISODES)
 
 
-def finals(file: Path, shots: int) -> list[Record]:
-    """Final runs at one number of shots, in the order of `LEARNERS`."""
-    rows = records.read(file, phase="final", workload=f"omniglot_{shots}_shot")
-    names = [*LEARNERS]
-    return sorted(rows, key=lambda row: names.index(row["optimizer"]))
-
-
 @cli.app.command("fewshot")
 def command(
     learner: Annotated[
@@ -505,21 +466,21 @@ def command(
     hours: cli.Hours = 1.0,
     seeds: cli.Seeds = 3,
     steps: Annotated[int, typer.Option(min=3, help="outer steps")] = STEPS,
-    quiet: cli.Quiet = False,
 ) -> None:
     """MAML and its like on 5-way episodes of Omniglot-small; can be continued."""
     deadline, file = time.monotonic() + 3600 * hours, out / "fewshot.jsonl"
     load = functools.cache(lambda: load_omniglot(data_dir))
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         for one in cli.several(LEARNERS, learner, "--learner"):
             advance = cli.bar(progress, one.name, None)
             for shots in SHOTS:
                 lane, fit = Lane(file, one, shots, seeds, steps), None
                 while (run := lane.next_run()) and time.monotonic() < deadline:
-                    fit = fit or one.make(shots)
+                    fit = fit or one.make(load().train, shots)
                     record = lane.carry_out(load(), fit, *run)
                     records.append(file, "fewshot", [record])
                     advance()
     for shots in SHOTS:
-        found = entries(ACCURACY, finals(file, shots))
-        cli.show(quiet, *[(f"{shots} shot(s)", tables.fewshot(found))] * bool(found))
+        wanted = {"phase": "final", "workload": f"omniglot_{shots}_shot"}
+        if found := entries(ACCURACY, records.read(file, **wanted)):
+            cli.show((f"{shots} shot(s)", tables.fewshot(found)))

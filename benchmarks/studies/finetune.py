@@ -28,7 +28,7 @@ from flax import traverse_util
 
 import dsbp_optax
 from benchmarks import cli
-from benchmarks.core import campaign, records
+from benchmarks.core import campaign, records, tune
 from benchmarks.core.kernels import path_of
 from benchmarks.core.records import RESULTS
 from benchmarks.core.train import Program, build, train
@@ -125,22 +125,15 @@ class Task:
     lora_rank: int  # r
     rank: int  # k, so that both train as many numbers
     wide_rank: int  # the largest k at which the state is no larger than LoRA's
-    grids: Mapping[str, Sequence[float]]  # contender -> learning rates tried first
-    # ``(data folder, file of weights) -> data``, pretrained weights among it
-    load: Callable[[Path | None, Path], Data]
-    pretrained: bool = False  # whether that file is made by `pretrain`
+    rates: Mapping[str, float]  # contender -> the middle one of three tried first
+    weights: Path | None = (
+        None  # file of the pretrained ones, where `pretrain` makes it
+    )
 
     @property
     def name(self) -> str:
         """As typed on the command line."""
         return self.workload.name
-
-    def with_weights(self, weights: Path) -> "Task":
-        """The same, its data read with those weights."""
-        load = functools.partial(_load, self.load, weights)
-        return dataclasses.replace(
-            self, workload=dataclasses.replace(self.workload, load=load)
-        )
 
     def entrants(self) -> dict[str, tuple[Adaptation, Contender]]:
         """Contender -> what it trains, and how."""
@@ -189,8 +182,9 @@ class Task:
     def _contender(
         self, name: str, summary: str, factory: Factory, **rest: Any
     ) -> Contender:
-        grid = tuple(self.grids[name])
-        return Contender(name, summary, factory, grid, grid[len(grid) // 2], **rest)
+        rate = self.rates[name]
+        grid = tuple(tune.shifted(rate, n) for n in (-1, 0, 1))
+        return Contender(name, summary, factory, grid, rate, **rest)
 
     def lanes(
         self, out: Path, seeds: int = 0, names: Sequence[str] | None = None
@@ -206,12 +200,6 @@ class Task:
         """Final runs at tuned rates."""
         contenders = [contender for _, contender in self.entrants().values()]
         return campaign_entries(self.workload, out, contenders, STUDY)
-
-
-def _load(
-    load: Callable[[Path | None, Path], Data], weights: Path, data_dir: Path | None
-) -> Data:
-    return load(data_dir, weights)
 
 
 def build_counted(workload: Workload, contender: Contender) -> Program:
@@ -236,6 +224,7 @@ def build_counted(workload: Workload, contender: Contender) -> Program:
 # --------------------------------------------------------------------- pretraining
 
 BASE, OPTIMIZER, RATE = WORKLOADS["shakespeare_gpt"], "muon", 0.03
+WEIGHTS = Path("runs/sotu_gpt.npz")
 
 
 def pretrain(
@@ -269,14 +258,9 @@ def read_weights(path: Path, base: Workload = BASE) -> Params:
         return traverse_util.unflatten_dict({k: archive[k] for k in shapes}, sep="/")
 
 
-def _load_sotu(data_dir: Path | None, weights: Path) -> Data:
+def _load_sotu(data_dir: Path | None) -> Data:
     text = load_sotu(BASE.model.context)(data_dir)
-    return text._replace(pretrained=read_weights(weights))
-
-
-def _load_mail(data_dir: Path | None, weights: Path) -> Data:
-    del weights  # Those of the encoder lie beside the mail.
-    return load_mail(data_dir, length=32)
+    return text._replace(pretrained=read_weights(WEIGHTS))
 
 
 def _adapted(base: Workload, **changes: Any) -> Adaptation:
@@ -284,8 +268,6 @@ def _adapted(base: Workload, **changes: Any) -> Adaptation:
     return Adaptation(**{**held, **changes})
 
 
-_THREE = {-4.5: (3e-5, 1e-4, 3e-4), -3.5: (3e-4, 1e-3, 3e-3), -3: (1e-3, 3e-3, 1e-2)}
-_THREE |= {-2.5: (3e-3, 1e-2, 3e-2), -2: (1e-2, 3e-2, 1e-1)}
 TASKS = {
     task.name: task
     for task in (
@@ -294,6 +276,7 @@ TASKS = {
                 WORKLOADS["minilm_mail"],
                 summary="MiniLM (6 layers) on spam or ham, 32 tokens a message",
                 example=vectors(32, 384),
+                load=functools.partial(load_mail, length=32),
                 steps=60,
                 grid_shift=0,
                 curve_samples=16,
@@ -302,14 +285,13 @@ TASKS = {
             "^head/",
             *(8, 16, 31),
             {
-                "lora": _THREE[-3.5],
-                "projected_adamw": _THREE[-3.5],
-                "projected_muon": _THREE[-3],
-                "projected_muon_wide": _THREE[-3],
-                "projected_muon_whole": _THREE[-3.5],
-                "adamw": _THREE[-4.5],
+                "lora": 1e-3,
+                "projected_adamw": 1e-3,
+                "projected_muon": 3e-3,
+                "projected_muon_wide": 3e-3,
+                "projected_muon_whole": 1e-3,
+                "adamw": 1e-4,
             },
-            _load_mail,
         ),
         Task(
             _adapted(
@@ -317,21 +299,21 @@ TASKS = {
                 name="sotu_gpt",
                 summary="GPT of 4 layers, width 128, from Tiny Shakespeare to State of "
                 "the Union",
+                load=_load_sotu,
                 steps=150,
             ),
             r"block_\d+/(qkv|proj|up|down)",
             None,
             *(8, 14, 31),
             {
-                "lora": _THREE[-2.5],
-                "projected_adamw": _THREE[-2.5],
-                "projected_muon": _THREE[-2],
-                "projected_muon_wide": _THREE[-2],
-                "projected_muon_whole": _THREE[-2.5],
-                "adamw": _THREE[-3],
+                "lora": 1e-2,
+                "projected_adamw": 1e-2,
+                "projected_muon": 3e-2,
+                "projected_muon_wide": 3e-2,
+                "projected_muon_whole": 1e-2,
+                "adamw": 3e-3,
             },
-            _load_sotu,
-            pretrained=True,
+            WEIGHTS,
         ),
     )
 }
@@ -343,25 +325,22 @@ def command(
     optimizer: cli.OptimizerNames = None,
     data_dir: cli.DataDir = None,
     out: cli.Out = RESULTS,
-    runs: Annotated[Path, typer.Option(help="of pretrained weights")] = Path("runs"),
     hours: cli.Hours = 1.0,
     seeds: cli.Seeds = 3,
     rounds: Annotated[int, typer.Option(help="steps in turns; 0: none")] = 10,
-    quiet: cli.Quiet = False,
 ) -> None:
     """LoRA against gradients in coordinates, as many trained numbers; resumable."""
     deadline = time.monotonic() + 3600 * hours
-    found = cli.lookup(TASKS, workload, "WORKLOAD")
-    weights = runs / f"{workload}.npz"
-    task = found.with_weights(weights)
+    task = cli.lookup(TASKS, workload, "WORKLOAD")
+    weights = task.weights
     cli.several(task.entrants(), optimizer, "--optimizer")
     lanes = task.lanes(out, seeds, optimizer)
     file = lanes[0].file
-    with cli.bars(quiet) as progress:
-        if task.pretrained and not weights.is_file():
+    with cli.bars() as progress:
+        if weights and not weights.is_file():
             advance = cli.bar(progress, "pretraining", BASE.steps)
             pretrain(data_dir, weights, after_step=advance)
-        if task.pretrained and not records.read(file, study="pretraining"):
+        if weights and not records.read(file, study="pretraining"):
             params = read_weights(weights)
             measured = {
                 key: one.measure(params, one.load(data_dir).test, None)
@@ -378,5 +357,5 @@ def command(
             rows = in_turns(pairs, dict.fromkeys(pairs, PEER), rounds, advance)
             records.append(file, "speed", [{"workload": workload, "rows": rows}])
     entries = task.entries(out)
-    cli.show(quiet, *[(workload, tables.finetuning(entries))] * bool(entries))
-    cli.show_remaining(quiet, lanes)
+    cli.show(*[(workload, tables.finetuning(entries))] * bool(entries))
+    cli.show_remaining(lanes)

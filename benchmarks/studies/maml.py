@@ -3,10 +3,10 @@
     theta_i <- theta_i - alpha M(grad L(theta_i; support of task i)),  from theta
     minimised over theta:  mean_i L(theta_i; queries of task i)
 
-M is the identity in MAML (Finn, Abbeel, Levine, arXiv 1703.03400). With
-`in_bases` it keeps of each kernel's gradient what lies in the top eigenbasis of its
-layer's activations, V V^T G: what "spectral meta learning" may mean, which the paper
-(arXiv 2505.23369) names and the part of it at hand does not define.
+M is the identity in MAML (Finn, Abbeel, Levine, arXiv 1703.03400). With `in_bases` it
+keeps of each kernel's gradient what lies in the top eigenbasis of its layer's
+activations, V V^T G: what "spectral meta learning" may mean, which the paper (arXiv
+2505.23369) names and the part of it at hand does not define.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,6 @@ from benchmarks.tasks.omniglot import Episode
 
 #: ``(params, images, labels) -> loss``.
 Loss = Callable[[Params, Any, Any], jax.Array]
-#: Gradients of one inner step -> what is subtracted, times alpha.
-Move = Callable[[Params], Params]
-
-
-def whole(grads: Params) -> Params:
-    """Gradient descent in all coordinates."""
-    return grads
 
 
 class Inner(NamedTuple):
@@ -36,7 +29,7 @@ class Inner(NamedTuple):
 
     rate: Any  # alpha
     steps: int
-    move: Move = whole
+    move: Callable[[Params], Params] = lambda grads: grads  # M
     first_order: bool = False  # whether inner gradients are constants to the outer one
 
 
@@ -60,17 +53,8 @@ def meta_loss(loss: Loss, params: Params, tasks: Episode, inner: Inner) -> jax.A
     return jnp.mean(jax.vmap(one)(tasks))
 
 
-class BasesState(NamedTuple):
-    """State of the optimizer, and of a projection that moves nothing."""
-
-    inner: Any
-    bases: dsbp_optax.SpectralState
-
-
-def keep_bases(
-    tx: optax.GradientTransformation, **settings: Any
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer of whole gradients that keeps eigenbases beside it, for `in_bases`.
+def keep_bases(**settings: Any) -> optax.GradientTransformationExtraArgs:
+    """Updates as they are; a state of eigenbases, for `in_bases`.
 
     `settings` are those of `dsbp_optax.scale_by_spectral_projection`.
     """
@@ -78,32 +62,28 @@ def keep_bases(
         project="always", project_cold=True, **settings
     )
 
-    def init(params: Params) -> BasesState:
-        return BasesState(tx.init(params), projection.init(params))
-
     def update(
         updates: Params,
-        state: BasesState,
+        state: Any,
         params: Params = None,
         *,
         statistics: Any = None,
         **others: Any,
-    ) -> tuple[Params, BasesState]:
+    ) -> tuple[Params, Any]:
         del others
-        small = dsbp_optax.project_gradients(updates, state.bases)
-        _, bases = projection.update(small, state.bases, params, statistics=statistics)
-        updates, inner = tx.update(updates, state.inner, params)
-        return updates, BasesState(inner, bases)
+        small = dsbp_optax.project_gradients(updates, state)
+        _, state = projection.update(small, state, params, statistics=statistics)
+        return updates, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(projection.init, update)
 
 
-def in_bases(state: BasesState) -> Move:
+def in_bases(opt_state: Any) -> Callable[[Params], Params]:
     """``V V^T G`` in the place of each kernel's gradient; others are whole.
 
     The bases are one for all tasks, and constants to the outer gradient.
     """
-    layers = dsbp_optax.by_path(state.bases)
+    layers = dsbp_optax.by_path(opt_state)
 
     def lift(path: Any, grad: Any, small: Any) -> Any:
         if not isinstance(small, dsbp_optax.Coordinates):
@@ -112,7 +92,7 @@ def in_bases(state: BasesState) -> Move:
         return jnp.einsum("dk,mk->dm", layer.basis, small.values[0])
 
     def move(grads: Params) -> Params:
-        small = dsbp_optax.project_gradients(grads, state.bases)
+        small = dsbp_optax.project_gradients(grads, opt_state)
         return jax.tree_util.tree_map_with_path(lift, grads, small)
 
     return move

@@ -272,15 +272,11 @@ def command(
     rank: Annotated[int, typer.Option(min=1, help="of every basis")] = 128,
     devices: Annotated[int, typer.Option(min=1, help="in data parallel")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="a step and device")] = 16_384,
-    flops: Annotated[float, typer.Option(min=1, help="of a device, a second")] = 4e14,
-    memory: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 3.3e12,
-    network: Annotated[float, typer.Option(min=1, help="bytes, likewise")] = 5e10,
     write: Annotated[Path | None, typer.Option(help="a Markdown file")] = None,
 ) -> None:
     """State, FLOPs, traffic and time of a step of a large model, by formulas."""
     cli.several(MODELS, model, "--model")
-    machine = Machine(devices, flops, memory, network)
-    text = document(model or list(MODELS), machine, rank, tokens)
+    text = document(model or list(MODELS), Machine(devices), rank, tokens)
     if write is None:
         cli.console.print(text, markup=False)
         return

@@ -26,7 +26,6 @@ from benchmarks.core import records, sweep
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.core.sweep import Part, Run, Task
 from benchmarks.peers import CONTENDERS, Contender
-from benchmarks.report import tables
 from benchmarks.tasks import gpt, vision
 from benchmarks.tasks.base import DataError
 
@@ -324,10 +323,8 @@ def command(
     data_dir: cli.DataDir = Path("data"),
     runs: Annotated[int, typer.Option(min=1, help="at once, in one program")] = 16,
     out: cli.Out = RESULTS,
-    cache: Annotated[Path | None, typer.Option(help="of compiled programs")] = None,
     commit: Annotated[str | None, typer.Option(help="where no checkout tells")] = None,
     dry_run: Annotated[bool, typer.Option("--dry", help="tiny, random data")] = False,
-    report: Annotated[bool, typer.Option("--report", help="tables only")] = False,
     show_all: Annotated[bool, typer.Option("--list", help="which there are")] = False,
 ) -> None:
     """Many contenders, alike tuned, with controls; made for one accelerator."""
@@ -336,21 +333,15 @@ def command(
     pairs = list(itertools.product(boards, entrants))
     if jobs:
         pairs = [pair for text in jobs for pair in _pairs(text)]
-    if show_all or report:
-        for one in entrants if show_all else ():
+    if show_all:
+        for one in entrants:
             cli.console.print(f"{one.name:24} {one.summary}")
         for board in boards:
-            rows = board.rows(out) if report else []
-            told = f"{board.name}: {board.steps} steps on {board.corpus}"
-            shown = tables.scoreboard(rows, board.judge) if rows else None
-            cli.show(False, *[(told, shown)] * bool(rows))
-            cli.console.print(*[told] * (not report))
+            told = f"{board.steps} steps on {board.corpus}"
+            cli.console.print(f"{board.name:24} {told}")
         return
     if dry_run and out == RESULTS:
         raise typer.BadParameter("got no --out, expected a folder of no worth.")
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if dry_run:
         pairs = [(dry(board), contender) for board, contender in pairs]
 

@@ -62,14 +62,13 @@ def command(
     seeds: cli.Seeds = 20,
     json: cli.Save = None,
     quick: cli.Quick = False,
-    quiet: cli.Quiet = False,
 ) -> None:
     """Ours against the plain optimizers at every rate of theirs, from many seeds."""
     chosen = cli.lookup(WORKLOADS, workload, "WORKLOAD")
     ours = {name: c for name, c in CONTENDERS.items() if c.plain}
     steps = steps or (chosen.quick_steps if quick else chosen.steps)
     rows = []
-    with cli.bars(quiet) as progress:
+    with cli.bars() as progress:
         data = chosen.load(data_dir)
         for contender in cli.several(ours, optimizer, "--optimizer"):
             pair = contender, plain_of(contender)
@@ -86,4 +85,4 @@ def command(
                 rows.append(row([one.name for one in pair], rate, ends))
                 advance()
     cli.save(json, "stability", [{"workload": workload, "steps": steps, "rows": rows}])
-    cli.show(quiet, (f"{workload}: training loss", tables.stability(rows)))
+    cli.show((f"{workload}: training loss", tables.stability(rows)))

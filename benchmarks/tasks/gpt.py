@@ -188,33 +188,16 @@ def tokens(context: int, vocabulary: int = _SYMBOLS) -> Callable[[int], Batch]:
 # ----------------------------------------------------------------------- workloads
 
 
-def workload(name: str, summary: str, model: Gpt, **settings: Any) -> Workload:
-    """A GPT on Tiny Shakespeare."""
-    return Workload(
-        name=name,
-        summary=f"{summary} on Tiny Shakespeare's characters",
-        model=model,
-        example=tokens(model.context),
-        load=load_shakespeare(model.context),
+WORKLOADS = {
+    "shakespeare_gpt": Workload(
+        "shakespeare_gpt",
+        "GPT of 4 layers, width 128, on Tiny Shakespeare's characters",
+        *(Gpt(), tokens(64), load_shakespeare(64), 24),
+        steps=600,
+        quick_steps=600,
         metric=LOSS,
         sampler=drawn,
         clip=1.0,
         curve_samples=96,
-        **{"batch_size": 24, "steps": 600, **settings},
-    )
-
-
-WORKLOADS = {
-    one.name: one
-    for one in (
-        workload(
-            "shakespeare_gpt", "GPT of 4 layers, width 128,", Gpt(), quick_steps=600
-        ),
-        workload(
-            "shakespeare_gpt_wide",
-            "GPT of 6 layers, width 256, context 128,",
-            Gpt(width=256, layers=6, heads=8, context=128),
-            quick_steps=50,
-        ),
     )
 }

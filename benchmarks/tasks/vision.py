@@ -141,17 +141,14 @@ def augmented(
 ) -> Iterator[Batch]:
     """Shuffled batches, each image flipped at random and cropped after padding.
 
-    What is drawn comes from `rng`; bytes are normalised and moved on the device.
+    What is drawn comes from `rng`; inputs are `Pixels`, normalised and moved on the
+    device.
     """
     for chosen in orders(len(train), size, rng):
         flips = rng.random(size) < 0.5
         corners = rng.integers(0, 2 * padding + 1, (2, size))
-        inputs = train.inputs
-        if isinstance(inputs, Pixels):
-            raw = jnp.asarray(inputs.raw[chosen])
-            images = _normalized(raw, inputs.mean, inputs.std)
-        else:
-            images = jnp.asarray(inputs[chosen])
+        pixels = train.inputs
+        images = _normalized(jnp.asarray(pixels.raw[chosen]), pixels.mean, pixels.std)
         yield crop_and_flip(images, flips, corners, padding), train.targets[chosen]
 
 
@@ -373,19 +370,6 @@ def images(height: int, channels: int, classes: int = 10) -> Callable[[int], Bat
 # ----------------------------------------------------------------------- workloads
 
 
-def _cifar(name: str, summary: str, model: ResNet, **settings: Any) -> Workload:
-    return Workload(
-        name,
-        f"{summary} on CIFAR-10, flips and crops",
-        *(model, images(32, 3), load_cifar10, 128),
-        sampler=augmented,
-        pixel_mean=CIFAR10_MEAN,
-        pixel_std=CIFAR10_STD,
-        curve_samples=2_000,
-        **settings,
-    )
-
-
 WORKLOADS = {
     one.name: one
     for one in (
@@ -421,20 +405,16 @@ WORKLOADS = {
             steps=2_190,
             quick_steps=730,
         ),
-        _cifar(
+        Workload(
             "cifar10_resnet",
-            "ResNet-8 of 16-32-64 channels with GroupNorm",
-            ResNet(),
+            "ResNet-8 of 16-32-64 channels with GroupNorm on CIFAR-10, flips and crops",
+            *(ResNet(), images(32, 3), load_cifar10, 128),
             steps=3_510,
             quick_steps=400,
-        ),
-        _cifar(
-            "cifar10_resnet18",
-            "ResNet-18 with GroupNorm, for accelerators,",
-            ResNet(widths=(64, 128, 256, 512), blocks=2),
-            steps=10_530,
-            quick_steps=1_053,
-            heavy=True,
+            sampler=augmented,
+            pixel_mean=CIFAR10_MEAN,
+            pixel_std=CIFAR10_STD,
+            curve_samples=2_000,
         ),
         Workload(
             "tiny_imagenet_resnet",

@@ -378,6 +378,30 @@ def test_what_accumulates_gradients_gets_the_statistics() -> None:
     assert int(layer.spectrum.activations.max()) == 1
 
 
+def test_a_sketch_of_half_precision_inputs_makes_no_wide_copy_of_them() -> None:
+    layer = nn.Dense(16, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (200, 24)).astype(jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)["params"]
+    tx = dsbp_optax.dsbp_muon(0.02, rank=4)
+    state = tx.init(params)
+
+    def loss_fn(params: Any) -> Any:
+        return layer.apply({"params": params}, x).astype(jnp.float32).mean()
+
+    def step(params: Any, state: Any) -> Any:
+        return dsbp_optax.linen.value_and_grad(loss_fn)(params, opt_state=state)
+
+    _, _, seen = step(params, state)
+    wide, v = x.astype(jnp.float32), basis_of(state, "kernel").astype(jnp.float32)
+    sketch = seen["kernel"]
+    product = sketch.product.reshape(24, 4)
+    assert sketch.product.dtype == jnp.float32
+    assert_same(product, wide.T @ (wide @ v.reshape(24, 4)), rtol=0.02)
+    assert float(sketch.trace.max()) == pytest.approx(float((wide**2).sum()), rel=1e-3)
+    text = str(jax.make_jaxpr(step)(params, state))
+    assert "bf16[200,24]" in text and "f32[200,24]" not in text.replace("bf16", "half")
+
+
 def is_short(leaf: Any) -> bool:
     return isinstance(leaf, dsbp_optax.Coordinates)
 

@@ -241,3 +241,15 @@ def test_factorisations_are_one_batch_on_accelerators() -> None:
         )
         sizes[platform] = {kind.count("x") for kind in found}
     assert sizes == {"cuda": {3}, "cpu": {2}}
+
+
+def test_init_is_a_few_programs(caplog) -> None:
+    """Outside of `jax.jit` each operation on its own would be one."""
+    shapes = {"a": (40, 24), "b": (24, 40), "c": (40, 40), "d": (3, 24, 40)}
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+    axes = {"d*": dsbp_optax.Axes((1,), (2,), (0,))}
+    tx = dsbp_optax.dsbp_muon(0.02, rank=5, basis=dsbp_optax.Basis(axes=axes))
+    with jax.log_compiles():
+        tx.init(params)
+    compiled = [x for x in caplog.messages if x.startswith("Compiling ")]
+    assert 2 <= len(compiled) <= 6, compiled

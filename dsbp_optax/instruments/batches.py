@@ -38,12 +38,10 @@ class StreamedMean:
         leaves, form = jax.tree.flatten(operand)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self.on_host(operand)
-        found = _mean_p.bind(*leaves, mean=self, form=form)
-        return jax.tree.unflatten(jax.tree.structure(self.shapes(operand)), found)
-
-    def shapes(self, operand: PyTree) -> PyTree:
-        """Shapes and dtypes of the mean."""
-        return jax.eval_shape(self._one, operand, next(iter(self._batches())))
+        shapes = jax.eval_shape(self._one, operand, next(iter(self._batches())))
+        kept, structure = jax.tree.flatten(shapes)
+        found = _mean_p.bind(*leaves, mean=self, form=form, shapes=tuple(kept))
+        return jax.tree.unflatten(structure, found)
 
     def on_host(self, operand: PyTree) -> PyTree:
         """The mean, one batch after the other."""
@@ -66,14 +64,13 @@ class StreamedMean:
         return itertools.chain([first], batches)
 
 
-def _run(*leaves: Array, mean: StreamedMean, form: Any) -> list[Array]:
+def _run(*leaves: Array, mean: StreamedMean, form: Any, shapes: Any) -> list[Array]:
+    del shapes
     return jax.tree.leaves(mean.on_host(form.unflatten(leaves)))
 
 
-def _shapes(*leaves: Any, mean: StreamedMean, form: Any) -> list[Any]:
-    given = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    found = jax.tree.leaves(mean.shapes(form.unflatten(given)))
-    return [jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in found]
+def _shapes(*_: Any, shapes: Any, **__: Any) -> list[Any]:
+    return [jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in shapes]
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

@@ -121,6 +121,7 @@ def value_and_grad(
       ``(params, *args, opt_state, **kwargs) -> (value, grads, statistics)``. Value
       and gradients are those of `jax.value_and_grad`. ``statistics`` maps parameter
       paths to `Sketch`; on steps that refresh nothing it is zero and costs nothing.
+      None where `opt_state` holds no state of this package.
 
     Raises:
       ValueError: at trace time, where `strict`.

@@ -81,7 +81,8 @@ def value_and_grad(
       ``opt_state`` may also be the `flax.nnx.Optimizer`. Value, gradients and changes
       to the model (batch statistics, rng counts) are those of
       `flax.nnx.value_and_grad`. ``statistics`` maps parameter paths to `Sketch`; on
-      steps that refresh nothing it is zero and costs nothing.
+      steps that refresh nothing it is zero and costs nothing. None where `opt_state`
+      holds no state of this package.
 
     Raises:
       ValueError: at trace time, where `strict`.

@@ -354,8 +354,11 @@ def test_a_state_of_another_optimizer_is_told() -> None:
     params, tx = {"kernel": jnp.ones((8, 8))}, optimizer()
     chain = optax.chain(optax.clip(1.0), tx).init(params)
     step = dsbp_optax.capture.value_and_grad(lambda params: params["kernel"].sum())
-    with pytest.warns(UserWarning, match="pass all of what tx.init") as caught:
-        step(params, opt_state=chain[0])
+    _, grads, seen = step(params, opt_state=chain[0])
+    assert seen is None
+    metric = dsbp_optax.dsbp_muon(0.02, rank=2)
+    with pytest.warns(UserWarning, match="pass it all of what tx.init") as caught:
+        metric.update(grads, metric.init(params), params, statistics=seen)
     assert caught[0].filename == __file__  # Not a line of ours.
 
 

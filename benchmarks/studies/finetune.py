@@ -46,6 +46,8 @@ STUDY = "finetune"
 PEER, WHOLE = "lora", "adamw"
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
 ALIKE, WIDE = ("projected_adamw", "projected_muon"), "projected_muon_wide"
+#: Contenders of the other tables that train everything here too.
+TODAY = ("muon", "dsbp_muon", "dsbp_adamw")
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
 
@@ -157,8 +159,19 @@ class Task:
                     **OURS,
                 ),
             ),
+            **{
+                name: (whole, self._everything(name))
+                for name in self.rates
+                if name.removesuffix("_whole") in TODAY
+            },
             WHOLE: (whole, self._contender(WHOLE, "everything, adamw", optax.adamw)),
         }
+
+    def _everything(self, name: str) -> Contender:
+        plain = CONTENDERS[name.removesuffix("_whole")]
+        own = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
+        kept = {k: own[k] for k in ("settings", "ours", "period", "window")}
+        return self._contender(name, f"everything, {plain.name}", plain.factory, **kept)
 
     def _trained(self, inside: str) -> str:
         return inside if self.head is None else f"{inside}|{self.head}"
@@ -311,6 +324,9 @@ TASKS = {
                 "projected_muon": 3e-2,
                 "projected_muon_wide": 3e-2,
                 "projected_muon_whole": 1e-2,
+                "muon_whole": 1e-2,
+                "dsbp_muon_whole": 1e-2,
+                "dsbp_adamw_whole": 1e-2,
                 "adamw": 3e-3,
             },
             WEIGHTS,

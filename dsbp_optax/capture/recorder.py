@@ -238,7 +238,10 @@ def collect(
     subspace: bool = False,
     displacement: coordinates.Displacement = None,
 ) -> tuple[Any, PyTree, Any]:
-    """Value, gradients and statistics of a loss, see the adapters' `value_and_grad`."""
+    """Value, gradients and statistics of a loss, see the adapters' `value_and_grad`.
+
+    Statistics are None where `opt_state` holds no state that could use them.
+    """
     owners = state.riders(opt_state)
     riders = owners
     if subspace:
@@ -316,6 +319,8 @@ def collect(
             reasons.setdefault(parameter_path(key), NO_RULE)
     if misread or reasons or elsewhere:
         checks.warn(_tell(reasons, misread, elsewhere))
+    if not state.known(opt_state):
+        return value, grads, None
     return value, grads, state.statistics(cotangents, tapped & {*owners})
 
 

@@ -33,14 +33,8 @@ def riders(opt_state: PyTree) -> dict[str, Rider]:
             "Remedy: value_and_grad(loss_fn)(params, batch, opt_state=opt_state), "
             "where opt_state = tx.init(params) at first."
         )
-    found, states = {}, state.find_states(opt_state)
-    if not states:
-        checks.warn(
-            "opt_state: got a state in which no optimizer of dsbp_optax has one, so "
-            "that no statistics are taken. Remedy: pass all of what tx.init(params) "
-            "gave, also where tx is a chain."
-        )
-    for one in states:
+    found = {}
+    for one in state.find_states(opt_state):
         for stack in one.bases:
             whole = one.basis[stack.name].astype(stack.first.dtype)
             for kernel in stack.kernels:
@@ -55,6 +49,11 @@ def riders(opt_state: PyTree) -> dict[str, Rider]:
                 count = jnp.broadcast_to(one.collect, form).astype(basis.dtype)
                 found[key] = Rider(basis, count, jnp.zeros(form, basis.dtype))
     return found
+
+
+def known(opt_state: PyTree) -> bool:
+    """Whether `opt_state` holds any state of this package."""
+    return bool(state.find_states(opt_state))
 
 
 def shared(opt_state: PyTree) -> dict[str, list[str]]:

@@ -81,9 +81,8 @@ class TrainState(train_state.TrainState):
         extra = {k: v for k, v in kwargs.items() if k not in fields}
         update = self.tx.update
         kinds = (p.kind for p in signature(update).parameters.values())
-        if (
-            Parameter.VAR_KEYWORD not in kinds
-        ):  # `optax.MultiSteps` says it nowhere else
+        # That of `optax.MultiSteps` takes keywords, though its type does not say so.
+        if Parameter.VAR_KEYWORD not in kinds:
             update = optax.with_extra_args_support(self.tx).update
         updates, opt_state = update(
             grads, self.opt_state, self.params, statistics=statistics, **extra

@@ -38,7 +38,7 @@ class _Clone:
         return jnp.asarray(layer.apply({"params": {"kernel": kernel}}, x))
 
     def __hash__(self) -> int:
-        return hash_of(self.layer)
+        return hash_of(self, self.layer)
 
 
 def _by_clone(module: Any, inputs: int, batch: int = 0, **changes: Any) -> LinearMap:

@@ -36,7 +36,7 @@ class _Shadow:
         return jnp.asarray(self.call(stand_in, x))
 
     def __hash__(self) -> int:
-        return hash_of((self.call, *sorted(self.settings.items())))
+        return hash_of(self, self.call, *sorted(self.settings.items()))
 
 
 def _by_shadow(layer: Any, inputs: int, batch: int = 0, **others: Any) -> LinearMap:

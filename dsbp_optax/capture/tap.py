@@ -123,12 +123,12 @@ class Once:
         return found
 
 
-def hash_of(settings: Any) -> int:
-    """Of what can be hashed; something else is like itself alone."""
+def hash_of(owner: Any, *settings: Any) -> int:
+    """Of what can be hashed; whoever has something else is like itself alone."""
     try:
         return hash(settings)
     except TypeError:
-        return id(settings)
+        return id(owner)
 
 
 def parameter_path(key: str) -> str:

@@ -83,7 +83,11 @@ def memory() -> Figure:
     from benchmarks.studies.cost_worker import make_optimizer
     from dsbp_optax.diagnostics import state_bytes
 
-    record = records.read(RECORDS / "cost.jsonl")[-1]
+    record = [  # The last that has them.
+        one
+        for one in records.read(RECORDS / "cost.jsonl")
+        if any(row["figure"].startswith("temporary") for row in one["rows"])
+    ][-1]
     temporary = {
         (r["figure"], r["contender"]): r["value"]
         for r in record["rows"]

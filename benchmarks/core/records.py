@@ -34,10 +34,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
-def provenance() -> Record:
-    """Date, commit, machine and versions of what is run now."""
+def provenance(commit: str | None = None) -> Record:
+    """Date, commit, machine and versions of what is run now.
+
+    Of a copy that is no checkout, or an older one, the given `commit` tells.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"date": now, **_surroundings()}
+    copied = {} if commit is None else {"commit": commit, "clean": None}
+    return {"date": now, **_surroundings(), **copied}
 
 
 @functools.cache

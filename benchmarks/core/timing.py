@@ -22,14 +22,21 @@ def compiled(function: Any, *args: Any) -> tuple[Any, float]:
     return program, time.perf_counter() - start
 
 
+def counts(program: Any) -> Mapping[str, float]:
+    """What the compiler counts, every branch as if taken; empty where it does not."""
+    found = program.cost_analysis()
+    if isinstance(found, list):
+        found = found[0] if found else None
+    return found or {}
+
+
 def cost(program: Any) -> dict[str, float | None]:
     """``temporary_bytes``, and ``flops`` with every branch counted as if taken."""
-    memory, costs = program.memory_analysis(), program.cost_analysis()
-    if isinstance(costs, list):
-        costs = costs[0] if costs else None
     return {
-        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-        "flops": (costs or {}).get("flops"),
+        "temporary_bytes": getattr(
+            program.memory_analysis(), "temp_size_in_bytes", None
+        ),
+        "flops": counts(program).get("flops"),
     }
 
 

@@ -287,9 +287,7 @@ def carry_out(told: Told) -> None:
                 found = [{"contender": item.part, "error": words}]
             elapsed = time.monotonic() - begun
             spent, guessed = spent + elapsed, guessed + item.seconds
-            where = records.provenance()
-            if told.commit is not None:  # Of a copy the copied commit tells.
-                where |= {"commit": told.commit, "clean": None}
+            where = records.provenance(told.commit)
             same = {"name": item.name, "part": item.part, "dry": told.dry}
             same |= {"error": None, "measured_s": round(elapsed, 2)}
             rows = [{**same, **figures, **where} for figures in found]

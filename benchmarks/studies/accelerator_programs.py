@@ -136,11 +136,10 @@ class Started:
         traced = time.perf_counter()
         self.program = lowered.compile()
         compiled, cached = time.perf_counter(), len(_HITS) > hits
-        memory, costs = self.program.memory_analysis(), self.program.cost_analysis()
-        costs = costs[0] if isinstance(costs, list) else costs or {}
-        names = "argument", "output", "alias", "temp"
-        sizes = {x: getattr(memory, f"{x}_size_in_bytes", None) for x in names}
-        total = None if None in sizes.values() else sum(sizes.values())
+        memory, counted = self.program.memory_analysis(), timing.counts(self.program)
+        names = "argument", "output", "temp", "alias"
+        sizes = [getattr(memory, f"{x}_size_in_bytes", None) for x in names]
+        *parts, aliased = sizes
         kernels = hlo.launches(self.program.as_text())
         self.figures: Figures = {
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -150,12 +149,12 @@ class Started:
             "launches_of_refresh": kernels.most,
             "loops_of_unknown_length": kernels.unknown_loops,
             "state_bytes": state_bytes(state),
-            "temporary_bytes": sizes["temp"],
-            "aliased_bytes": sizes["alias"],
-            # Aliased results lie in the place of arguments, and are counted twice.
-            "total_bytes": total and total - 2 * sizes["alias"],
-            "accessed_bytes": costs.get("bytes accessed"),
-            "flops": costs.get("flops"),
+            "temporary_bytes": parts[-1],
+            "aliased_bytes": aliased,
+            # Aliased results lie in the place of arguments.
+            "total_bytes": None if None in sizes else sum(parts) - aliased,
+            "accessed_bytes": counted.get("bytes accessed"),
+            "flops": counted.get("flops"),
         }
 
     def __call__(self, steps: int = 1) -> Any:

@@ -32,7 +32,7 @@ from benchmarks.core import campaign, records, tune
 from benchmarks.core.kernels import path_of
 from benchmarks.core.records import RESULTS
 from benchmarks.core.train import Program, build, train
-from benchmarks.optimizers import CONTENDERS, OURS, Contender, projected_muon
+from benchmarks.optimizers import CONTENDERS, OURS, Contender
 from benchmarks.report import tables
 from benchmarks.report.entries import Entry, campaign_entries
 from benchmarks.studies.speed import in_turns
@@ -46,8 +46,6 @@ STUDY = "finetune"
 PEER, WHOLE = "lora", "adamw"
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
 ALIKE, WIDE = ("projected_adamw", "projected_muon"), "projected_muon_wide"
-#: Contenders of the other tables that train everything here too.
-TODAY = ("muon", "dsbp_muon", "dsbp_adamw")
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
 
@@ -148,30 +146,25 @@ class Task:
             PEER: (lora, self._contender(PEER, told, holding(optax.adamw, adapters))),
             **{name: self._coordinates(name, name, self.rank) for name in ALIKE},
             WIDE: self._coordinates(WIDE, "projected_muon", self.wide_rank),
-            "projected_muon_whole": (
-                whole,
-                self._contender(
-                    *(
-                        "projected_muon_whole",
-                        "everything, projected_muon",
-                        projected_muon,
-                    ),
-                    **OURS,
-                ),
-            ),
             **{
                 name: (whole, self._everything(name))
                 for name in self.rates
-                if name.removesuffix("_whole") in TODAY
+                if name.endswith("_whole")
             },
             WHOLE: (whole, self._contender(WHOLE, "everything, adamw", optax.adamw)),
         }
 
     def _everything(self, name: str) -> Contender:
-        plain = CONTENDERS[name.removesuffix("_whole")]
-        own = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        kept = {k: own[k] for k in ("settings", "ours", "period", "window")}
-        return self._contender(name, f"everything, {plain.name}", plain.factory, **kept)
+        own = CONTENDERS[name.removesuffix("_whole")]
+        return self._contender(
+            name,
+            f"everything, {own.name}",
+            own.factory,
+            settings=own.settings,
+            ours=own.ours,
+            period=own.period,
+            window=own.window,
+        )
 
     def _trained(self, inside: str) -> str:
         return inside if self.head is None else f"{inside}|{self.head}"

@@ -296,9 +296,7 @@ class Campaign:
         test = stage.phase == "final"
         found = sweep.train(program, stage.runs, board.steps, self.data(board), test)
         told = {"workload": board.name, "optimizer": contender.name}
-        where = records.provenance()
-        if self.commit is not None:  # Of a copy the copied commit tells.
-            where |= {"commit": self.commit, "clean": None}
+        where = records.provenance(self.commit)
         rows = [{**told, "phase": stage.phase, **row, **where} for row in found]
         records.append(board.file(self.out), "scoreboard", rows)
         judge = f"validation_{board.judge}"

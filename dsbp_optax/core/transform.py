@@ -149,9 +149,7 @@ def transformation(
             fresh = fresh._replace(statistics=state.empty_sketches(fresh))
         return fresh
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def init_inner(kernels: tuple[Kernel, ...]) -> dict[str, PyTree]:
-        return _init_inner(rule, kernels)
+    init_inner = jax.jit(functools.partial(_init_inner, rule), static_argnums=0)
 
     @functools.cache
     def shapes_of(size: int, other: int, rank: int) -> list[layout.Shape]:

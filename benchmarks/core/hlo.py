@@ -1,13 +1,15 @@
-"""What an optimized program launches, read off its text."""
+"""An optimized program, read off its text: its computations, and what it launches."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPCODE = re.compile(r" ([a-z][a-z0-9-]*)\(")
 _CALLED = re.compile(r"(body|to_apply|calls|called_computation)=%?([\w.-]+)")
-_BRANCH = re.compile(r"(?:true|false)_computation=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r"(?:true|false)_computation=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 #: What is no work of the device: names of values, and the ends of what was begun.
 _FREE = re.compile(
@@ -30,23 +32,36 @@ class Launches(NamedTuple):
     unknown_loops: int
 
 
-def launches(text: str) -> Launches:
-    """Fusions, library calls and single operations of the text of a compiled program.
-
-    Loops count with their trips; what lies inside of a fusion does not count.
-    """
-    bodies, entry, current = {}, "", list[str]()
+def computations(text: str) -> tuple[str, Mapping[str, Sequence[str]]]:
+    """The name of the entry, and the instructions of each computation."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", list[str]()
     for line in text.splitlines():
         if found := _HEADER.match(line):
             current = bodies.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
         elif " = " in line:
-            current.append(line.partition(" = ")[2])
+            current.append(line)
+    return entry, bodies
+
+
+def branches(line: str) -> list[str]:
+    """The computations that a conditional chooses from."""
+    names = ",".join(one or several for one, several in _BRANCHES.findall(line))
+    return [name.strip().lstrip("%") for name in names.split(",") if name]
+
+
+def launches(text: str) -> Launches:
+    """Fusions, library calls and single operations of the text of a compiled program.
+
+    Loops count with their trips; what lies inside of a fusion does not count.
+    """
+    entry, bodies = computations(text)
 
     def walk(name: str) -> Launches:
         usual = most = unknown = 0
         for line in bodies.get(name, ()):
-            opcode = _OPCODE.search(f" {line}")
+            opcode = _OPCODE.search(f" {line.partition(' = ')[2]}")
             if opcode is None or _FREE.fullmatch(opcode[1]):
                 continue
             inner, trips = [Launches(1, 1, 0)], 1
@@ -55,8 +70,7 @@ def launches(text: str) -> Launches:
                 inner, known = [walk(called["body"])], _TRIPS.search(line)
                 trips, unknown = int(known[1]) if known else 1, unknown + (not known)
             elif opcode[1] == "conditional":
-                names = ",".join([*_BRANCH.findall(line), *_BRANCHES.findall(line)])
-                inner = [walk(x.strip().lstrip("%")) for x in names.split(",")]
+                inner = [walk(name) for name in branches(line)]
             elif opcode[1] in ("call", "async-start"):
                 inner = [walk(x) for x in called.values()]
             usual += trips * min(x.usual for x in inner)

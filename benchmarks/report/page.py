@@ -12,9 +12,7 @@ from benchmarks.core import records
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
-from benchmarks.report.entries import (
-    control_entries,
-)
+from benchmarks.report.entries import control_entries
 from benchmarks.report.found import DATA_SETS, Found
 from benchmarks.report.tables import markdown, table
 from benchmarks.studies import finetune

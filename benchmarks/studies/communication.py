@@ -5,6 +5,7 @@ adds a reduction over devices for every sum over samples; its operands are what 
 """
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ import typer
 
 import dsbp_optax
 from benchmarks import cli
+from benchmarks.core import hlo
 from benchmarks.core.kernels import path_of
 from benchmarks.core.records import Record
 from benchmarks.core.train import train_step
@@ -29,13 +31,9 @@ from dsbp_optax import Coordinates
 Shape = tuple[int, ...]
 #: Ways to a gradient.
 ROUTES = ("whole", "subspace")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
     r"(?:-start)?\("
-)
-_BRANCHES = re.compile(
-    r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%\S+)"
 )
 _ARRAY = re.compile(r"\b[a-z]+\d*\[([\d,]*)\]")
 
@@ -50,19 +48,15 @@ class Sent(NamedTuple):
 
 def sent(program: str) -> list[Sent]:
     """Every operand of every collective in the text of a compiled program."""
-    branches = {
-        name.strip().lstrip("%")
-        for found in _BRANCHES.finditer(program)
-        for name in (found[1] or found[2]).rstrip(",").split(",")
-    }
-    computation, operands = "", []
-    for line in program.splitlines():
-        if (head := _COMPUTATION.match(line)) is not None:
-            computation = head[1]
+    _, bodies = hlo.computations(program)
+    lines = itertools.chain.from_iterable(bodies.values())
+    chosen = {name for line in lines for name in hlo.branches(line)}
+    operands = []
+    for computation, line in ((name, x) for name in bodies for x in bodies[name]):
         if (found := _COLLECTIVE.search(line)) is not None:
             for dims in _ARRAY.findall(found[1]):
                 shape = tuple(int(n) for n in dims.split(",") if n)
-                operands.append(Sent(found[2], shape, computation in branches))
+                operands.append(Sent(found[2], shape, computation in chosen))
     return operands
 
 

@@ -18,7 +18,7 @@ from dsbp_optax.capture.plain import tap
 from dsbp_optax.core.coordinates import project_gradients
 from dsbp_optax.core.layout import Axes, Coordinates
 from dsbp_optax.core.plan import Basis
-from dsbp_optax.core.schedule import AutoInterval, AutoRank, RankFraction
+from dsbp_optax.core.rank import RankFraction
 from dsbp_optax.core.state import (
     Layer,
     SpectralState,
@@ -74,8 +74,6 @@ __version__ = "0.3.0"
 
 __all__ = [
     "Activations",
-    "AutoInterval",
-    "AutoRank",
     "Axes",
     "Basis",
     "ClipByNormGrowthState",

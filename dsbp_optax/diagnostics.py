@@ -128,9 +128,7 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
     ``largest`` (``lambda_1`` a sample), ``residual`` (of the eigenpairs), ``failures``,
     ``iterations`` and ``staleness`` (steps since the last refresh that was accepted);
     ``state_bytes`` (basis, moments and residual of this kernel, and moments in few bits
-    beside its basis); with an adaptive
-    rank ``active_rank``; of the whole: ``step`` and ``skipped``, with an adaptive
-    interval ``interval``, ``drift`` and ``jitter``. Stacked kernels are
+    beside its basis); of the whole: ``step`` and ``skipped``. Stacked kernels are
     averaged, but for the staleness, which is the greatest. Can be jit-compiled.
 
     Args:
@@ -159,19 +157,10 @@ def metrics(opt_state: PyTree) -> dict[str, Array]:
                 figures[f"dsbp/{name}/{path}"] = jnp.mean(value)
             behind = jnp.max(one.step - 1 - spectrum.refreshed)
             figures[f"dsbp/staleness/{path}"] = behind
-            if spectrum.rank is not None:
-                figures[f"dsbp/active_rank/{path}"] = jnp.max(spectrum.rank)
             size = _kernel_bytes(layer, beside.get(path, ()))
             figures[f"dsbp/state_bytes/{path}"] = jnp.asarray(size)
         # Of several projections, in a partition, the one that counted most.
-        counts = {"step": one.step, "skipped": one.skipped}
-        if one.interval:
-            counts |= {
-                "interval": one.interval.length,
-                "drift": one.interval.drift,
-                "jitter": one.interval.jitter,
-            }
-        for name, count in counts.items():
+        for name, count in (("step", one.step), ("skipped", one.skipped)):
             known = figures.get(f"dsbp/{name}{one.suffix}", 0)
             figures[f"dsbp/{name}{one.suffix}"] = jnp.maximum(known, count)
     return figures
@@ -268,8 +257,8 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
         found.append(
             f"{path}: stale basis: at its last refresh, in step {last}, it missed its "
             f"layer's covariance in that batch by {residual:.0%} of the leading "
-            "eigenvalue. Remedy: a smaller update_every or update_every='auto', more "
-            "power_iterations; for small batches, whose covariances differ, decay."
+            "eigenvalue. Remedy: a smaller update_every, more power_iterations; for "
+            "small batches, whose covariances differ, decay."
         )
     if last >= 0 and not int(spectrum.activations.max()):
         found.append(
@@ -279,9 +268,9 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
     if failures:
         found.append(
             f"{path}: ill-conditioned or diverging iteration: {failures} refreshes "
-            "were refused, the basis before them was kept. Remedy: a smaller rank or "
-            "rank='auto', larger batches, decay above 0, a smaller learning rate if "
-            "activations grow."
+            "were refused, the basis before them was kept. Remedy: a smaller rank, "
+            "larger batches, decay above 0, a smaller learning rate if activations "
+            "grow."
         )
     return found
 

@@ -13,7 +13,7 @@ import optax
 from dsbp_optax.core import checks, paths, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis, Choices
-from dsbp_optax.core.schedule import Every, Rank, RankFraction
+from dsbp_optax.core.rank import Rank, RankFraction
 from dsbp_optax.core.transform import Rule, transformation
 from dsbp_optax.linalg import quantize
 from dsbp_optax.linalg.types import PyTree, Scalar, is_zero
@@ -62,7 +62,7 @@ def dsbp_muon(
     fallback: Fallback = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     rank: PerPath[Rank] = metric.SHARE,
-    update_every: Every = metric.EVERY,
+    update_every: Scalar = metric.EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon, scaled by each layer's activations, with its momentum in five bits.
@@ -80,7 +80,7 @@ def dsbp_muon(
       nesterov: whether to use Nesterov momentum.
       moment_dtype: how the momentum of kernels is stored: "int1" to "int8", so many
         bits a number, or "float32".
-      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+      rank: k, an integer, a `RankFraction`, a mapping from glob pattern, or a
         callable. By default an eighth of the narrower side, at most 32.
       exponent: of the metric, a number or a schedule; 0 turns it off.
       scale: size of the orthogonalised update, see `orthogonalize`.
@@ -88,7 +88,7 @@ def dsbp_muon(
         schedule; None for `learning_rate`.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
-      update_every: p, steps between refreshes; "auto" lets each layer find its own.
+      update_every: p, steps between refreshes.
       fallback: transformation for parameters that are no kernels, in place of Adam,
         ``optax.scale_by_adam(nesterov=nesterov)``.
       basis: how bases are kept, see `Basis`.
@@ -139,7 +139,7 @@ def dsbp_adamw(
     fallback: Fallback = None,
     fallback_learning_rate: optax.ScalarOrSchedule | None = None,
     rank: PerPath[Rank] = metric.LARGE_SHARE,
-    update_every: Every = metric.EVERY,
+    update_every: Scalar = metric.EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW, scaled by each layer's activations, with a ninth of AdamW's state.
@@ -160,12 +160,12 @@ def dsbp_adamw(
       nesterov: whether to use Nesterov momentum.
       moment_dtype: how the first moment of kernels is stored: "int1" to "int8", so many
         bits a number, or "float32".
-      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+      rank: k, an integer, a `RankFraction`, a mapping from glob pattern, or a
         callable. By default three sixteenths of the narrower side, at most 32.
       exponent: of the metric, a number or a schedule; 0 turns it off.
       fallback_learning_rate: of the parameters that are no kernels, a number or a
         schedule; None for `learning_rate`.
-      update_every: p, steps between refreshes; "auto" lets each layer find its own.
+      update_every: p, steps between refreshes.
       fallback: transformation for parameters that are no kernels, in place of Adam,
         ``optax.scale_by_adam(nesterov=nesterov)``.
       basis: how bases are kept, see `Basis`.
@@ -213,7 +213,7 @@ def dsbp_sgd(
     fallback: Fallback = None,
     moment_dtype: Any = "bfloat16",
     rank: PerPath[Rank] = _FEW,
-    update_every: Every = 100,
+    update_every: Scalar = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD whose momentum is whitened by each layer's activations, in few bits.
@@ -225,7 +225,7 @@ def dsbp_sgd(
       learning_rate: eta, a number or a schedule; SGD's own is a fair start.
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+      rank: k, an integer, a `RankFraction`, a mapping from glob pattern, or a
         callable. By default a sixteenth of the narrower side, at most 8.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       clip: largest ratio of the gradient's norm to its running mean, see
@@ -235,7 +235,7 @@ def dsbp_sgd(
       residual: "int5" keeps the residual's momentum in five bits a number, see
         `residual_momentum`; likewise "int1" to "int8", "float32"; a number is
         the share of `normalize_residual`; a rule; None drops the residual.
-      update_every: p, steps between refreshes; "auto" lets each layer find its own.
+      update_every: p, steps between refreshes.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: transformation for parameters that are no kernels; None: the same.
@@ -290,7 +290,7 @@ def subspace_muon(
     fallback: Fallback = None,
     moment_dtype: Any = "bfloat16",
     rank: PerPath[Rank] = _QUARTER,
-    update_every: Every = 100,
+    update_every: Scalar = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon that needs only coordinates of gradients in each layer's eigenbasis.
@@ -308,7 +308,7 @@ def subspace_muon(
         ``scale="adam"``, AdamW's).
       momentum: decay of the momentum.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+      rank: k, an integer, a `RankFraction`, a mapping from glob pattern, or a
         callable. By default a quarter of the narrower side, at most 32.
       whitening: exponent of the spectral filter, see `whiten`; 0 turns it off.
       residual: None drops what is outside, as gradients in coordinates ask for. With
@@ -318,7 +318,7 @@ def subspace_muon(
       scale: size of the orthogonalised update, see `orthogonalize`.
       weight_decay: decoupled weight decay, in full space.
       mask: which parameters decay, as in `optax.adamw`.
-      update_every: p, steps between refreshes; "auto" lets each layer find its own.
+      update_every: p, steps between refreshes.
       fallback: transformation for parameters that are no kernels, in place of Adam,
         ``optax.scale_by_adam(nesterov=nesterov)``.
       moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
@@ -374,7 +374,7 @@ def subspace_adamw(
     fallback: Fallback = None,
     moment_dtype: Any = "bfloat16",
     rank: PerPath[Rank] = _QUARTER,
-    update_every: Every = 100,
+    update_every: Scalar = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW that needs only coordinates of gradients in each layer's eigenbasis.
@@ -395,7 +395,7 @@ def subspace_adamw(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: transformation for parameters that are no kernels; None: the same.
       nesterov: whether to use Nesterov momentum.
-      rank: k, an integer, a `RankFraction`, "auto", a mapping from glob pattern, or a
+      rank: k, an integer, a `RankFraction`, a mapping from glob pattern, or a
         callable. By default a quarter of the narrower side, at most 32.
       clip: largest ratio of the gradient's norm to its running mean, see
         `clip_by_norm_growth`, which keeps high rates stable; None for any.
@@ -403,7 +403,7 @@ def subspace_adamw(
         whole gradients "int5" keeps its first moment in five bits a number and factors
         the second, see `residual_adam`; likewise "int1" to "int8", "float32"; a number
         is the share of `normalize_residual`; or a rule.
-      update_every: p, steps between refreshes; "auto" lets each layer find its own.
+      update_every: p, steps between refreshes.
       moment_dtype: dtype that moments in the subspace are stored in; bfloat16 is
         rounded stochastically; None keeps that of the computation.
       basis: how bases are kept, see `Basis`.

@@ -5,7 +5,7 @@ from typing import Any
 
 import dsbp_optax
 from dsbp_optax.core.layout import to_kernel_form
-from dsbp_optax.core.state import basis_in_use
+from dsbp_optax.core.state import wide_basis
 
 _OF_THE_BASIS = {field.name for field in dataclasses.fields(dsbp_optax.Basis)}
 
@@ -28,7 +28,7 @@ def layer(opt_state: Any, path: str) -> dsbp_optax.Layer:
 def basis_of(opt_state: Any, path: str) -> Any:
     """The basis of a kernel in kernel form, as sketches have it."""
     one = layer(opt_state, path)
-    return to_kernel_form(basis_in_use(one), one.kernel.view)
+    return to_kernel_form(wide_basis(one), one.kernel.view)
 
 
 def owners(opt_state: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""When bases refresh; an interval and ranks that follow the activations."""
+"""When bases refresh, and how large they are."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -16,16 +16,12 @@ from _models import KERNELS, only
 import dsbp_optax
 from dsbp_optax import (
     Activations,
-    AutoInterval,
-    AutoRank,
     Basis,
     Layer,
     RankFraction,
     Sketch,
 )
-from dsbp_optax.core import schedule
-from dsbp_optax.diagnostics import explain, metrics
-from dsbp_optax.linalg import subspace
+from dsbp_optax.diagnostics import explain
 
 D, M, K = 16, 6, 6
 Covariances = Mapping[str, np.ndarray]
@@ -77,10 +73,6 @@ class Stream:
 
     def layer(self, path: str) -> Layer:
         return dsbp_optax.by_path(self.state)[path]
-
-    @property
-    def interval(self) -> Any:
-        return only(self.state).interval
 
 
 def kernels(*names: str, seed: int = 0) -> dict[str, Any]:
@@ -169,266 +161,19 @@ def test_all_layers_refresh_together(make: str) -> None:
     np.testing.assert_array_equal(changed.T, [expected] * 4)
 
 
-# ------------------------------------------------------------- adaptive intervals
-
-RULE = AutoInterval(shortest=4, longest=32, low=0.05, high=0.2)
-
-
-def flutters(rule: Callable[[int, float], int], noise: np.ndarray) -> int:
-    """How often a rule changes its mind under noise, once settled."""
-    values = [8]
-    for x in noise:
-        values.append(int(rule(values[-1], x)))
-    return int(np.sum(np.diff(values[4:]) != 0))
-
-
-def test_interval_has_a_dead_band() -> None:
-    noise = 0.1 + 0.04 * np.random.default_rng(3).uniform(-1, 1, 50)
-    bare = AutoInterval(4, 32, low=0.1, high=0.1 + 1e-9)
-    for rule, expected in ((RULE, True), (bare, False)):
-        count = flutters(
-            lambda p, x, r=rule: schedule.next_interval(r, jnp.asarray(p), x, 0.0),
-            noise,
-        )
-        assert (count == 0) == expected
-
-
-def test_the_interval_follows_the_drift() -> None:
-    """Still, it lengthens; turning, it shortens; one still layer of two halves that."""
-    stream = Stream(
-        projection(update_every=RULE, power_iterations=3), kernels("a", "b")
-    )
-    trail: list[int] = []
-    for i in range(300):
-        moving = planted(np.pi / 3 * (i // 4))  # as far after 4, 8, 16 and 32
-        still = i < 150
-        stream.step(a=planted() if still else moving, b=planted())
-        trail.append(int(stream.interval.length))
-        if i == 149:
-            assert float(metrics(stream.state)["dsbp/drift"]) < RULE.low
-    assert stream.traces == 1
-    assert set(trail) == {4, 8, 16, 32}
-    assert trail[149] == 32
-    assert trail[299] == 4
-    figures = metrics(stream.state)
-    assert int(figures["dsbp/interval"]) == 4
-    assert float(figures["dsbp/drift"]) > RULE.high
-    staleness = [int(figures[f"dsbp/staleness/{path}"]) for path in "ab"]
-    assert staleness[0] == staleness[1] < 4
-
-
-@pytest.mark.parametrize("sketched", [True, False])
-def test_drift_is_that_of_the_principal_angles(sketched: bool) -> None:
-    """Between the bases before and after a window, not along the way."""
-    tx = projection(update_every=RULE, power_iterations=3)
-    stream = Stream(tx, kernels("a"), sketched)
-    rng = np.random.default_rng(4)
-    before, compared, along = None, 0, np.eye(K)
-    for _ in range(40):
-        old = only(stream.state)
-        start = int(old.interval.start)
-        basis = np.asarray(stream.layer("a").basis, np.float64)
-        if int(old.step) == start:
-            before, along = basis, np.eye(K)
-        stream.step(a=planted(rng.uniform(0, 1.5)))
-        new = np.asarray(stream.layer("a").basis, np.float64)
-        along = new.T @ basis @ along
-        if int(stream.interval.start) != start and start:
-            angles = subspace.principal_angles(jnp.asarray(before), jnp.asarray(new))
-            exact = np.mean(np.sin(np.asarray(angles)) ** 2)
-            got = float(stream.interval.drift)
-            np.testing.assert_allclose(got, exact, atol=4e-3)
-            wrong = 1 - np.sum(along**2) / K
-            compared += not sketched and np.isclose(wrong, exact, atol=1e-5)
-            compared += sketched and abs(wrong - exact) > 2e-2
-    assert compared >= 3
-
-
-def test_noise_of_small_batches_is_no_drift() -> None:
-    """The drift alone would keep the interval short, for nothing."""
-    rng = np.random.default_rng(7)
-    stream = Stream(projection(update_every=RULE), kernels("a"))
-    scale = np.sqrt(1 / np.arange(1, D + 1))
-    drifts, jitters, intervals = [], [], []
-    for i in range(260):
-        turn = planted(1.25 * (i // 4) * (i >= 160), values=np.arange(K, 0, -1) * 9.0)
-        spread = np.linalg.cholesky(turn) if i >= 160 else np.diag(scale)
-        a = rng.normal(size=(24, D)) @ spread.T
-        stream.step(a=a.T @ a / 24)
-        drifts.append(float(stream.interval.drift))
-        jitters.append(float(stream.interval.jitter))
-        intervals.append(int(stream.interval.length))
-    assert max(intervals[:160]) == 32
-    assert np.median(drifts[40:160]) > RULE.high
-    pairs = zip(drifts[40:160], jitters[40:160], strict=True)
-    longer = [schedule.next_interval(RULE, 8, *pair) == 16 for pair in pairs]
-    assert np.mean(longer) > 0.5
-    assert intervals[-1] == 4
-
-
-def test_what_saw_nothing_decides_nothing() -> None:
-    stream = Stream(projection(update_every=RULE), kernels("a"))
-    for _ in range(9):
-        stream.step(a=planted())
-    known = stream.interval
-    for _ in range(40):
-        stream.step(a=np.zeros((D, D)))
-    new = stream.interval
-    np.testing.assert_array_equal(new.length, known.length)
-    np.testing.assert_array_equal(new.drift, known.drift)
-    assert new.start > known.start
-    assert int(metrics(stream.state)["dsbp/staleness/a"]) >= 40
-
-
-# ------------------------------------------------------------------ adaptive ranks
-
-
-def test_needed_rank_of_a_planted_spectrum() -> None:
-    values, trace = jnp.array([4.0, 2.0, 1.0, 0.5, 0.0]), jnp.array(8.0)
-    for missing, expected in ((0.6, 1), (0.5, 1), (0.25, 2), (0.2, 3), (0.05, 5)):
-        assert int(schedule.needed_rank(values, trace, missing)) == expected
-    assert int(schedule.needed_rank(jnp.ones(5), jnp.array(5.0), 0.25)) == 4
-    assert int(schedule.needed_rank(jnp.zeros(5), jnp.array(0.0), 0.25)) == 1
-
-
-def test_rank_has_a_dead_band() -> None:
-    """On the very threshold, under noise of a few percent of each eigenvalue."""
-    rng = np.random.default_rng(5)
-    values = 0.7 ** np.arange(12)
-    trace = values.sum()
-    rule = AutoRank(most=12, least=1, share=float(values[:6].sum() / trace))
-    noisy = values * (1 + 0.03 * rng.normal(size=(60, 12)))
-
-    def adaptive(rank: int, x: np.ndarray) -> int:
-        found = schedule.next_rank(
-            rule.least, rule.share, jnp.asarray(rank), jnp.asarray(x), x.sum()
-        )
-        return int(found)
-
-    def bare(_: int, x: np.ndarray) -> int:
-        return int(schedule.needed_rank(jnp.asarray(x), x.sum(), 1 - rule.share))
-
-    assert flutters(adaptive, noisy) == 0
-    assert flutters(bare, noisy) > 5
-    assert abs(adaptive(12, values) - 6) <= 1
-    assert abs(adaptive(1, values) - 6) <= 1
-
-
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_rank_follows_the_spectrum(side: str) -> None:
-    """It shrinks, grows again, and what is not in use is zero."""
-    flat, steep = np.ones(K), 10.0 ** -np.arange(K)
-    params = kernels("a") if side == "input" else {"a": kernels("a")["a"].T}
-    tx = projection(
-        rank=AutoRank(most=K, least=2, share=0.9), update_every=5, side=side
-    )
-    stream = Stream(tx, params)
-    ranks = []
-    for i in range(60):
-        updates = stream.step(a=planted(values=steep if 20 <= i < 40 else flat))
-        rank = int(metrics(stream.state)["dsbp/active_rank/a"])
-        ranks.append(rank)
-        layer = stream.layer("a")
-        basis = np.asarray(layer.basis)
-        np.testing.assert_allclose(basis.T @ basis, np.eye(K), atol=1e-5)
-        update = np.asarray(updates["a"])
-        coordinates = basis.T @ (update if side == "input" else update.T)
-        assert np.abs(coordinates[rank:]).max(initial=0) < 1e-5
-        adam, _ = layer.inner
-        for held in map(np.asarray, (adam.mu, adam.nu)):
-            assert not held[rank:].any()
-            assert held[:rank].any(axis=1).all()
-    assert stream.traces == 1
-    assert ranks[5:20] == [6] * 15
-    assert ranks[27:40] == [2] * 13
-    assert ranks[47:] == [6] * 13
-
-
-@pytest.mark.parametrize(("rank", "failures"), [(AutoRank(K, 1), 0), (K, 12)])
-def test_an_adaptive_rank_takes_activations_of_lower_rank(
-    rank: Any, failures: int
-) -> None:
-    stream = Stream(projection(rank=rank, update_every=2), kernels("a"))
-    matrix = np.diag([4.0, 2.0, 1.0] + [0.0] * (D - 3))
-    for _ in range(12):
-        stream.step(a=matrix)
-    assert int(metrics(stream.state)["dsbp/failures/a"]) == failures
-    if not failures:
-        assert int(metrics(stream.state)["dsbp/active_rank/a"]) == 3
-        basis = np.asarray(stream.layer("a").basis)
-        np.testing.assert_allclose(basis.T @ basis, np.eye(K), atol=1e-5)
-        np.testing.assert_allclose(np.abs(basis[:3, :3]), np.eye(3), atol=1e-2)
-
-
-def test_all_of_an_adaptive_rank_is_the_fixed_rank() -> None:
-    """At its greatest it changes nothing."""
-    streams = [
-        Stream(projection(rank=rank, update_every=3), kernels("a"))
-        for rank in (K, AutoRank(most=K, least=K))
-    ]
-    for i in range(7):
-        left, right = (stream.step(a=planted(0.1 * i)) for stream in streams)
-        chex.assert_trees_all_close(left, right, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:the axes of kernels were guessed")
-def test_matrices_of_a_stack_have_ranks_of_their_own() -> None:
-    """And one interval, by the mean of their drifts, with all other matrices."""
-    tx = projection(rank=AutoRank(most=K, least=1, share=0.9), update_every=RULE)
-    params = {"stack": jnp.ones((2, D, M))}
-    state = tx.init(params)
-    update = jax.jit(
-        lambda s, c: tx.update(
-            params, s, statistics={"stack": dsbp_optax.Covariance(c)}
-        )[1]
-    )
-    steep = [8, 0.2, 0.1, 0.05, 0.02, 0.01]
-    for i in range(30):
-        both = [planted(), planted(np.pi / 3 * (i // 4), steep)]
-        state = update(state, jnp.asarray(np.stack(both), jnp.float32))
-    layer = dsbp_optax.by_path(state)["stack"]
-    assert layer.spectrum.rank.tolist() == [4, 1]  # (8 + 4 + 2 + 1) / 15.8, 8 / 8.4
-    assert not np.any(layer.inner[0].mu[1, 1:])
-    assert int(only(state).interval.length) == 4
-
-
 # ------------------------------------------------------------------ how it is told
 
 
-def test_settings_by_path_and_by_word() -> None:
+def test_ranks_by_path() -> None:
     params = {"q": jnp.ones((64, 64)), "v": jnp.ones((64, 64)), "o": jnp.ones((64, 64))}
-    rank = {"q": 8, "v": "auto", "*": AutoRank(most=12)}
-    tx = dsbp_optax.subspace_adamw(1e-3, rank=rank, update_every="auto")
+    rank = {"q": 8, "v": RankFraction(1 / 16), "*": RankFraction(1 / 4, most=12)}
+    tx = dsbp_optax.subspace_adamw(1e-3, rank=rank)
     reasons = {path: found[0].reason for path, found in explain(tx, params).items()}
     assert reasons == {
         "q": "input side, rank 8 of 64",
-        "v": "input side, rank up to 32 of 64",
-        "o": "input side, rank up to 12 of 64",
+        "v": "input side, rank 4 of 64",
+        "o": "input side, rank 12 of 64",
     }
-    state = jax.eval_shape(tx.init, params)
-    layers = dsbp_optax.by_path(state)
-    assert layers["v"].basis.shape == (64, 32)
-    assert layers["q"].spectrum.rank is None
-    assert layers["o"].spectrum.rank.shape == ()
-    held = only(state)
-    assert all(x.dtype == jnp.bfloat16 for x in held.interval.reference.values())
-    assert held.interval.length.shape == ()
-
-
-def test_words_survive_inject_hyperparams() -> None:
-    factory = optax.inject_hyperparams(dsbp_optax.dsbp_adamw)
-    params, outcomes = {"a": jnp.ones((64, 64)), "b": jnp.ones(64)}, []
-    for settings in (
-        {"rank": "auto", "update_every": "auto"},
-        {"rank": AutoRank(), "update_every": AutoInterval()},
-    ):
-        tx = factory(1e-3, **settings)
-        state = tx.init(params)
-        updates, state = jax.eval_shape(tx.update, params, state, params)
-        assert dsbp_optax.by_path(state)["a"].spectrum.rank.shape == ()
-        assert only(state).interval.length.shape == ()
-        outcomes.append((updates, state))
-    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -461,18 +206,12 @@ def test_a_fraction_bounds_the_share_of_a_basis_and_its_moments() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AutoInterval(shortest=0), "1 <= shortest <= longest"),
-        (lambda: AutoInterval(shortest=9, longest=8), "got shortest=9, longest=8"),
-        (lambda: AutoInterval(low=0.3, high=0.2), "0 <= low < high <= 1"),
-        (lambda: AutoRank(most=2, least=4), "1 <= least <= most"),
-        (lambda: AutoRank(most=jnp.asarray(8)), "they set array shapes"),
-        (lambda: AutoRank(share=1.0), "above 0 and below 1"),
         (lambda: RankFraction(0.0), "fraction=0.0, expected a number above 0"),
         (lambda: RankFraction(16), "Remedy: a fixed rank is a plain integer"),
         (lambda: RankFraction(most=0), "most=0, expected an integer of at least 1"),
-        (lambda: projection(rank="Auto"), "rank: got 'Auto'"),
+        (lambda: projection(rank="auto"), "rank: got 'auto'"),
         (lambda: projection(rank=jnp.asarray(4)), "static_args=\\('rank',\\)"),
-        (lambda: projection(update_every="often"), "update_every: got 'often'"),
+        (lambda: projection(update_every="auto"), "update_every: got 'auto'"),
     ],
 )
 def test_bad_settings(make: Callable[[], Any], message: str) -> None:
@@ -480,19 +219,11 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
         make()
 
 
-def test_a_state_of_other_settings_is_refused() -> None:
-    """An interval of another kind; the rank is that of the state."""
+def test_the_rank_is_that_of_the_state() -> None:
     params = kernels("a", "b")
-    for old, new, message in (
-        ({}, {"update_every": "auto"}, "got a fixed interval, expected an adaptive"),
-        ({"update_every": "auto"}, {}, "got an adaptive interval, expected a fixed"),
-    ):
-        state = projection(**old).init(params)
-        with pytest.raises(ValueError, match=f"the optimizer state: {message}"):
-            jax.eval_shape(projection(**new).update, params, state)
-    state = projection(rank=AutoRank(K)).init(params)
+    state = projection(rank=5).init(params)
     _, state = jax.eval_shape(projection(rank=3).update, params, state)
-    assert dsbp_optax.by_path(state)["a"].spectrum.rank.shape == ()
+    assert dsbp_optax.by_path(state)["a"].basis.shape == (D, 5)
 
 
 @pytest.mark.parametrize("given", ["ab", "a", "b", ""])
@@ -509,13 +240,10 @@ def test_a_turn_does_not_depend_on_whose_statistics_came(given: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def adaptive() -> Stream:
-    """Everything adaptive, one step into the second window."""
-    tx = projection(
-        rank=AutoRank(most=K, least=2, share=0.9),
-        update_every=AutoInterval(shortest=4, longest=12),
-    )
-    stream = Stream(tx, {**kernels("a", "b"), "bias": jnp.ones(M)})
+def begun() -> Stream:
+    """One step into the second window."""
+    params = {**kernels("a", "b"), "bias": jnp.ones(M)}
+    stream = Stream(projection(update_every=4), params)
     for i in range(5):
         stream.step(a=planted(0.1 * i), b=planted())
     return stream
@@ -530,43 +258,39 @@ def go_on(update: Any, state: Any, steps: int) -> Any:
     return trail, state
 
 
-def test_a_checkpoint_within_a_window_continues_bit_for_bit(adaptive: Any) -> None:
+def test_a_checkpoint_within_a_window_continues_bit_for_bit(begun: Any) -> None:
     serialization = pytest.importorskip("flax.serialization")
-    state = adaptive.state
+    state = begun.state
     assert int(only(state).collect) == 1
     data = serialization.to_bytes(state)
     restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, state), data)
     chex.assert_trees_all_equal(
-        go_on(adaptive.update, state, 20), go_on(adaptive.update, restored, 20)
+        go_on(begun.update, state, 20), go_on(begun.update, restored, 20)
     )
 
 
-def test_compiled_and_not_agree(adaptive: Any) -> None:
+def test_compiled_and_not_agree(begun: Any) -> None:
     (left, one), (right, two) = (
-        go_on(update, adaptive.state, 3) for update in (adaptive.update, adaptive.plain)
+        go_on(update, begun.state, 3) for update in (begun.update, begun.plain)
     )
     chex.assert_trees_all_close(left, right, rtol=1e-3, atol=1e-4)
-    intervals = [only(state).interval for state in (one, two)]
-    for name in ("start", "length"):
-        np.testing.assert_array_equal(*(getattr(x, name) for x in intervals))
-    ranks = [dsbp_optax.by_path(x)["a"].spectrum.rank for x in (one, two)]
-    np.testing.assert_array_equal(*ranks)
+    layers = [dsbp_optax.by_path(state)["a"] for state in (one, two)]
+    chex.assert_trees_all_close(*(x.basis for x in layers), atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_steps_that_are_skipped_change_nothing(adaptive: Any, value: float) -> None:
+def test_steps_that_are_skipped_change_nothing(begun: Any, value: float) -> None:
     """Nor does the window go on without them."""
     c = jnp.asarray(planted(), jnp.float32)
-    old = only(adaptive.state)
-    _, state = adaptive.update(adaptive.state, {"a": c, "b": c}, value)
+    old = only(begun.state)
+    _, state = begun.update(begun.state, {"a": c, "b": c}, value)
     new = only(state)
     assert (int(new.step), int(new.skipped)) == (5, 1)
     chex.assert_trees_all_equal(new._replace(skipped=old.skipped), old)
     assert int(new.collect) == 1
 
 
-@pytest.mark.parametrize("every", [6, AutoInterval(shortest=6, longest=12)])
-def test_linen_collects_when_layers_refresh(every: Any) -> None:
+def test_linen_collects_when_layers_refresh() -> None:
     nn = pytest.importorskip("flax.linen")
 
     class Network(nn.Module):
@@ -579,7 +303,7 @@ def test_linen_collects_when_layers_refresh(every: Any) -> None:
     tx = optax.chain(
         dsbp_optax.scale_by_spectral_projection(
             rank=2,
-            update_every=every,
+            update_every=6,
             basis=Basis(power_iterations=2),
             project="always",
         ),
@@ -609,8 +333,7 @@ def test_linen_collects_when_layers_refresh(every: Any) -> None:
             assert (float(counts[path]) == 20) == bool(old.collect)
             assert int(new) == int(old.collect)
         collected.append(int(old.collect))
-    known = [int(i % 6 < 2) for i in range(26)]
-    assert (collected == known) == isinstance(every, int)
+    assert collected == [int(i % 6 < 2) for i in range(26)]
     for path in KERNELS:
         spectrum = dsbp_optax.by_path(state)[path].spectrum
         assert spectrum.activations.all()

@@ -16,7 +16,6 @@ import optax
 from dsbp_optax.capture.tap import Rider
 from dsbp_optax.core import checks, paths, plan, refresh, sharding, state
 from dsbp_optax.core.layout import Coordinates, MatrixView, Shape, to_kernel_form
-from dsbp_optax.core.schedule import Turn
 from dsbp_optax.core.statistics import Sketch
 from dsbp_optax.linalg.types import PyTree
 
@@ -169,7 +168,7 @@ def warm_start(
       iterations: number of steps.
     """
     asked = plan.choices(1, 1, None, 1, None, "always")
-    now = Turn(*(jnp.asarray(True) for _ in range(3)))
+    now = refresh.Turn(jnp.asarray(True), jnp.asarray(True))
     for _ in range(iterations):
         sketches = collect(opt_state)
 
@@ -182,12 +181,12 @@ def warm_start(
             told = state.gather_statistics(sketches, one, known)
             wide = {s.name: one.basis[s.name].astype(s.first.dtype) for s in one.bases}
             past = dict(one.spectrum)
-            held = refresh.Bases(wide, past, ())
+            held = refresh.Bases(wide, past)
             new, _ = refresh.refreshed(
                 *(asked, one.kernels, held, told, {}, one.step, now), unsure=False
             )
             spectrum = {  # Training has not begun: no step has refreshed anything.
-                name: x._replace(refreshed=past[name].refreshed, rank=past[name].rank)
+                name: x._replace(refreshed=past[name].refreshed)
                 for name, x in new.spectrum.items()
             }
             return state.cast_like(

@@ -79,7 +79,7 @@ def bases_of(states: list[state.SpectralState]) -> dict[str, tuple[Kernel, Array
         for path, layer in state.by_path(one).items():
             if layer.basis is not None:
                 view = layer.kernel.view
-                basis = layout.to_kernel_form(state.basis_in_use(layer), view)
+                basis = layout.to_kernel_form(state.wide_basis(layer), view)
                 found[path.split("#")[0]] = layer.kernel, basis
     return found
 

@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 
-from dsbp_optax.core import checks, infer, layout, paths, schedule
+from dsbp_optax.core import checks, infer, layout, paths
 from dsbp_optax.core.infer import Reading
 from dsbp_optax.core.layout import Axes, AxesRule, Coordinates, MatrixView, Shape
 from dsbp_optax.core.paths import Groups, PerPath
-from dsbp_optax.core.schedule import Every, Rank, RankFraction
+from dsbp_optax.core.rank import Rank, RankFraction, check_rank
 from dsbp_optax.linalg.eigensolvers import power_iteration
 from dsbp_optax.linalg.types import (
     PyTree,
@@ -115,7 +115,7 @@ class Choices(NamedTuple):
 
     Attributes:
       rank: rank, per path if wished; None for a path is no kernel.
-      every: p, steps between refreshes, a number or an `AutoInterval`.
+      every: p, steps between refreshes.
       basis: the rest, `power_iterations` a number.
       when: "auto" keeps a basis where that saves memory; "always" wherever there is
         something to project; "never" for rules that need none, whose kernels are all
@@ -123,7 +123,7 @@ class Choices(NamedTuple):
     """
 
     rank: PerPath[Any]
-    every: Any
+    every: Scalar
     basis: Basis
     when: When
 
@@ -137,7 +137,6 @@ class Kernel(NamedTuple):
       side: the side that carries the basis.
       rank: number of basis vectors, 0 without a basis.
       dtype: of its linear algebra.
-      adaptive: least rank and share of an `AutoRank`, or None.
       owner: path of the kernel whose basis it uses, mostly its own.
     """
 
@@ -146,7 +145,6 @@ class Kernel(NamedTuple):
     side: Side
     rank: int
     dtype: str
-    adaptive: tuple[int, float] | None
     owner: str
 
     @property
@@ -177,7 +175,7 @@ class Decision(NamedTuple):
 
 def choices(
     rank: PerPath[Rank],
-    every: Every,
+    every: Scalar,
     basis: Basis | None,
     power_iterations: int,
     dtype: Any,
@@ -194,10 +192,8 @@ def choices(
         basis = dataclasses.replace(basis, side=side)
     if not _per_path(rank):
         check_rank(rank)
-    interval = schedule.auto_interval(every)
-    if interval is None:
-        checks.check_integer("update_every", every, 1)
-    return Choices(rank, interval or every, basis, when)
+    checks.check_integer("update_every", every, 1)
+    return Choices(rank, every, basis, when)
 
 
 def check_basis(basis: Any) -> Basis:
@@ -276,17 +272,14 @@ def in_words(path: str, text: str) -> str:
 
 def _text(one: Kernel) -> str:
     shape, *axes = (",".join(map(str, group)) for group in one.view)
-    adaptive = "" if one.adaptive is None else ",".join(map(str, one.adaptive))
-    return "|".join([shape, *axes, one.side, str(one.rank), one.dtype, adaptive])
+    return "|".join([shape, *axes, one.side, str(one.rank), one.dtype])
 
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(path: str, text: str, owner: str) -> Kernel:
-    *groups, side, rank, dtype, adaptive = text.split("|")
+    *groups, side, rank, dtype = text.split("|")
     view = MatrixView(*(tuple(map(int, filter(None, g.split(",")))) for g in groups))
-    least, _, share = adaptive.partition(",")
-    rule = (int(least), float(share)) if adaptive else None
-    return Kernel(path, view, cast(Side, side), int(rank), dtype, rule, owner)
+    return Kernel(path, view, cast(Side, side), int(rank), dtype, owner)
 
 
 class _Candidate(NamedTuple):
@@ -302,13 +295,9 @@ class _Candidate(NamedTuple):
 
     def kernel(self, rank: int, owner: str | None = None) -> Kernel:
         """What is decided for it."""
-        rule = schedule.auto_rank(self.asked)
-        adaptive = (rule.least, rule.share) if rule and rank else None
         dtype = jnp.dtype(compute_dtype(self.dtype)).name
-        return Kernel(
-            *(self.path, self.view, self.side, rank, dtype, adaptive),
-            owner or self.path,
-        )
+        owner = owner or self.path
+        return Kernel(self.path, self.view, self.side, rank, dtype, owner)
 
 
 def _candidate(
@@ -424,14 +413,12 @@ def _worthwhile(
     reason = _pointless(group, asked, memory) if asked.when == "auto" else None
     if reason is not None:
         return {one.path: Decision(False, reason, one.kernel(0)) for one in group}
-    rank, view, owner = first.rank, first.view, first.kernel(first.rank)
-    up_to = "up to " if schedule.auto_rank(first.asked) else ""
-    text = f"{first.side} side, rank {up_to}{rank} of {view.size}{_stacked(view)}"
-    decisions = {first.path: Decision(True, text, owner)}
+    rank, view = first.rank, first.view
+    text = f"{first.side} side, rank {rank} of {view.size}{_stacked(view)}"
+    decisions = {first.path: Decision(True, text, first.kernel(rank))}
     for one in others:
         text = f"shares the basis of '{first.path}', rank {rank} of {view.size}"
-        kernel = one.kernel(rank, first.path)._replace(adaptive=owner.adaptive)
-        decisions[one.path] = Decision(True, text, kernel)
+        decisions[one.path] = Decision(True, text, one.kernel(rank, first.path))
     return decisions
 
 
@@ -467,32 +454,6 @@ def bytes_of(init: Callable[[], PyTree]) -> int:
 def _stacked(view: MatrixView) -> str:
     """How the axes were read, where there is more than one way."""
     return f" (read as {layout.in_words(view)})" if view.batch else ""
-
-
-def check_rank(rank: Any, path: str = "") -> int | None:
-    """A positive Python integer, or None, or an error that says where.
-
-    Of an adaptive rank the greatest, which sets the shapes; of a fraction its limit.
-    """
-    if rank is None:
-        return None
-    if isinstance(rank, RankFraction):
-        return rank.most
-    if (rule := schedule.auto_rank(rank)) is not None:
-        return rule.most
-    where = f" of '{path}'" if path else ""
-    if isinstance(rank, jax.Array):
-        raise TypeError(
-            f"rank{where}: got an array or traced value, expected a Python integer, "
-            "since it sets array shapes. Remedy: optax.inject_hyperparams(f, "
-            "static_args=('rank',))."
-        )
-    if isinstance(rank, float) and 0 < rank < 1:
-        raise TypeError(
-            f"rank{where}: got {rank} of type float, expected an integer of at least "
-            f"1. Remedy: for a share of the width dsbp_optax.RankFraction({rank})."
-        )
-    return int(checks.check_integer("rank", rank, 1, where))
 
 
 def _per_path(choice: Any) -> bool:

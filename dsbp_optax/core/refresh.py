@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsbp_optax.core import schedule, stacks
+from dsbp_optax.core import stacks
 from dsbp_optax.core.plan import Choices, Kernel
-from dsbp_optax.core.schedule import AutoInterval, Turn
 from dsbp_optax.core.stacks import Stack
-from dsbp_optax.core.state import Interval, Spectrum, in_use, where
+from dsbp_optax.core.state import Spectrum, where
 from dsbp_optax.core.statistics import Sketch, blend, gradient_sketch
 from dsbp_optax.linalg import subspace
 from dsbp_optax.linalg.types import Array, Eigenpairs, Operator, is_zero
@@ -38,29 +37,36 @@ class Bases(NamedTuple):
     Attributes:
       basis: name of a stack -> ``(n, d, k)``.
       spectrum: name of a stack -> `Spectrum`.
-      interval: `Interval`, or empty.
     """
 
     basis: dict[str, Array]
     spectrum: dict[str, Spectrum]
-    interval: Any
 
 
-def turn_of(asked: Choices, interval: Any, step: Array, instant: bool) -> Turn:
+class Turn(NamedTuple):
+    """Where a step stands in a window of refreshes; bools ``()``.
+
+    Attributes:
+      now: whether it refreshes.
+      first: whether the window begins with it.
+    """
+
+    now: Array
+    first: Array
+
+
+def turn_of(asked: Choices, step: Array, instant: bool) -> Turn:
     """Where a step stands.
 
     Args:
       asked: p and q.
-      interval: `Interval` of an adaptive p.
       step: int32.
       instant: whether all statistics are whole matrices, which take all iterations on
         the first step of a window.
     """
     window = to_int(asked.basis.power_iterations) if not instant else 1
-    if isinstance(asked.every, AutoInterval):
-        return schedule.turn(step - interval.start, asked.every.shortest, window)
-    every = to_int(asked.every)
-    return schedule.turn(step % every, every, window)
+    phase = step % to_int(asked.every)
+    return Turn(phase < window, phase == 0)
 
 
 def refreshed(
@@ -98,7 +104,7 @@ def refreshed(
     for stack in stacks.of_bases(kernels):
         old, past = held.basis[stack.name], held.spectrum[stack.name]
         known = _known(stack, old, statistics, gradients, unsure, incoming)
-        run = functools.partial(_one, asked, stack.first.adaptive, step, turn)
+        run = functools.partial(_one, asked, step, turn)
         found = []
         for rows, *of_rows in known:
             mine = jax.tree.map(lambda x, rows=rows: _take(x, rows), (old, past))
@@ -109,11 +115,7 @@ def refreshed(
             energy = _put(energy, rows, jax.vmap(_energy)(_take(new, rows), g))
         spectrum[stack.name] = after._replace(energy=energy)
         basis[stack.name], rotations[stack.name] = new, rotation
-    interval = held.interval
-    if isinstance(asked.every, AutoInterval):
-        after_all = Bases(basis, spectrum, interval)
-        interval = _next_interval(asked, after_all, rotations, step, turn)
-    return Bases(basis, spectrum, interval), rotations
+    return Bases(basis, spectrum), rotations
 
 
 def _gradients(
@@ -230,7 +232,6 @@ def _known(
 
 def _one(
     asked: Choices,
-    adaptive: tuple[int, float] | None,
     step: Array,
     turn: Turn,
     old: Array,
@@ -255,7 +256,7 @@ def _one(
     tried = ~((observed == 0) & (past.activations > 0) & lately)
     if statistic.instant:  # It takes all iterations on the first step of a window.
         tried &= turn.first
-    good = tried & _usable(operator, pairs, deficient=adaptive is not None)
+    good = tried & _usable(operator, pairs)
     fresh = past._replace(
         eigenvalues=pairs.eigenvalues,
         trace=jnp.asarray(operator.trace, old.dtype),
@@ -270,100 +271,23 @@ def _one(
     basis = jnp.where(good, pairs.basis, old)
     same = jnp.eye(old.shape[-1], dtype=old.dtype)
     rotation = jnp.where(good, subspace.rotation(basis, old), same)
-    if adaptive is None:
-        return basis, after, rotation
-    told = turn.last & ((good | lately) & (after.refreshed >= 0))
-    chosen = schedule.next_rank(*adaptive, past.rank, after.eigenvalues, after.trace)
-    after = after._replace(rank=jnp.where(told, chosen, past.rank))
-    before, now = (in_use(x.rank, old.shape[-1]) for x in (past, after))
-    return basis, after, rotation * now[:, None] * before
+    return basis, after, rotation
 
 
-def _usable(operator: Operator, pairs: Eigenpairs, deficient: bool) -> Array:
+def _usable(operator: Operator, pairs: Eigenpairs) -> Array:
     """Whether a refresh may replace the last good basis.
 
     Refused: nothing observed, non-finite numbers, a second moment whose rank is
-    below that of the basis (unless `deficient`: an adaptive rank leaves out what
-    explains nothing), a zero one, and a basis that is not orthonormal.
+    below that of the basis, a zero one, and a basis that is not orthonormal.
     """
     eps = jnp.finfo(pairs.basis.dtype).eps
     gram = subspace.rotation(pairs.basis, pairs.basis)
     orthonormal = jnp.max(jnp.abs(gram - jnp.eye(len(gram)))) < jnp.sqrt(eps)
     leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
-    full_rank = leading > 0
-    if not deficient:
-        full_rank &= last > _RANK_TOLERANCE * eps * leading
+    full_rank = (leading > 0) & (last > _RANK_TOLERANCE * eps * leading)
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
     finite &= jnp.isfinite(pairs.residual)
     return (operator.count > 0) & finite & full_rank & orthonormal
-
-
-def _next_interval(
-    asked: Choices,
-    held: Bases,
-    rotations: Mapping[str, Array],
-    step: Array,
-    turn: Turn,
-) -> Interval:
-    """What the bases' movement in a window says of the next one's distance."""
-    rule, past = asked.every, held.interval
-    window = to_int(asked.basis.power_iterations)
-    drifts, jitters, told, warm = [], [], [], []
-    for name, basis in held.basis.items():
-        spectrum = held.spectrum[name]
-        size = basis.shape[-1]
-        rank = jnp.full(len(basis), size) if spectrum.rank is None else spectrum.rank
-        whole = subspace.rotation(basis, past.reference[name].astype(basis.dtype))
-        drifts.append(jax.vmap(schedule.drift)(whole, rank))
-        jitters.append(jax.vmap(schedule.drift)(rotations[name], rank))
-        told.append(spectrum.refreshed > step - window)
-        warm.append(spectrum.iterations > window)
-    known = jnp.concatenate(told)
-    count = jnp.maximum(jnp.sum(known), 1)
-    drift, jitter = (
-        jnp.sum(jnp.where(known, jnp.concatenate(x), 0)) / count
-        for x in (drifts, jitters)
-    )
-    jitter = jnp.where(turn.first, 0, jitter)  # A window of one step has none.
-    decides = jnp.any(known) & jnp.any(jnp.concatenate(warm)) & (past.start > 0)
-    length = schedule.next_interval(rule, past.length, drift, jitter)
-    length = jnp.where(decides, length, past.length)
-    new = Interval(
-        start=jnp.maximum(past.start + length, step + 1),
-        length=length,
-        drift=jnp.where(jnp.any(known), drift, past.drift),
-        jitter=jnp.where(jnp.any(known), jitter, past.jitter),
-        reference={n: v.astype(jnp.bfloat16) for n, v in held.basis.items()},
-    )
-    kept: Interval = where(turn.last, new, past)
-    return kept
-
-
-def init_interval(asked: Choices, basis: Mapping[str, Array]) -> Any:
-    """`Interval` before the first window; empty where p is fixed."""
-    if not isinstance(asked.every, AutoInterval):
-        return ()
-    return Interval(
-        start=jnp.zeros([], jnp.int32),
-        length=jnp.asarray(asked.every.shortest, jnp.int32),
-        drift=jnp.zeros([]),
-        jitter=jnp.zeros([]),
-        reference={  # Copies: of bases in bfloat16 too, whose buffers are donated.
-            name: jnp.array(v, jnp.bfloat16, copy=True) for name, v in basis.items()
-        },
-    )
-
-
-def check_interval(asked: Choices, interval: Any) -> None:
-    """Raise where p is adaptive and the state has no place for that, or inversely."""
-    kinds = {True: "an adaptive interval", False: "a fixed interval"}
-    got, expected = bool(interval), isinstance(asked.every, AutoInterval)
-    if got != expected:
-        raise ValueError(
-            f"the optimizer state: got {kinds[got]}, expected {kinds[expected]}. "
-            "Remedy: the update_every= that init had; or init again, and "
-            "with_layers(state, by_path(old)) for what the old state knows."
-        )
 
 
 def to_int(value: Any) -> Any:

@@ -61,18 +61,14 @@ class Stack(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def of_kernels(kernels: tuple[Kernel, ...]) -> tuple[Stack, ...]:
     """The stacks of all kernels, with a basis or without."""
-    return _grouped(
-        kernels, lambda one: (one.view, one.side, one.rank, one.dtype, one.adaptive)
-    )
+    return _grouped(kernels, lambda one: (one.view, one.side, one.rank, one.dtype))
 
 
 @functools.lru_cache(maxsize=512)
 def of_bases(kernels: tuple[Kernel, ...]) -> tuple[Stack, ...]:
     """The stacks of bases, of the kernels that own one."""
     owners = tuple(one for one in kernels if one.rank and one.owner == one.path)
-    return _grouped(
-        owners, lambda one: (one.view.size, one.rank, one.dtype, one.adaptive)
-    )
+    return _grouped(owners, lambda one: (one.view.size, one.rank, one.dtype))
 
 
 def _grouped(

@@ -23,7 +23,7 @@ T = TypeVar("T")
 Kind: TypeAlias = Literal["projection", "metric", "sharpness", "moments"]
 
 #: Of the form of the state below and the meaning of its arrays.
-VERSION = "2"
+VERSION = "3"
 #: What the statistics' paths of a second basis of a kernel end in.
 SUFFIX: Mapping[str, str] = {"sharpness": "#sharpness"}
 
@@ -44,7 +44,6 @@ class Spectrum(NamedTuple):
         non-finite statistics); the last good basis was kept.
       activations: int32, 1 if the last refresh used activations, 0 if gradients.
       refreshed: int32, the step of the last refresh that was accepted, -1 before.
-      rank: int32, basis vectors in use, see `AutoRank`; None where that is fixed.
     """
 
     eigenvalues: Array
@@ -56,25 +55,6 @@ class Spectrum(NamedTuple):
     failures: Array
     activations: Array
     refreshed: Array
-    rank: Any = None
-
-
-class Interval(NamedTuple):
-    """What an adaptive interval remembers, see `AutoInterval`.
-
-    Attributes:
-      start: int32, first step of the current window, or of the next one.
-      length: int32, steps from one window's start to the next one's.
-      drift: of the bases in the last window that refreshed them.
-      jitter: of its last step, likewise.
-      reference: the bases after the last window, in bfloat16: `drift` is good to 4e-3.
-    """
-
-    start: Array
-    length: Array
-    drift: Array
-    jitter: Array
-    reference: Any
 
 
 class SpectralState(NamedTuple):
@@ -90,7 +70,6 @@ class SpectralState(NamedTuple):
       collect: int32, 1 if the next step's statistics will be used, else 0.
       basis: name of a stack -> orthonormal bases ``(n, d, k)``.
       spectrum: name of a stack -> `Spectrum`.
-      interval: `Interval`, or empty where the interval is fixed.
       statistics: place for `put_statistics`, by path; empty unless reserved.
       inner: name of a stack of kernels -> state of the rule of each matrix.
       fallback: state of the transformation of parameters that are no kernels, on a
@@ -104,7 +83,6 @@ class SpectralState(NamedTuple):
     collect: Array
     basis: Any
     spectrum: Any
-    interval: Any
     statistics: Any
     inner: Any
     fallback: Any
@@ -207,18 +185,11 @@ def _rows(tree: PyTree, stack: Stack, one: Kernel) -> PyTree:
     return jax.tree.map(cut, tree)
 
 
-def in_use(rank: Array, size: int) -> Array:
-    """1 for the directions in use, 0 for the rest: ``(*n, size)``."""
-    return jnp.arange(size) < rank[..., None]
-
-
-def basis_in_use(layer: Layer) -> Array:
-    """A layer's bases ``(n, d, k)``, zero in the directions beyond the rank."""
-    view, size = layer.kernel.view, layer.kernel.rank
+def wide_basis(layer: Layer) -> Array:
+    """A layer's bases ``(n, d, k)`` in the dtype of their linear algebra."""
+    view = layer.kernel.view
     wide: Array = layer.basis.astype(layer.spectrum.trace.dtype)
-    if layer.spectrum.rank is not None:
-        wide = wide * in_use(layer.spectrum.rank, size)[..., None, :]
-    return wide.reshape(view.matrices, view.size, size)
+    return wide.reshape(view.matrices, view.size, layer.kernel.rank)
 
 
 def with_layers(opt_state: PyTree, layers: Mapping[str, Layer]) -> PyTree:
@@ -402,11 +373,6 @@ def init_bases(
             failures=jnp.zeros(count, jnp.int32),
             activations=jnp.zeros(count, jnp.int32),
             refreshed=jnp.full(count, -1, jnp.int32),
-            rank=(
-                None
-                if first.adaptive is None
-                else jnp.full(count, first.rank, jnp.int32)
-            ),
         )
     return basis, spectrum
 
@@ -418,7 +384,7 @@ def empty_state() -> SpectralState:
     everything that is not a copy of the parameters.
     """
     counters = (jnp.zeros([], jnp.int32) for _ in range(3))
-    return SpectralState(*counters, *(jnp.zeros([]) for _ in range(8)))
+    return SpectralState(*counters, *(jnp.zeros([]) for _ in range(7)))
 
 
 def empty_sketches(state: SpectralState) -> dict[str, Sketch]:

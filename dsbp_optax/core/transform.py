@@ -54,7 +54,7 @@ class Seen(NamedTuple):
     """What a rule is shown of one matrix beside its gradient.
 
     Attributes:
-      basis: ``V (d, k)``, zero in directions that are not in use; None without one.
+      basis: ``V (d, k)``, or None without one.
       eigenvalues: ``(k,)``, or None.
       trace: ``()``, or None.
       activations: int32 ``()``, 1 where the basis comes from activations, or None.
@@ -138,7 +138,6 @@ def transformation(
             collect=jnp.ones([], jnp.int32),
             basis=basis,
             spectrum=spectrum,
-            interval=refresh.init_interval(asked, basis),
             statistics={},
             inner=init_inner(kernels),
             fallback=fallback.init(others),
@@ -174,7 +173,6 @@ def transformation(
         state.check_leaves(held, leaves)
         _check_places(held, leaves, asked)
         _check_inner(held, shapes_of)
-        refresh.check_interval(asked, held.interval)
         blind = statistics is None and not held.statistics
         if kind == "metric" and blind and held.basis:
             checks.warn(_NO_STATISTICS)
@@ -204,13 +202,12 @@ def transformation(
                 )
             others, fell = fallback.update(others, held.fallback, rest, **extra)
             count = optax.safe_increment(held.step)
-            collects = refresh.turn_of(asked, bases.interval, count, instant=False)
+            collects = refresh.turn_of(asked, count, instant=False)
             new = held._replace(
                 step=count,
                 collect=collects.now.astype(jnp.int32),
                 basis=bases.basis,
                 spectrum=bases.spectrum,
-                interval=bases.interval,
                 statistics=jax.tree.map(jnp.zeros_like, held.statistics),
                 inner=inner,
                 fallback=fell,
@@ -290,12 +287,12 @@ def _refreshed(
     kernels, bases = held.kernels, held.bases
     dtypes = {one.name: one.first.dtype for one in bases}
     wide = {name: v.astype(dtypes[name]) for name, v in held.basis.items()}
-    before = Bases(wide, dict(held.spectrum), held.interval)
+    before = Bases(wide, dict(held.spectrum))
     if not bases:
         return before, dict(held.inner), dict(given)
     owners = [one.path for stack in bases for one in stack.kernels]
     instant = all(path in told and told[path].instant for path in owners)
-    turn = refresh.turn_of(asked, held.interval, held.step, instant)
+    turn = refresh.turn_of(asked, held.step, instant)
 
     def now(operands: Any) -> Any:
         before, inner, given = operands
@@ -347,10 +344,8 @@ def _changed(
             name: (basis, *(getattr(bases.spectrum[name], field) for field in _SHOWN))
             for name, basis in bases.basis.items()
         }
-        basis, rank, *spectrum = stacks.of_stack(stack, held.bases, shown)
-        if rank is not None:
-            basis = basis * state.in_use(rank, first.rank)[:, None, :]
-        known |= {"basis": basis, **dict(zip(_SHOWN[1:], spectrum, strict=True))}
+        basis, *spectrum = stacks.of_stack(stack, held.bases, shown)
+        known |= {"basis": basis, **dict(zip(_SHOWN, spectrum, strict=True))}
     seeds = [
         (plan.seed(one.path) + i) % 2**32
         for one in stack.kernels
@@ -378,8 +373,8 @@ def _changed(
     return update, inner
 
 
-#: Fields of `Spectrum` that rules are shown, and the rank that goes into the basis.
-_SHOWN = ("rank", "eigenvalues", "trace", "activations", "iterations")
+#: Fields of `Spectrum` that rules are shown.
+_SHOWN = ("eigenvalues", "trace", "activations", "iterations")
 
 
 def _gathered(

@@ -20,7 +20,7 @@ import optax
 from dsbp_optax.core import checks, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis, Choices
-from dsbp_optax.core.schedule import Every, Rank, RankFraction
+from dsbp_optax.core.rank import Rank, RankFraction
 from dsbp_optax.core.transform import Rule, Seen, of_matrix, transformation, value_at
 from dsbp_optax.linalg.subspace import lift, project, squared_norm
 from dsbp_optax.linalg.types import Array, Direction, PyTree, Scalar
@@ -48,7 +48,7 @@ def scale_by_activation_metric(
     damping: Scalar = 0.2,
     where: Where = "both",
     rank: PerPath[Rank] = SHARE,
-    update_every: Every = EVERY,
+    update_every: Scalar = EVERY,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the update of each kernel by the metric of its layer's activations.

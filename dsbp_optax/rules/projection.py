@@ -18,11 +18,18 @@ import optax
 from dsbp_optax.core import checks, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis
-from dsbp_optax.core.schedule import Every, Rank
+from dsbp_optax.core.rank import Rank
 from dsbp_optax.core.transform import Rule, Seen, transformation
 from dsbp_optax.linalg import precision, subspace
 from dsbp_optax.linalg.subspace import lift, squared_norm
-from dsbp_optax.linalg.types import Array, Direction, PyTree, compute_dtype, is_zero
+from dsbp_optax.linalg.types import (
+    Array,
+    Direction,
+    PyTree,
+    Scalar,
+    compute_dtype,
+    is_zero,
+)
 from dsbp_optax.rules import inner as inner_
 from dsbp_optax.rules import transport as transport_
 from dsbp_optax.rules.filters import Filter, remaining_mean
@@ -43,7 +50,7 @@ def scale_by_spectral_projection(
     inner: optax.GradientTransformation | None = None,
     *,
     rank: PerPath[Rank] = 16,
-    update_every: Every = 100,
+    update_every: Scalar = 100,
     spectral_filter: Filter | None = None,
     residual: Factor | Residual | None = None,
     direction: Direction | None = None,
@@ -67,11 +74,10 @@ def scale_by_spectral_projection(
     Args:
       inner: a ``scale_by_*`` transformation, run on the ``(k, m)`` coordinates of each
         matrix by itself; None for the identity.
-      rank: k; an integer, or "auto" or an `AutoRank`, which follow the spectrum; a
-        mapping from glob pattern to one of these; or a callable ``(path, shape) ->
-        one of these or None`` (None: do not project).
-      update_every: p, steps between refreshes of the bases; "auto" or an
-        `AutoInterval` follow their drift, for one more basis in bfloat16.
+      rank: k; an integer or a `RankFraction`; a mapping from glob pattern to one of
+        these; or a callable ``(path, shape) -> one of these or None`` (None: do not
+        project).
+      update_every: p, steps between refreshes of the bases.
       spectral_filter: factors of the coordinates as a function of the spectrum, see
         `whiten`; None leaves them.
       residual: rule for what lies outside the subspace, see `normalize_residual` and

@@ -13,16 +13,16 @@ import optax
 from dsbp_optax.core import checks, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis
-from dsbp_optax.core.schedule import Every, Rank
+from dsbp_optax.core.rank import Rank
 from dsbp_optax.core.transform import Rule, Seen, transformation, value_at
-from dsbp_optax.linalg.types import Array, PyTree
+from dsbp_optax.linalg.types import Array, PyTree, Scalar
 
 
 def add_spectral_sharpness(
     sharpness: optax.ScalarOrSchedule = 0.1,
     *,
     rank: PerPath[Rank] = 4,
-    update_every: Every = 100,
+    update_every: Scalar = 100,
     basis: Basis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Add the gradient of ``sharpness/2 lambda_1 / tr(C) |e_1^T W|^2``.

@@ -107,10 +107,6 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
             )
             for path, y in node.statistics.items()
         }
-        interval = places.interval
-        if node.interval:
-            reference = each(node.interval.reference, node.bases)
-            interval = interval._replace(reference=reference)
         return places._replace(
             fallback=jax.tree_util.tree_map_with_path(
                 lambda more, part: visit((*keys, *more), part),
@@ -120,7 +116,6 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
             basis=each(node.basis, node.bases),
             spectrum=each(node.spectrum, node.bases),
             inner=each(node.inner, stacks.of_kernels(node.kernels)),
-            interval=interval,
             statistics=jax.tree.map(
                 lambda spec: NamedSharding(mesh, spec),
                 statistics,

@@ -98,7 +98,7 @@ def subspaces(
                     f"parameters ({checks.some(leaves)}). Remedy: pass the whole tree "
                     "that init saw."
                 )
-            found[path] = Subspace(state.basis_in_use(layer), layer.kernel.view)
+            found[path] = Subspace(state.wide_basis(layer), layer.kernel.view)
     return found
 
 

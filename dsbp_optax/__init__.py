@@ -45,8 +45,8 @@ from dsbp_optax.recipes import (
     subspace_muon,
 )
 from dsbp_optax.rules.clip import ClipByNormGrowthState, clip_by_norm_growth
-from dsbp_optax.rules.directions import orthogonalize, scale_by_orthogonalization
-from dsbp_optax.rules.filters import complement, whiten
+from dsbp_optax.rules.directions import orthogonalize
+from dsbp_optax.rules.filters import whiten
 from dsbp_optax.rules.metric import scale_by_activation_metric
 from dsbp_optax.rules.moments import (
     scale_by_quantized_adam,
@@ -97,7 +97,6 @@ __all__ = [
     "capture",
     "check_checkpoint",
     "clip_by_norm_growth",
-    "complement",
     "diagnostics",
     "dsbp",
     "dsbp_adamw",
@@ -113,7 +112,6 @@ __all__ = [
     "residual_adam",
     "residual_momentum",
     "scale_by_activation_metric",
-    "scale_by_orthogonalization",
     "scale_by_quantized_adam",
     "scale_by_quantized_momentum",
     "scale_by_spectral_projection",

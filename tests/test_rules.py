@@ -373,32 +373,6 @@ def test_the_filter_acts_on_the_coordinates_of_either_side(side) -> None:
     assert np.abs(got - g).max() > 1e-2, "the filter must do something"
 
 
-def test_complement_protects_the_basis() -> None:
-    tx = dsbp_optax.scale_by_spectral_projection(
-        rank=K,
-        spectral_filter=dsbp_optax.complement(),
-        project="always",
-        residual=dsbp_optax.scale_residual(1.0),
-        project_cold=True,
-    )
-    grads = gradients(0)
-    updates, state = jax.jit(tx.update)(
-        grads, tx.init(make_params()), statistics=statistics(0)
-    )
-    v = dsbp_optax.by_path(state)["layer/kernel"].basis
-    assert float(jnp.abs(v.T @ updates["layer"]["kernel"]).max()) < 1e-5
-    assert float(jnp.abs(v.T @ grads["layer"]["kernel"]).max()) > 0.1
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_what_is_left_beside_complement(name) -> None:
-    """As its docstring says: some rules go by the update in the basis, now zero."""
-    step, rule = seen(), residual.as_residual(RULES[name])
-    step = step._replace(update=jnp.zeros_like(step.update))
-    got, _ = total(rule, rule.init(jnp.zeros((D, M))), step)
-    assert bool(got.any()) == (name in {"scaled", "momentum", "adam"})
-
-
 # --- orthogonalisation
 
 
@@ -423,21 +397,14 @@ def test_newton_schulz_keeps_the_singular_vectors(shape) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_orthogonalised_at_every_scale(dtype, scale) -> None:
     """Squares of float16 leave its range at either end."""
-    tree = {"kernel": (scale * draw(32, 48)).astype(dtype), "bias": draw(200)}
-    tree["bias"] = (scale * tree["bias"]).astype(dtype)
-    tx = dsbp_optax.scale_by_orthogonalization()
-    updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
-    chex.assert_trees_all_equal_dtypes(updates, tree)
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), updates)
-    values = np.linalg.svd(wide["kernel"], compute_uv=False)
-    assert values.min() > 0.6 and values.max() < 1.25
-    assert abs(np.sqrt(np.mean(wide["bias"] ** 2)) - 1) < 0.01
+    tree = {"kernel": (scale * draw(32, 48)).astype(dtype)}
     tx = dsbp_optax.scale_by_spectral_projection(
         rank=32, direction=dsbp_optax.orthogonalize()
     )  # A rank that is the whole side leaves kernels in full space, in their dtype.
     updates, _ = jax.jit(tx.update)(tree, tx.init(tree))
-    full = np.linalg.svd(np.asarray(updates["kernel"], np.float64), compute_uv=False)
-    np.testing.assert_allclose(full / np.sqrt(1.5), values, rtol=0.02)
+    chex.assert_trees_all_equal_dtypes(updates, tree)
+    values = np.linalg.svd(np.asarray(updates["kernel"], np.float64), compute_uv=False)
+    assert values.min() > 0.6 * np.sqrt(1.5) and values.max() < 1.25 * np.sqrt(1.5)
 
 
 def test_newton_schulz_of_zero_is_zero_with_a_finite_derivative() -> None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeAlias
 
-import jax
-import jax.numpy as jnp
-import optax
-
 from dsbp_optax.linalg.newton_schulz import newton_schulz
-from dsbp_optax.linalg.types import Array, Direction, PyTree, compute_dtype
+from dsbp_optax.linalg.types import Array, Direction
 
 Scale: TypeAlias = Literal["muon", "adam"]
 
@@ -60,39 +56,3 @@ def orthogonalize(
         return factor * newton_schulz(matrix, steps, dtype)
 
     return direction
-
-
-def scale_by_orthogonalization(steps: int = 5) -> optax.GradientTransformation:
-    """Orthogonalise every matrix of a tree: Muon's step without its momentum.
-
-    As part of an ``inner`` it acts on the ``k x m`` coordinates alone, at ``k / d`` of
-    the cost on the whole kernel.
-
-    Args:
-      steps: of the Newton-Schulz iteration.
-
-    Returns:
-      A transformation without state. Leaves of fewer than two axes are divided by
-      their RMS; leading axes of larger ones are stacked matrices.
-
-    Cost: see `orthogonalize`.
-
-    Example:
-      >>> import optax, dsbp_optax
-      >>> inner = optax.chain(
-      ...     optax.trace(0.95), dsbp_optax.scale_by_orthogonalization())
-      >>> tx = dsbp_optax.scale_by_spectral_projection(inner, rank=8)
-    """
-
-    def one(update: Array) -> Array:
-        if jnp.ndim(update) >= 2:
-            return newton_schulz(update, steps)
-        wide = update.astype(compute_dtype(update.dtype))
-        rms = jnp.sqrt(jnp.mean(wide * wide))
-        return (wide / jnp.where(rms > 0, rms, 1)).astype(update.dtype)
-
-    def update_fn(updates: PyTree, params: PyTree | None = None) -> PyTree:
-        del params
-        return jax.tree.map(one, updates)
-
-    return optax.stateless(update_fn)

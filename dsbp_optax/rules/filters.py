@@ -63,32 +63,6 @@ def whiten(exponent: Scalar = 0.5, damping: Scalar = 1.0) -> Filter:
     return factors
 
 
-def complement() -> Filter:
-    """Drop what lies in the eigenbasis; a residual rule keeps the rest.
-
-        f = 0
-
-    Protects what the leading directions carry, as in continual learning. Wants a
-    residual rule with a size of its own: `scale_residual`, `residual_momentum`,
-    `residual_adam`. Beside one that goes by the update in the eigenbasis, which is zero
-    here (`normalize_residual`), kernels stand still.
-
-    Returns:
-      A filter for ``scale_by_spectral_projection(spectral_filter=...)``.
-
-    Cost: nothing beyond the step itself.
-
-    Reference: Saha et al., gradient projection memory, arXiv 2103.09762.
-
-    Example:
-      >>> import dsbp_optax
-      >>> tx = dsbp_optax.scale_by_spectral_projection(
-      ...     spectral_filter=dsbp_optax.complement(),
-      ...     residual=dsbp_optax.scale_residual(1.0))
-    """
-    return lambda eigenvalues, rest: jnp.zeros_like(eigenvalues)
-
-
 def remaining_mean(eigenvalues: Array, trace: Array, size: int) -> Array:
     """Mean of the eigenvalues outside the basis, floored: ``()``.
 

@@ -66,6 +66,7 @@ def outputs_of(notebook) -> list:
 
 
 @each
+@pytest.mark.notebook
 @pytest.mark.usefixtures("optimized")
 def test_runs(path):
     notebook = read(path)
@@ -73,6 +74,7 @@ def test_runs(path):
     assert all(cell.execution_count for cell in code_cells(notebook))
 
 
+@pytest.mark.notebook
 @pytest.mark.usefixtures("optimized")
 def test_a_wrong_claim_fails():
     sources = ["import sys; sys.executable", "assert 1 == 2"]

@@ -91,7 +91,6 @@ def _parts(found: Found) -> Iterator[str]:
     lines = [line for judge in claims.CLAIMS for line in judge(found)]
     rows = [dict(zip(heads, line, strict=True)) for line in lines]
     yield f"## The paper's claims\n\n{_CLAIMS}\n\n{markdown(table(rows))}"
-    yield from _reached(found)
     for name, some in found.campaign.items():
         first, workload = some[0].records[0], WORKLOADS[name]
         told = f"{first['steps']} steps, batch {first['batch_size']}"
@@ -131,24 +130,6 @@ def _parts(found: Found) -> Iterator[str]:
 
 def _titled(title: str, shown: pd.DataFrame) -> str:
     return f"### {title}\n\n{markdown(shown)}"
-
-
-def _reached(found: Found) -> Iterator[str]:
-    speeds = [one for one in found.of("speed") if one["file"].startswith("campaign/")]
-    lines: list[claims.Reach] = []
-    for name, some in found.campaign.items():
-        lines += claims.quality(name, some)
-    for one in speeds:
-        lines += claims.steps(one["workload"], one["rows"])
-    lines += claims.stability(found.of("stability"))
-    for name in claims.VISION:
-        some = tables.first_entries(WORKLOADS[name], found.minima.get(name, ()))
-        lines += claims.flat(name, some)
-    verdicts = {True: "met", False: "**missed**", None: "not measured"}
-    heads = "workload", "reach", "optimizer", "measured", "verdict"
-    rows = [dict(zip(heads, (*x[:4], verdicts[x[4]]), strict=True)) for x in lines]
-    if rows:
-        yield f"## Reached and missed\n\n{markdown(table(rows))}"
 
 
 def _alone(found: Found) -> Iterator[str]:

@@ -12,7 +12,7 @@ from benchmarks.core import records
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
-from benchmarks.report.entries import control_entries
+from benchmarks.report.entries import control_entries, entries
 from benchmarks.report.found import DATA_SETS, Found
 from benchmarks.report.tables import markdown, table
 from benchmarks.studies import finetune
@@ -48,6 +48,8 @@ whose minima were looked at."""
 _CLAIMS = """The claims of [arXiv 2505.23369](https://arxiv.org/abs/2505.23369), each
 with what was measured here of `dsbp`, its literal rule, or, where it is said, of rules
 near it. A difference counts where its 95 % interval, paired by seed, excludes zero."""
+_ADAPTIVE = """The best of nine fixed ranks and intervals first. What adapted is gone
+from the package; the records name a commit that has it."""
 _EFFECTS = """![Effects of the parts](ABLATION.png)
 
 What a level does against the first of its factor, averaged over all levels of the
@@ -100,6 +102,11 @@ def _parts(found: Found) -> Iterator[str]:
             both = control_entries(workload, rule, found.root)
             if len(both) > 1:
                 yield _titled(f"Controls of {rule}", tables.controls(both))
+    adaptive = [one for one in found.of("adaptive") if one["phase"] == "final"]
+    for name in dict.fromkeys(one["workload"] for one in adaptive):
+        mine = [one for one in adaptive if one["workload"] == name]
+        yield f"## Adaptive rank and interval: {name}\n\n{_ADAPTIVE}"
+        yield markdown(tables.controls(entries(WORKLOADS[name].metric, mine)))
     for name, some in found.finetuned.items():
         task = finetune.TASKS[name]
         told = (

@@ -117,9 +117,9 @@ def test_a_checkpoint_is_checked_by_path() -> None:
     refused(plain, expected, "it has no .*'state/0/basis/first/kernel'")
     old = as_saved(expected)
     old["state"][0]["form"] = OLD
-    refused(old, expected, "'state/0' is of version 1, expected 2")
+    refused(old, expected, "'state/0' is of version 1, expected 3")
     del old["state"][0]["form"]
-    refused(old, expected, "'state/0' is of version none, expected 2")
+    refused(old, expected, "'state/0' is of version none, expected 3")
 
 
 def test_the_version_of_moments_without_bases_is_checked_too() -> None:
@@ -128,5 +128,5 @@ def test_the_version_of_moments_without_bases_is_checked_too() -> None:
     old = as_saved(expected)
     dsbp_optax.check_checkpoint(old, expected)
     old["state"]["form"] = OLD
-    with pytest.raises(ValueError, match="'state' is of version 1, expected 2"):
+    with pytest.raises(ValueError, match="'state' is of version 1, expected 3"):
         dsbp_optax.check_checkpoint(old, expected)

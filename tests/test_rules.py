@@ -544,7 +544,6 @@ def test_no_mass_of_a_second_moment_is_lost_to_the_complement() -> None:
     turned_away = jnp.full((K, K), 1e-9)
     got = subspace.rotate_second_moment(turned_away, moment)
     np.testing.assert_allclose(got, jnp.broadcast_to(moment.mean(0), (K, M)), rtol=1e-6)
-    assert not subspace.rotate_second_moment(jnp.zeros((K, K)), moment).any()
     half = rotation() * jnp.sqrt(0.5)
     carried = subspace.rotate_second_moment(half, moment)
     np.testing.assert_allclose(carried.sum(0), moment.sum(0), rtol=1e-4)

@@ -73,7 +73,7 @@ def project_gradients(grads: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def bases_of(states: list[state.SpectralState]) -> dict[str, tuple[Kernel, Array]]:
-    """Path -> kernel and its basis in kernel form, zero in directions not in use."""
+    """Path -> kernel and its basis in kernel form."""
     found = {}
     for one in states:
         for path, layer in state.by_path(one).items():

@@ -223,8 +223,8 @@ def _inside(opt_state: PyTree, moved: PyTree) -> Mapping[str, Array]:
     leaves, _ = paths.flatten(moved)
     states = subspace.with_bases(opt_state, "kl_divergence")
     spaces = subspace.subspaces(states, leaves)
-    # Rounded bases, and those with directions out of use, made orthonormal: the prior's
-    # parts inside and outside of them are to be independent.
+    # Rounded bases, made orthonormal: the prior's parts inside and outside of them are
+    # to be independent.
     exact = {
         path: space._replace(basis=jax.vmap(orthonormalize)(space.basis))
         for path, space in spaces.items()

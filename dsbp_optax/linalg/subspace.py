@@ -65,12 +65,10 @@ def rotate_second_moment(rotation: Array, moment: Array) -> Array:
 
     The first term is exact for uncorrelated coordinates. The second stands for what a
     new direction has from outside the old basis: the mean of its column, so that a
-    basis that has turned away altogether keeps the scale of its steps. A row of `R`
-    that is zero is a direction not in use, and stays zero.
+    basis that has turned away altogether keeps the scale of its steps.
     """
     squares = rotation * rotation
     turned = rotate_first_moment(squares, moment)
-    inside = jnp.sum(squares, axis=-1, keepdims=True)
-    outside = jnp.where(inside > 0, jnp.maximum(1 - inside, 0), 0)
+    outside = jnp.maximum(1 - jnp.sum(squares, axis=-1, keepdims=True), 0)
     mean = jnp.mean(moment, axis=-2, keepdims=True)
     return (turned + outside * mean).astype(moment.dtype)

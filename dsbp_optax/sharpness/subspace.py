@@ -18,7 +18,7 @@ class Subspace(NamedTuple):
     """The eigenbasis of one kernel.
 
     Attributes:
-      basis: ``V (count, d, k)``, zero in directions that are not in use.
+      basis: ``V (count, d, k)``.
       view: how the kernel is read as matrices.
     """
 

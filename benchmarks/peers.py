@@ -49,6 +49,7 @@ class Contender:
     decays: tuple[float, ...] = _MUON_DECAYS  # weight decays, 0 first
     # name of the contender whose compiled program serves this one too
     program: str | None = None
+    rule: str | None = None  # name of the contender that it is a control of
     variant: int = 0  # what tells it from that one
     # the optimizer whose place it takes, and whose state its own is a share of
     plain: str = "muon"
@@ -268,6 +269,7 @@ def _with_controls(contender: Contender) -> list[Contender]:
                 name=f"{contender.name}_{name}",
                 summary=f"control: {summary}",
                 program=contender.name,
+                rule=contender.name,
                 variant=variant,
             )
             for name, (variant, summary) in told.items()
@@ -441,6 +443,7 @@ CONTENDERS = {
             "muon_6bit",
             "Muon, its momentum in 6 bits a number",
             kernel_rule(lambda: _coarse_muon(6)),
+            rule="muon",
         ),
         *_with_controls(
             Contender(
@@ -456,6 +459,7 @@ CONTENDERS = {
             "the same in the metric of its momentum: no statistics",
             _muon_in_metric(),
             ours=True,
+            rule="dsbp_muon",
         ),
         Contender(
             "dsbp_muon_rank1",
@@ -463,6 +467,7 @@ CONTENDERS = {
             _muon_in_metric(rank=1),
             statistics="package",
             ours=True,
+            rule="dsbp_muon",
         ),
         *(
             Contender(

@@ -19,6 +19,7 @@ from benchmarks.peers import CONTENDERS
 from benchmarks.report import plots, tables
 from benchmarks.studies import app, scoreboard
 from benchmarks.studies.scoreboard import BOARDS
+from benchmarks.tasks.base import DataError
 
 BOARD = scoreboard.dry(BOARDS["gpt_d128_b24"])
 DATA = jax.device_put(scoreboard.random_parts(BOARD.task))
@@ -389,6 +390,28 @@ def test_jobs_follow_their_order_and_a_failure_stops_no_other(tmp_path, monkeypa
         assert "expected one of" in invoke(job, code=2)
 
 
+def test_controls_take_the_settings_of_their_rule(tmp_path):
+    tuned = BOARDS["sotu_d128_b24"]
+    board = BOARDS["sotu_d128_b24_controls"]
+    made = scoreboard.Campaign(tmp_path, lambda board: DATA, 16)
+    control = CONTENDERS["dsbp_muon_random"]
+    with pytest.raises(DataError, match=r"no tuned dsbp_muon, .*Remedy"):
+        made.missing(board, control)
+    rule = CONTENDERS["dsbp_muon"]
+    _, _, scores = tune(planted(0.02, 0.012, 0.0), rule, brief=True)
+    rows = [{**run._asdict(), "validation_loss": x} for run, x in scores.items()]
+    rows = [{"optimizer": rule.name, **row} for row in rows]
+    records.append(tuned.file(tmp_path), "scoreboard", rows)
+    stage = made.missing(board, control)
+    assert stage.phase == "final" and len(stage.runs) == len(scoreboard.FINAL)
+    assert {run[:3] for run in stage.runs} == {(0.02, 0.012, 0.0)}
+    assert {run.variant for run in stage.runs} == {peers.OWN_ENERGIES}
+    assert {run.variant for run in made.missing(board, rule).runs} == {0}
+    done = {**stage.runs[0]._asdict(), "validation_loss": 1.0}
+    records.append(board.file(tmp_path), "x", [{"optimizer": control.name, **done}])
+    assert made.missing(board, control).runs == stage.runs[1:]
+
+
 def test_images_follow_one_another():
     board = scoreboard.dry(BOARDS["fashion_cnn"])
     data = jax.device_put(scoreboard.random_parts(board.task))
@@ -417,7 +440,8 @@ def test_the_table_says_what_the_records_say(tmp_path):
     ]
     rows += [row("dsbp_muon_none", s, 1.75 + 0.1 * s) for s in range(3)]
     rows += [row("adamw", 0, 3.0), row("adamw", 1, None)]
-    rows += [row("muon", 1000, 3, phase="rates", rate=rate) for rate in (0.01, 0.04)]
+    tried = {"phase": "rates", "aux_rate": 0.005}
+    rows += [row("muon", 1000, 3, rate=rate, **tried) for rate in (0.01, 0.04)]
     shown = tables.scoreboard(rows, "loss").set_index("contender")
     assert list(shown.index) == ["dsbp_muon", "dsbp_muon_none", "muon", "adamw"]
     ours, muon = shown.loc["dsbp_muon"], shown.loc["muon"]
@@ -425,8 +449,8 @@ def test_the_table_says_what_the_records_say(tmp_path):
     assert ours["to Muon"] == "-0.5000 [-0.5000, -0.5000]"
     assert ours["to `_none`"] == "-0.2500 [-0.2500, -0.2500]"
     assert ours["steps to Muon's end"] == "15"
-    assert ours["rate, auxiliary, decay"] == "0.02*, 0.01*, 0.1*"
-    assert muon["rate, auxiliary, decay"] == "0.02, 0.01*, 0.1*"
+    assert ours["rate, auxiliary, decay"] == "0.02, 0.01, 0.1"
+    assert muon["rate, auxiliary, decay"] == "0.02, 0.01*, 0.1"
     assert (muon["runs"], muon["to Muon"]) == ("3 of 5", "-")
     assert "nan" in shown.loc["adamw", "to Muon"]
     plots.scoreboard(rows, "test_loss", tmp_path / "a.png")

@@ -259,8 +259,8 @@ def scoreboard(rows: Sequence[Record], judge: str) -> pd.DataFrame:
 
 def _setting(row: Record, field: str, rows: Sequence[Record]) -> str:
     tried = {other[field] for other in rows}
-    inside = min(tried) < row[field] < max(tried) or row[field] == 0
-    return f"{row[field]:g}{'' if inside else '*'}"
+    edge = len(tried) > 1 and row[field] in (min(tried), max(tried))
+    return f"{row[field]:g}{'*' if edge and row[field] else ''}"
 
 
 def _steps_to(mine: Mapping[int, Record], muon: Mapping[int, Record] | None) -> str:

@@ -52,6 +52,8 @@ class Board:
     judge: str = "loss"  # or "error": what chooses settings and makes the table
     runs: int = 16  # most runs at once, where memory is short
     brief: bool = False  # whether the two rates alone are tuned, without weight decay
+    # board whose settings are taken, of controls those of their rule: final runs alone
+    settings: str | None = None
 
     def file(self, out: Path) -> Path:
         """Of its records."""
@@ -77,6 +79,11 @@ def _gpt(
     return Board(name, task, steps, corpus, runs=runs, brief=brief)
 
 
+def _with_settings_of(board: Board) -> Board:
+    name = f"{board.name}_controls"
+    return dataclasses.replace(board, name=name, settings=board.name)
+
+
 _FASHION = Task(vision.FashionCnn(), 128, windows=4992, mapped=True)
 #: The most telling first.
 BOARDS: Mapping[str, Board] = {
@@ -84,6 +91,7 @@ BOARDS: Mapping[str, Board] = {
     for board in (
         _gpt("gpt_d128_b24", 24, brief=False),
         _gpt("sotu_d128_b24", 24, corpus="sotu"),
+        _with_settings_of(_gpt("sotu_d128_b24", 24, corpus="sotu")),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),
         _gpt("gpt_wide", 24, width=256, layers=6, heads=8, context=128),
@@ -261,7 +269,22 @@ class Campaign:
     def missing(self, board: Board, contender: Contender) -> Stage | None:
         """What is to be run next."""
         scores = scores_of(board.rows(self.out, contender.name), board.judge)
-        return next_stage(contender, scores, board.brief)
+        if board.settings is None:
+            return next_stage(contender, scores, board.brief)
+        rule, tuned = (
+            CONTENDERS[contender.rule or contender.name],
+            BOARDS[board.settings],
+        )
+        known = scores_of(tuned.rows(self.out, rule.name), tuned.judge)
+        if (best := choice(rule, known, tuned.brief)) is None:
+            raise DataError(
+                f"{tuned.file(self.out)}: got no tuned {rule.name}, expected the "
+                f"settings of {board.name}. Remedy: scoreboard "
+                f"{tuned.name}:{rule.name} first."
+            )
+        final = (best._replace(seed=s, variant=contender.variant) for s in FINAL)
+        lacking = [run for run in final if run not in scores]
+        return Stage("final", lacking) if lacking else None
 
     def complete(self, board: Board, contender: Contender) -> bool:
         """Run what is missing; whether nothing is left."""

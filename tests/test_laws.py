@@ -452,13 +452,12 @@ def test_usable_refuses_what_must_not_enter() -> None:
     basis = jnp.asarray(truth, jnp.float32)
     operator = Activations(jnp.asarray(samples, jnp.float32)).operator(basis)
     good = dsbp_optax.power_iteration(operator, basis, 2)
-    assert bool(refresh._usable(operator, good, deficient=False))
+    assert bool(refresh._usable(operator, good))
     lacking = good._replace(eigenvalues=good.eigenvalues.at[-1].set(0.0))
-    assert bool(refresh._usable(operator, lacking, deficient=True))
     for bad in (
         good._replace(basis=good.basis * 1.01),
         good._replace(basis=good.basis.at[0, 0].set(jnp.nan)),
         lacking,
         good._replace(eigenvalues=good.eigenvalues.at[0].set(jnp.inf)),
     ):
-        assert not bool(refresh._usable(operator, bad, deficient=False))
+        assert not bool(refresh._usable(operator, bad))

@@ -35,6 +35,7 @@ from benchmarks.core.train import Program, build, train
 from benchmarks.optimizers import CONTENDERS, OURS, Contender
 from benchmarks.report import tables
 from benchmarks.report.entries import Entry, campaign_entries
+from benchmarks.studies.controls import keep_basis
 from benchmarks.studies.speed import in_turns
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, DataError, Params, Workload, reading
@@ -46,6 +47,12 @@ STUDY = "finetune"
 PEER, WHOLE = "lora", "adamw"
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
 ALIKE, WIDE = ("projected_adamw", "projected_muon"), "projected_muon_wide"
+#: End of the name of a control -> settings: no metric; random directions, for good,
+#: with the energies that activations have along them.
+CONTROLS: Mapping[str, Any] = {
+    "_none": {"exponent": 0.0},
+    "_random": {"basis": dsbp_optax.Basis(solver=keep_basis)},
+}
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
 
@@ -149,18 +156,19 @@ class Task:
             **{
                 name: (whole, self._everything(name))
                 for name in self.rates
-                if name.endswith("_whole")
+                if "_whole" in name
             },
             WHOLE: (whole, self._contender(WHOLE, "everything, adamw", optax.adamw)),
         }
 
     def _everything(self, name: str) -> Contender:
-        own = CONTENDERS[name.removesuffix("_whole")]
+        rule, _, control = name.partition("_whole")
+        own = CONTENDERS[rule]
         return self._contender(
             name,
-            f"everything, {own.name}",
+            f"everything, {rule}{control.replace('_', ', control: ')}",
             own.factory,
-            settings=own.settings,
+            settings={**own.settings, **CONTROLS.get(control, {})},
             ours=own.ours,
             period=own.period,
             window=own.window,
@@ -319,7 +327,11 @@ TASKS = {
                 "projected_muon_whole": 1e-2,
                 "muon_whole": 1e-2,
                 "dsbp_muon_whole": 1e-2,
+                "dsbp_muon_whole_none": 1e-2,
+                "dsbp_muon_whole_random": 1e-2,
                 "dsbp_adamw_whole": 1e-2,
+                "dsbp_adamw_whole_none": 1e-2,
+                "dsbp_adamw_whole_random": 1e-2,
                 "adamw": 3e-3,
             },
             WEIGHTS,

@@ -29,7 +29,7 @@ from flax import traverse_util
 import dsbp_optax
 from benchmarks import cli
 from benchmarks.core import campaign, records, tune
-from benchmarks.core.kernels import path_of
+from benchmarks.core.kernels import is_kernel, path_of
 from benchmarks.core.records import RESULTS
 from benchmarks.core.train import Program, build, train
 from benchmarks.optimizers import CONTENDERS, OURS, Contender
@@ -53,6 +53,8 @@ CONTROLS: Mapping[str, Any] = {
     "_none": {"exponent": 0.0},
     "_random": {"basis": dsbp_optax.Basis(solver=keep_basis)},
 }
+#: End of a name -> rate of what is no kernel, in units of the kernels' rate.
+AUXILIARY: Mapping[str, float] = {"_slower_rest": 1 / 3, "_faster_rest": 3.0}
 #: Of LoRA: weight of the adapters over their rank.
 SCALE = 2.0
 
@@ -111,6 +113,25 @@ def projecting(factory: Factory, pattern: str) -> Factory:
     return make
 
 
+def with_auxiliary(factory: Factory, times: float) -> Factory:
+    """The same optimizer; what is no kernel moves so many times as fast."""
+    if times == 1:
+        return factory
+
+    @functools.wraps(factory)
+    def make(learning_rate: optax.ScalarOrSchedule, **settings: Any) -> Any:
+        tx = optax.with_extra_args_support(factory(learning_rate, **settings))
+        return optax.chain(tx, optax.masked(optax.scale(times), _rest))
+
+    return make
+
+
+def _rest(tree: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: not is_kernel(path_of(keys), leaf), tree
+    )
+
+
 def with_lora(model: nn.Module, modules: str, rank: int) -> nn.Module:
     """The model with adapters beside the kernels of some modules, by qwix.
 
@@ -162,13 +183,13 @@ class Task:
         }
 
     def _everything(self, name: str) -> Contender:
-        rule, _, control = name.partition("_whole")
+        rule, _, changed = name.partition("_whole")
         own = CONTENDERS[rule]
         return self._contender(
             name,
-            f"everything, {rule}{control.replace('_', ', control: ')}",
-            own.factory,
-            settings={**own.settings, **CONTROLS.get(control, {})},
+            f"everything, {rule}{changed.replace('_', ', ')}",
+            with_auxiliary(own.factory, AUXILIARY.get(changed, 1.0)),
+            settings={**own.settings, **CONTROLS.get(changed, {})},
             ours=own.ours,
             period=own.period,
             window=own.window,
@@ -325,13 +346,13 @@ TASKS = {
                 "projected_muon": 3e-2,
                 "projected_muon_wide": 3e-2,
                 "projected_muon_whole": 1e-2,
-                "muon_whole": 1e-2,
-                "dsbp_muon_whole": 1e-2,
-                "dsbp_muon_whole_none": 1e-2,
-                "dsbp_muon_whole_random": 1e-2,
-                "dsbp_adamw_whole": 1e-2,
-                "dsbp_adamw_whole_none": 1e-2,
-                "dsbp_adamw_whole_random": 1e-2,
+                **{
+                    f"{rule}_whole{end}": 1e-2
+                    for rule in ("muon", "dsbp_muon", "dsbp_adamw")
+                    for end in ("", *AUXILIARY, *CONTROLS)
+                    if rule != "muon" or end not in CONTROLS
+                },
+                **{f"adamw_whole{end}": 3e-3 for end in AUXILIARY},
                 "adamw": 3e-3,
             },
             WEIGHTS,

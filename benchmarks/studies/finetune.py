@@ -5,8 +5,9 @@ but for a new head, which both train whole. LoRA trains ``A`` (``d x r``) and ``
 (``r x m``) beside each kernel, `dsbp_optax` the coordinates ``S`` (``k x m``) of an
 update ``V S`` in the basis ``V`` of the kernel's inputs, merged after every step. Ranks
 are such that the trained numbers are as near as whole ranks allow; one more contender
-has the largest rank at which the state is no larger than LoRA's. Fine-tuning of
-everything is the reference, by `optax.adamw` and by `projected_muon`.
+has the largest rank at which the state is no larger than LoRA's. Others train
+everything: plain optimizers, the recipes that take their place, and the controls of
+these. What is no kernel has the rate of kernels, or one three times larger or smaller.
 """
 
 import dataclasses
@@ -154,9 +155,9 @@ class Task:
     rank: int  # k, so that both train as many numbers
     wide_rank: int  # the largest k at which the state is no larger than LoRA's
     rates: Mapping[str, float]  # contender -> the middle one of three tried first
-    weights: Path | None = (
-        None  # file of the pretrained ones, where `pretrain` makes it
-    )
+    # file of the pretrained ones, where `pretrain` makes it, and what it trains
+    weights: Path | None = None
+    base: Workload = WORKLOADS["shakespeare_gpt"]
 
     @property
     def name(self) -> str:
@@ -259,7 +260,13 @@ def build_counted(workload: Workload, contender: Contender) -> Program:
 # --------------------------------------------------------------------- pretraining
 
 BASE, OPTIMIZER, RATE = WORKLOADS["shakespeare_gpt"], "muon", 0.03
-WEIGHTS = Path("runs/sotu_gpt.npz")
+#: The same network from scratch on the other text.
+OTHER = dataclasses.replace(
+    BASE,
+    name="sotu_from_scratch",
+    summary="the same on State of the Union",
+    load=load_sotu(BASE.model.context),
+)
 
 
 def pretrain(
@@ -293,9 +300,37 @@ def read_weights(path: Path, base: Workload = BASE) -> Params:
         return traverse_util.unflatten_dict({k: archive[k] for k in shapes}, sep="/")
 
 
-def _load_sotu(data_dir: Path | None) -> Data:
-    text = load_sotu(BASE.model.context)(data_dir)
-    return text._replace(pretrained=read_weights(WEIGHTS))
+def _gpt(name: str, summary: str, base: Workload, then: Workload) -> Task:
+    """The GPT, pretrained on one text and fine-tuned on another."""
+    weights = Path(f"runs/{name}.npz")
+
+    def load(data_dir: Path | None) -> Data:
+        return then.load(data_dir)._replace(pretrained=read_weights(weights))
+
+    everything = {
+        f"{rule}_whole{end}": 1e-2
+        for rule in ("muon", "dsbp_muon", "dsbp_adamw")
+        for end in ("", *AUXILIARY, *CONTROLS)
+        if rule != "muon" or end not in CONTROLS
+    }
+    return Task(
+        _adapted(BASE, name=name, summary=summary, load=load, steps=150),
+        r"block_\d+/(qkv|proj|up|down)",
+        None,
+        *(8, 14, 31),
+        {
+            "lora": 1e-2,
+            "projected_adamw": 1e-2,
+            "projected_muon": 3e-2,
+            "projected_muon_wide": 3e-2,
+            "projected_muon_whole": 1e-2,
+            **everything,
+            **{f"adamw_whole{end}": 3e-3 for end in AUXILIARY},
+            "adamw": 3e-3,
+        },
+        weights,
+        base,
+    )
 
 
 def _adapted(base: Workload, **changes: Any) -> Adaptation:
@@ -328,35 +363,13 @@ TASKS = {
                 "adamw": 1e-4,
             },
         ),
-        Task(
-            _adapted(
-                BASE,
-                name="sotu_gpt",
-                summary="GPT of 4 layers, width 128, from Tiny Shakespeare to State of "
-                "the Union",
-                load=_load_sotu,
-                steps=150,
-            ),
-            r"block_\d+/(qkv|proj|up|down)",
-            None,
-            *(8, 14, 31),
-            {
-                "lora": 1e-2,
-                "projected_adamw": 1e-2,
-                "projected_muon": 3e-2,
-                "projected_muon_wide": 3e-2,
-                "projected_muon_whole": 1e-2,
-                **{
-                    f"{rule}_whole{end}": 1e-2
-                    for rule in ("muon", "dsbp_muon", "dsbp_adamw")
-                    for end in ("", *AUXILIARY, *CONTROLS)
-                    if rule != "muon" or end not in CONTROLS
-                },
-                **{f"adamw_whole{end}": 3e-3 for end in AUXILIARY},
-                "adamw": 3e-3,
-            },
-            WEIGHTS,
+        _gpt(
+            "sotu_gpt",
+            "GPT of 4 layers, width 128, from Tiny Shakespeare to State of the Union",
+            BASE,
+            OTHER,
         ),
+        _gpt("sotu_to_shakespeare", "the same the other way round", OTHER, BASE),
     )
 }
 
@@ -380,17 +393,17 @@ def command(
     file = lanes[0].file
     with cli.bars() as progress:
         if weights and not weights.is_file():
-            advance = cli.bar(progress, "pretraining", BASE.steps)
-            pretrain(data_dir, weights, after_step=advance)
+            advance = cli.bar(progress, "pretraining", task.base.steps)
+            pretrain(data_dir, weights, task.base, advance)
         if weights and not records.read(file, study="pretraining"):
             params = read_weights(weights)
             measured = {
                 key: one.measure(params, one.load(data_dir).test, None)
-                for key, one in (("there", BASE), ("here", task.workload))
+                for key, one in (("there", task.base), ("here", task.workload))
             }
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            told = {"workload": BASE.name, "optimizer": OPTIMIZER, "rate": RATE}
-            told |= {"steps": BASE.steps, "sha256": digest}
+            told = {"workload": task.base.name, "optimizer": OPTIMIZER, "rate": RATE}
+            told |= {"steps": task.base.steps, "sha256": digest}
             records.append(file, "pretraining", [{**told, **measured}])
         done = campaign.run(lanes, data_dir, deadline, progress)
         if done and rounds and not optimizer and not records.read(file, study="speed"):

@@ -1,6 +1,6 @@
 """The pictures of the site and of the README: `python docs/pictures.py`.
 
-The first two are drawn from records of the benchmarks. The others are drawings, with
+The first three are drawn from records of the benchmarks. The others are drawings, with
 data that are made up here.
 """
 
@@ -39,6 +39,20 @@ LINES: Mapping[str, tuple[str, str, str]] = {
     "muon": ("Muon", PEER, ":"),
     "dsbp_muon": ("dsbp_muon", OURS, ":"),
 }
+#: Fine-tuned on one text after another -> title.
+TUNED: Mapping[str, str] = {
+    "sotu_gpt": "Shakespeare, then State of the Union",
+    "sotu_to_shakespeare": "State of the Union, then Shakespeare",
+}
+#: Those that train all weights there -> label, colour.
+WHOLE: Mapping[str, tuple[str, str]] = {
+    "adamw": ("AdamW", PEER),
+    "dsbp_adamw_whole_random": ("dsbp_adamw,\nrandom directions", CONTROL),
+    "dsbp_adamw_whole": ("dsbp_adamw", OURS),
+    "muon_whole": ("Muon", PEER),
+    "dsbp_muon_whole_random": ("dsbp_muon,\nrandom directions", CONTROL),
+    "dsbp_muon_whole": ("dsbp_muon", OURS),
+}
 
 
 def gpt() -> Figure:
@@ -71,6 +85,29 @@ def gpt() -> Figure:
     right.set_yticks(places, labels, fontsize=9)
     right.set(xlim=(0, max(sizes) * 1.25), xlabel="MiB")
     right.set_title("Optimizer state of its kernels", fontsize=11)
+    return figure
+
+
+def fine_tuning() -> Figure:
+    """Final loss of fine-tuned GPTs with intervals, from records."""
+    from benchmarks.core import records
+    from benchmarks.core.statistics import mean_interval
+
+    figure, both = _figure(10, 3.6, columns=len(TUNED))
+    for axes, (task, title) in zip(both, TUNED.items(), strict=True):
+        rows = records.read(RECORDS / "finetune" / f"{task}.jsonl", phase="final")
+        for place, (name, (_, color)) in enumerate(reversed(WHOLE.items())):
+            runs = [row for row in rows if row["optimizer"] == name]
+            value, low, high = mean_interval([row["test_loss"] for row in runs])
+            axes.plot([low, high], [place] * 2, color=color, linewidth=2)
+            axes.plot(value, place, "o", color=color, markersize=6)
+            size = runs[0]["kernel_state_bytes"] / 2**20
+            axes.text(high + 0.003, place, f"{size:.1f} MiB", va="center", fontsize=9)
+        left, right = axes.get_xlim()
+        axes.set(xlim=(left, right + 0.2 * (right - left)), xlabel="test loss, nats")
+        axes.set_title(title, fontsize=11)
+    both[0].set_yticks(range(len(WHOLE)), [x for x, _ in reversed(WHOLE.values())])
+    both[-1].set_yticks(range(len(WHOLE)), [])
     return figure
 
 
@@ -275,7 +312,17 @@ def flow() -> Figure:
 
 PICTURES: Mapping[str, Callable[[], Figure]] = {
     f.__name__: f
-    for f in (gpt, memory, basis, metric, refresh, residual, coordinates, flow)
+    for f in (
+        gpt,
+        fine_tuning,
+        memory,
+        basis,
+        metric,
+        refresh,
+        residual,
+        coordinates,
+        flow,
+    )
 }
 
 

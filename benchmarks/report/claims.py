@@ -77,6 +77,8 @@ def lora(found: Found) -> Iterator[Line]:
     )
     for workload in TASKS:
         named = {one.name: one for one in found.finetuned.get(workload, ())}
+        if named and PEER not in named:
+            continue
         for name in (*ALIKE, WIDE):
             alike = "as much state" if name == WIDE else "as many trained numbers"
             claim = f"better than LoRA: {workload}, {name} in coordinates, {alike}"

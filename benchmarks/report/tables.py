@@ -151,12 +151,16 @@ def controls(found: Sequence[Entry]) -> pd.DataFrame:
 def finetuning(found: Sequence[Entry]) -> pd.DataFrame:
     """The metric against LoRA and training everything; what is trained and kept."""
     named = {entry.name: entry for entry in found}
+    peers = {x: x.removesuffix("_whole") for x in ("lora", "adamw", "muon_whole")}
     return table(
         [
             {
                 **_head(one),
-                "against lora (95 %)": against(one, named.get("lora")),
-                "against adamw (95 %)": against(one, named.get("adamw")),
+                **{
+                    f"against {short} (95 %)": against(one, named.get(name))
+                    for name, short in peers.items()
+                },
+                "against its `_random`": against(one, named.get(f"{one.name}_random")),
                 "trained numbers": _of(one, "trained_numbers", ",.0f"),
                 "state KiB": _of(one, "state_bytes", ",.1f", 1 / KIB),
                 "temp MiB": _of(one, "temporary_bytes", ",.1f", 1 / MIB),

@@ -12,6 +12,7 @@ from flax import nnx
 from networks import NETWORKS, ScanNet, batch, init
 from states import layer, owners
 from test_adapters import assert_same, loss_of, nnx_twin, optimizer
+from versions import x64
 
 import dsbp_optax
 from dsbp_optax import project_gradients
@@ -125,7 +126,7 @@ def test_nnx_equals_linen(name: str) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_training_is_that_with_projected_whole_gradients(dtype: Any) -> None:
     """Twenty steps over five refreshes, Adam inside; equal to rounding."""
-    with jax.enable_x64(dtype == jnp.float64):
+    with x64(dtype == jnp.float64):
         network = NETWORKS["dense"]
         loss_fn, x = loss_of(network.linen), batch(network, 3, dtype)
         params = init(network, dtype)

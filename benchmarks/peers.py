@@ -49,8 +49,8 @@ class Contender:
     decays: tuple[float, ...] = _MUON_DECAYS  # weight decays, 0 first
     # name of the contender whose compiled program serves this one too
     program: str | None = None
-    rule: str | None = None  # name of the contender that it is a control of
     variant: int = 0  # what tells it from that one
+    rule: str | None = None  # name of the contender that it is a control of
     # the optimizer whose place it takes, and whose state its own is a share of
     plain: str = "muon"
     ours: bool = False  # whether it is a rule of this package, or a control of one
@@ -474,6 +474,7 @@ CONTENDERS = {
                 f"muon_{bits}bit",
                 f"Muon, its momentum in {bits} bits a number",
                 kernel_rule(functools.partial(_coarse_muon, bits)),
+                rule="muon",
             )
             for bits in (8, 4)
         ),

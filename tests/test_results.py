@@ -153,10 +153,10 @@ def test_a_page_of_nothing_has_no_figures(tmp_path):
     assert page.write(tmp_path / "R.md", tmp_path) == [tmp_path / "R.md"]
 
 
-# Claims and reaches: a wrong verdict shows.
+# Claims: a wrong verdict shows.
 
 
-def entry(name, values, size=1000, step_ms=1.0, **more):
+def entry(name, values, **more):
     runs = [
         {
             "optimizer": name,
@@ -165,10 +165,6 @@ def entry(name, values, size=1000, step_ms=1.0, **more):
             "hyperparameters": {},
             "test_accuracy": value,
             "diverged": value is None,
-            "kernel_state_bytes": size,
-            "mean_step_ms": step_ms,
-            "step_ms": step_ms,
-            "refresh_step_ms": None,
             "curve": [{"step": s, "value": value} for s in (1, 2, 3)],
             **more,
         }

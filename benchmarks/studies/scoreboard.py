@@ -79,9 +79,10 @@ def _gpt(
     return Board(name, task, steps, corpus, runs=runs, brief=brief)
 
 
-def _with_settings_of(board: Board) -> Board:
+def _with_controls(board: Board) -> tuple[Board, Board]:
+    """A board, and the same for controls at its settings."""
     name = f"{board.name}_controls"
-    return dataclasses.replace(board, name=name, settings=board.name)
+    return board, dataclasses.replace(board, name=name, settings=board.name)
 
 
 _FASHION = Task(vision.FashionCnn(), 128, windows=4992, mapped=True)
@@ -90,8 +91,7 @@ BOARDS: Mapping[str, Board] = {
     board.name: board
     for board in (
         _gpt("gpt_d128_b24", 24, brief=False),
-        _gpt("sotu_d128_b24", 24, corpus="sotu"),
-        _with_settings_of(_gpt("sotu_d128_b24", 24, corpus="sotu")),
+        *_with_controls(_gpt("sotu_d128_b24", 24, corpus="sotu")),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),
         _gpt("gpt_wide", 24, width=256, layers=6, heads=8, context=128),
@@ -271,10 +271,8 @@ class Campaign:
         scores = scores_of(board.rows(self.out, contender.name), board.judge)
         if board.settings is None:
             return next_stage(contender, scores, board.brief)
-        rule, tuned = (
-            CONTENDERS[contender.rule or contender.name],
-            BOARDS[board.settings],
-        )
+        rule = CONTENDERS[contender.rule or contender.name]
+        tuned = BOARDS[board.settings]
         known = scores_of(tuned.rows(self.out, rule.name), tuned.judge)
         if (best := choice(rule, known, tuned.brief)) is None:
             raise DataError(

@@ -25,7 +25,8 @@ class Refuse:
         first, frame = name.partition(".")[0], sys._getframe(1)
         while frame and "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        ours = frame is not None and frame.f_code.co_filename.startswith(ROOT)
+        file = "" if frame is None else frame.f_code.co_filename
+        ours = file.startswith(ROOT) and "site-packages" not in file
         if first in NEVER or (first in THEIRS and ours):
             raise ImportError(f"refused: {name}")
 

@@ -190,11 +190,11 @@ GPT = dataclasses.replace(
 
 def test_weights_are_kept_or_refused(tmp_path):
     (tmp_path / "input.txt").write_text("To be, or not to be: " * 60)
-    path = tmp_path / "weights.npz"
+    start = finetune.Start(GPT, path := tmp_path / "weights.npz")
     with pytest.raises(DataError, match=r"got no such file.*Remedy"):
-        finetune.read_weights(path, GPT)
-    finetune.pretrain(tmp_path, path, GPT)
-    found = finetune.read_weights(path, GPT)
+        finetune.read_weights(start)
+    finetune.pretrain(tmp_path, start)
+    found = finetune.read_weights(start)
     assert paths(found).keys() == paths(GPT.init(0)).keys()
     data = GPT.load(tmp_path)
     held = GPT.init(5, found)
@@ -203,4 +203,4 @@ def test_weights_are_kept_or_refused(tmp_path):
     assert [p.name for p in tmp_path.glob(".*")] == []
     np.savez(path, a=np.ones(2))
     with pytest.raises(DataError, match=r"weights of shakespeare_gpt.*Remedy"):
-        finetune.read_weights(path, GPT)
+        finetune.read_weights(start)

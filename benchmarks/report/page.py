@@ -109,10 +109,10 @@ def _parts(found: Found) -> Iterator[str]:
         yield markdown(tables.controls(entries(WORKLOADS[name].metric, mine)))
     for name, some in found.finetuned.items():
         task = finetune.TASKS[name]
-        told = (
-            f"{task.workload.summary}; LoRA of rank {task.lora_rank}, coordinates in "
-        )
-        told += f"{task.rank} directions, {finetune.WIDE} in {task.wide_rank}."
+        told = f"{task.workload.summary}; {task.workload.steps} steps."
+        if any(one.name == finetune.PEER for one in some):
+            told += f" LoRA of rank {task.lora_rank}, coordinates in {task.rank} "
+            told += f"directions, {finetune.WIDE} in {task.wide_rank}."
         for one in records.read(
             found.root / f"finetune/{name}.jsonl", study="pretraining"
         ):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -144,6 +144,13 @@ def with_lora(model: nn.Module, modules: str, rank: int) -> nn.Module:
     return qwix.apply_lora_to_model(model, provider)
 
 
+class Start(NamedTuple):
+    """Pretrained weights: what they are trained on, and their file."""
+
+    base: Workload
+    weights: Path
+
+
 @dataclass(frozen=True)
 class Task:
     """One network to fine-tune."""
@@ -155,9 +162,7 @@ class Task:
     rank: int  # k, so that both train as many numbers
     wide_rank: int  # the largest k at which the state is no larger than LoRA's
     rates: Mapping[str, float]  # contender -> the middle one of three tried first
-    # file of the pretrained ones, where `pretrain` makes it, and what it trains
-    weights: Path | None = None
-    base: Workload = WORKLOADS["shakespeare_gpt"]
+    start: Start | None = None  # of what `pretrain` makes
 
     @property
     def name(self) -> str:
@@ -267,15 +272,14 @@ OTHER = dataclasses.replace(
     summary="the same on State of the Union",
     load=load_sotu(BASE.model.context),
 )
+PLAYS = Start(BASE, Path("runs/sotu_gpt.npz"))
 
 
 def pretrain(
-    data_dir: Path | None,
-    path: Path,
-    base: Workload = BASE,
-    after_step: Callable[[], None] = lambda: None,
+    data_dir: Path | None, start: Start, after_step: Callable[[], None] = lambda: None
 ) -> None:
     """The weights after one full run from seed 0, in an .npz, whole or not at all."""
+    base, path = start
     texts, program = base.load(data_dir), build(base, CONTENDERS[OPTIMIZER])
     told = {"rate": RATE, "steps": base.steps, "seed": 0, "after_step": after_step}
     run = train(program, texts, texts.test, **told)
@@ -287,8 +291,9 @@ def pretrain(
     part.replace(path)
 
 
-def read_weights(path: Path, base: Workload = BASE) -> Params:
+def read_weights(start: Start) -> Params:
     """Weights that `pretrain` saved."""
+    base, path = start
     if not path.is_file():
         raise DataError(
             f"{path}: got no such file, expected pretrained weights. Remedy: "
@@ -300,12 +305,14 @@ def read_weights(path: Path, base: Workload = BASE) -> Params:
         return traverse_util.unflatten_dict({k: archive[k] for k in shapes}, sep="/")
 
 
-def _gpt(name: str, summary: str, base: Workload, then: Workload) -> Task:
-    """The GPT, pretrained on one text and fine-tuned on another."""
-    weights = Path(f"runs/{name}.npz")
+def _gpt(
+    name: str, summary: str, start: Start | None, then: Workload, steps: int = 150
+) -> Task:
+    """The GPT, pretrained on one text or not at all, then trained on another."""
 
     def load(data_dir: Path | None) -> Data:
-        return then.load(data_dir)._replace(pretrained=read_weights(weights))
+        data = then.load(data_dir)
+        return data._replace(pretrained=read_weights(start)) if start else data
 
     everything = {
         f"{rule}_whole{end}": 1e-2
@@ -314,7 +321,7 @@ def _gpt(name: str, summary: str, base: Workload, then: Workload) -> Task:
         if rule != "muon" or end not in CONTROLS
     }
     return Task(
-        _adapted(BASE, name=name, summary=summary, load=load, steps=150),
+        _adapted(BASE, name=name, summary=summary, load=load, steps=steps),
         r"block_\d+/(qkv|proj|up|down)",
         None,
         *(8, 14, 31),
@@ -328,8 +335,7 @@ def _gpt(name: str, summary: str, base: Workload, then: Workload) -> Task:
             **{f"adamw_whole{end}": 3e-3 for end in AUXILIARY},
             "adamw": 3e-3,
         },
-        weights,
-        base,
+        start,
     )
 
 
@@ -366,10 +372,17 @@ TASKS = {
         _gpt(
             "sotu_gpt",
             "GPT of 4 layers, width 128, from Tiny Shakespeare to State of the Union",
-            BASE,
+            PLAYS,
             OTHER,
         ),
-        _gpt("sotu_to_shakespeare", "the same the other way round", OTHER, BASE),
+        _gpt("sotu_gpt_long", "the same for 600 steps", PLAYS, OTHER, steps=600),
+        _gpt("sotu_scratch", "the same from random weights", None, OTHER),
+        _gpt(
+            "sotu_to_shakespeare",
+            "the same the other way round",
+            Start(OTHER, Path("runs/sotu_to_shakespeare.npz")),
+            BASE,
+        ),
     )
 }
 
@@ -387,23 +400,23 @@ def command(
     """LoRA against gradients in coordinates, as many trained numbers; resumable."""
     deadline = time.monotonic() + 3600 * hours
     task = cli.lookup(TASKS, workload, "WORKLOAD")
-    weights = task.weights
+    start = task.start
     cli.several(task.entrants(), optimizer, "--optimizer")
     lanes = task.lanes(out, seeds, optimizer)
     file = lanes[0].file
     with cli.bars() as progress:
-        if weights and not weights.is_file():
-            advance = cli.bar(progress, "pretraining", task.base.steps)
-            pretrain(data_dir, weights, task.base, advance)
-        if weights and not records.read(file, study="pretraining"):
-            params = read_weights(weights)
+        if start and not start.weights.is_file():
+            advance = cli.bar(progress, "pretraining", start.base.steps)
+            pretrain(data_dir, start, advance)
+        if start and not records.read(file, study="pretraining"):
+            params = read_weights(start)
             measured = {
                 key: one.measure(params, one.load(data_dir).test, None)
-                for key, one in (("there", task.base), ("here", task.workload))
+                for key, one in (("there", start.base), ("here", task.workload))
             }
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            told = {"workload": task.base.name, "optimizer": OPTIMIZER, "rate": RATE}
-            told |= {"steps": task.base.steps, "sha256": digest}
+            digest = hashlib.sha256(start.weights.read_bytes()).hexdigest()
+            told = {"workload": start.base.name, "optimizer": OPTIMIZER, "rate": RATE}
+            told |= {"steps": start.base.steps, "sha256": digest}
             records.append(file, "pretraining", [{**told, **measured}])
         done = campaign.run(lanes, data_dir, deadline, progress)
         if done and rounds and not optimizer and not records.read(file, study="speed"):

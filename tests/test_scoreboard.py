@@ -1,5 +1,6 @@
 """The scoreboard: groups of runs, tuning as a function of records, and its entry."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -410,6 +411,10 @@ def test_controls_take_the_settings_of_their_rule(tmp_path):
     done = {**stage.runs[0]._asdict(), "validation_loss": 1.0}
     records.append(board.file(tmp_path), "x", [{"optimizer": control.name, **done}])
     assert made.missing(board, control).runs == stage.runs[1:]
+    double = dataclasses.replace(board, name="double", times=2.0)
+    stage = made.missing(double, control)
+    assert {run[:3] for run in stage.runs} == {(0.04, 0.012, 0.0)}
+    assert "2 times the rate" in double.summary
 
 
 def test_images_follow_one_another():

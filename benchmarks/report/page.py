@@ -75,9 +75,7 @@ def _parts(found: Found) -> Iterator[str]:
         yield f"## Scoreboard\n\n{_SCOREBOARD}"
     for name, rows in found.boards.items():
         board = BOARDS[name]
-        yield _titled(
-            f"{name}: {board.steps} steps", tables.scoreboard(rows, board.judge)
-        )
+        yield _titled(f"{name}: {board.summary}", tables.scoreboard(rows, board.judge))
     pictures = found.pictures
     if any(pictures.values()):
         rows = []

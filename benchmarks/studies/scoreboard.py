@@ -54,6 +54,15 @@ class Board:
     brief: bool = False  # whether the two rates alone are tuned, without weight decay
     # board whose settings are taken, of controls those of their rule: final runs alone
     settings: str | None = None
+    times: float = 1.0  # the kernels' rate of those settings
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        told = f"{self.steps} steps on {self.corpus}"
+        if self.settings:
+            told += f", at the settings of {self.settings}"
+        return told if self.times == 1 else f"{told}, {self.times:g} times the rate"
 
     def file(self, out: Path) -> Path:
         """Of its records."""
@@ -79,10 +88,10 @@ def _gpt(
     return Board(name, task, steps, corpus, runs=runs, brief=brief)
 
 
-def _with_controls(board: Board) -> tuple[Board, Board]:
-    """A board, and the same for controls at its settings."""
-    name = f"{board.name}_controls"
-    return board, dataclasses.replace(board, name=name, settings=board.name)
+def _with_settings(board: Board, end: str, times: float = 1.0) -> tuple[Board, Board]:
+    """A board, and the same at its settings, kernels at so many times the rate."""
+    taken = {"settings": board.name, "times": times}
+    return board, dataclasses.replace(board, name=f"{board.name}_{end}", **taken)
 
 
 _FASHION = Task(vision.FashionCnn(), 128, windows=4992, mapped=True)
@@ -90,8 +99,8 @@ _FASHION = Task(vision.FashionCnn(), 128, windows=4992, mapped=True)
 BOARDS: Mapping[str, Board] = {
     board.name: board
     for board in (
-        _gpt("gpt_d128_b24", 24, brief=False),
-        *_with_controls(_gpt("sotu_d128_b24", 24, corpus="sotu")),
+        *_with_settings(_gpt("gpt_d128_b24", 24, brief=False), "double_rate", 2.0),
+        *_with_settings(_gpt("sotu_d128_b24", 24, corpus="sotu"), "controls"),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),
         _gpt("gpt_wide", 24, width=256, layers=6, heads=8, context=128),
@@ -280,7 +289,9 @@ class Campaign:
                 f"settings of {board.name}. Remedy: scoreboard "
                 f"{tuned.name}:{rule.name} first."
             )
-        final = (best._replace(seed=s, variant=contender.variant) for s in FINAL)
+        rate = best.rate * board.times
+        best = best._replace(rate=rate, variant=contender.variant)
+        final = (best._replace(seed=seed) for seed in FINAL)
         lacking = [run for run in final if run not in scores]
         return Stage("final", lacking) if lacking else None
 
@@ -356,8 +367,7 @@ def command(
         for one in entrants:
             cli.console.print(f"{one.name:24} {one.summary}")
         for board in boards:
-            told = f"{board.steps} steps on {board.corpus}"
-            cli.console.print(f"{board.name:24} {told}")
+            cli.console.print(f"{board.name:24} {board.summary}")
         return
     if dry_run and out == RESULTS:
         raise typer.BadParameter("got no --out, expected a folder of no worth.")

@@ -1,6 +1,6 @@
 """The pictures of the site and of the README: `python docs/pictures.py`.
 
-The first three are drawn from records of the benchmarks. The others are drawings, with
+The first four are drawn from records of the benchmarks. The others are drawings, with
 data that are made up here.
 """
 
@@ -38,6 +38,19 @@ LINES: Mapping[str, tuple[str, str, str]] = {
     "dsbp_adamw": ("dsbp_adamw", OURS, "-"),
     "muon": ("Muon", PEER, ":"),
     "dsbp_muon": ("dsbp_muon", OURS, ":"),
+}
+#: Plain optimizer -> contenders of a panel: label, colour, line.
+RATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
+    "Muon": {
+        "muon": ("Muon", PEER, "-"),
+        "dsbp_muon_random": ("dsbp_muon, random directions", CONTROL, "--"),
+        "dsbp_muon": ("dsbp_muon", OURS, "-"),
+    },
+    "AdamW": {
+        "adamw": ("AdamW", PEER, "-"),
+        "dsbp_adamw_random": ("dsbp_adamw, random directions", CONTROL, "--"),
+        "dsbp_adamw": ("dsbp_adamw", OURS, "-"),
+    },
 }
 #: Fine-tuned on one text after another -> title.
 TUNED: Mapping[str, str] = {
@@ -85,6 +98,33 @@ def gpt() -> Figure:
     right.set_yticks(places, labels, fontsize=9)
     right.set(xlim=(0, max(sizes) * 1.25), xlabel="MiB")
     right.set_title("Optimizer state of its kernels", fontsize=11)
+    return figure
+
+
+def rates() -> Figure:
+    """Loss against the rate, a band over the rates of the rest, from records."""
+    from benchmarks.core import records
+
+    rows = records.read(RECORDS / "scoreboard" / f"{BOARD}.jsonl", decay=0.0)
+    figure, both = _figure(10, 3.9, columns=len(RATES))
+    for axes, (title, contenders) in zip(both, RATES.items(), strict=True):
+        for name, (label, color, line) in contenders.items():
+            losses: dict[float, list[float]] = {}
+            for row in rows:
+                if row["optimizer"] == name and row["phase"] in ("rates", "further"):
+                    loss = row["validation_loss"]
+                    losses.setdefault(row["rate"], []).append(loss)
+            tried = sorted(losses)
+            low, high = ([of(losses[rate]) for rate in tried] for of in (min, max))
+            axes.plot(tried, low, line, marker="o", ms=4, color=color, label=label)
+            axes.fill_between(tried, low, high, color=color, alpha=0.15, lw=0)
+        axes.set(xscale="log", ylim=(1.6, 2.5), xlabel="learning rate of the kernels")
+        every = sorted({row["rate"] for row in rows if row["optimizer"] in contenders})
+        axes.set_xticks(every, [f"{rate:g}" for rate in every])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=11)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    both[0].set_ylabel("validation loss, nats")
     return figure
 
 
@@ -314,6 +354,7 @@ PICTURES: Mapping[str, Callable[[], Figure]] = {
     f.__name__: f
     for f in (
         gpt,
+        rates,
         fine_tuning,
         memory,
         basis,

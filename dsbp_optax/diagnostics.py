@@ -251,7 +251,7 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
     if last < 0 and step > _PATIENCE:
         found.append(
             f"{path}: no basis after {step} steps. Remedy: pass statistics= to update, "
-            "and batches of more samples than the rank."
+            "and batches of as many samples as the rank, or a smaller rank."
         )
     elif residual > _STALE and int(spectrum.iterations.min()) > _SETTLED:
         found.append(
@@ -268,9 +268,9 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
     if failures:
         found.append(
             f"{path}: ill-conditioned or diverging iteration: {failures} refreshes "
-            "were refused, the basis before them was kept. Remedy: a smaller rank, "
-            "larger batches, decay above 0, a smaller learning rate if activations "
-            "grow."
+            "were refused, the basis before them was kept. Remedy: batches of as many "
+            "samples as the rank, or a smaller rank; a smaller learning rate if "
+            "activations grow."
         )
     return found
 

@@ -424,6 +424,7 @@ def subspace_adamw(
       >>> params = {"kernel": jnp.ones((64, 64))}
       >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    moments.check_adam(b1, b2, eps)
     tx = scale_by_spectral_projection(
         optax.scale_by_adam(b1, b2, eps, nesterov=nesterov),
         rank=rank,
@@ -546,7 +547,8 @@ def _finished(
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping, `spectral`, decay, learning rates; the state of `spectral` first.
 
-    A step that `spectral` skips does not decay the weights either.
+    A step that `spectral` skips does not decay the weights either, nor is its norm
+    remembered.
     """
     without = is_zero(weight_decay)
     tx = optax.chain(
@@ -579,7 +581,10 @@ def _finished(
         updates = jax.tree.map(
             lambda u: jnp.where(taken, u, 0).astype(u.dtype), updates
         )
-        return updates, new if limit is None else (*new, held)
+        if limit is None:
+            return updates, new
+        held = jax.tree.map(lambda x, y: jnp.where(taken, x, y), held, state[-1])
+        return updates, (*new, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

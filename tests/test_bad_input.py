@@ -706,9 +706,7 @@ BAD_STATISTICS = {
     "inf": lambda a: a.at[0, 0].set(jnp.inf),
     "overflow": lambda a: a * 1e30,
     "zero": jnp.zeros_like,
-    "constant": jnp.ones_like,
     "one sample": lambda a: a[:1],
-    "rank one": lambda a: a[:, :1] * jnp.ones_like(a),
 }
 
 
@@ -730,6 +728,30 @@ def test_statistics_that_cannot_be_used(name, kind):
     assert int(now.skipped) == 0
     chex.assert_tree_all_finite((updates, new))
     assert np.any(updates["first"]["kernel"])
+
+
+ONE_DIRECTION = {
+    "constant": jnp.ones_like,
+    "rank one": lambda a: a[:, :1] * jnp.ones_like(a),
+    "a column like a year": lambda a: a.at[:, 0].set(2000 + 5 * a[:, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", list(ONE_DIRECTION))
+@some_cases
+def test_one_direction_that_outweighs_all_others_is_found(name, kind):
+    update, params, state = _settled(name)
+    batch = make_batch(9)
+    seen = forward(params, batch)["input"]
+    inputs = ONE_DIRECTION[kind](seen[FIRST])
+    grads = jax.grad(loss_fn)(params, batch)
+    updates, new = update(grads, state, params, {**seen, FIRST: inputs})
+    spectrum = only(new).spectrum[FIRST]
+    assert (spectrum.failures == 0).all() and (spectrum.refreshed >= 0).all()
+    basis = np.asarray(only(new).basis[FIRST][0], np.float64)
+    leading = np.linalg.svd(np.asarray(inputs, np.float64))[2][0]
+    assert np.linalg.norm(basis.T @ leading) > 0.99
+    chex.assert_tree_all_finite((updates, new))
 
 
 @pytest.mark.parametrize("field", ["product", "trace"])

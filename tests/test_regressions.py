@@ -1,5 +1,6 @@
-"""Faults that were found in 0.2, each of which its test here showed."""
+"""Faults that were found by reading, each of which its test here showed."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -175,3 +176,102 @@ def test_a_state_of_numpy_arrays_is_one() -> None:
         for s in (state, jax.device_get(state))
     )
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_a_spectral_fallback_sees_its_statistics() -> None:
+    params = {"a": jnp.ones((32, 32)), "b": jnp.ones((32, 32))}
+    tx = dsbp_optax.dsbp_adamw(
+        1e-3, rank={"a": 4}, fallback=dsbp_optax.scale_by_activation_metric(rank=4)
+    )
+    state, seen = tx.init(params), dict.fromkeys(params, Activations(draw(128, 32)))
+    for count in range(2):
+        grads = {path: draw(32, 32, seed=count) for path in params}
+        _, state = tx.update(grads, state, params, statistics=seen)
+    layers = dsbp_optax.by_path(state)
+    assert {path: int(x.spectrum.activations) for path, x in layers.items()} == {
+        "a": 1,
+        "b": 1,
+    }
+
+
+@dataclasses.dataclass
+class Attention:
+    query: Any
+    value: Any
+
+
+jax.tree_util.register_dataclass(Attention)
+
+
+def test_an_attribute_called_value_keeps_its_name() -> None:
+    params = {"attn": Attention(jnp.ones((32, 24)), jnp.ones((32, 24)))}
+    tx = dsbp_optax.dsbp_muon(0.02, rank={"attn/value": 4, "*": None})
+    assert list(dsbp_optax.by_path(tx.init(params))) == ["attn/value"]
+    seen = {"attn/value": Activations(draw(64, 32))}
+    _, state = tx.update(params, tx.init(params), params, statistics=seen)
+    assert int(dsbp_optax.by_path(state)["attn/value"].spectrum.activations) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("dsbp_muon", "momentum"),
+        *(
+            (x, y)
+            for x in ("dsbp_adamw", "subspace_adamw")
+            for y in ("b1", "b2", "eps")
+        ),
+    ],
+)
+def test_a_schedule_for_a_number_is_refused_by_name(recipe: str, name: str) -> None:
+    make = getattr(dsbp_optax, recipe)
+    with pytest.raises(TypeError, match=f"{name}: got .*expected a number"):
+        make(1e-3, **{name: optax.linear_schedule(0.9, 0.95, 10)})
+    with pytest.raises(ValueError, match=f"{name}: got -2"):
+        make(1e-3, **{name: -2.0})
+
+
+def test_a_skipped_step_is_not_remembered_by_the_clip() -> None:
+    tx = dsbp_optax.dsbp_sgd(0.1)
+    state = tx.init(PARAMS)
+    huge = {"kernel": 1e18 * draw(32, 24)}
+    _, after = tx.update(huge, state, PARAMS, statistics={})
+    assert int(after[0].skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, after[-1], state[-1])
+
+
+def test_the_clip_can_be_differentiated() -> None:
+    clip = dsbp_optax.clip_by_norm_growth()
+
+    def total(scale: Any) -> Any:
+        updates, _ = clip.update({"w": scale * jnp.ones(3)}, clip.init(None))
+        return jnp.sum(updates["w"])
+
+    np.testing.assert_allclose(jax.grad(total)(2.0), 3.0, rtol=1e-6)
+
+
+def test_a_solver_of_whole_matrices_says_who_gives_none() -> None:
+    basis = Basis(solver=dsbp_optax.eigh)
+    tx = dsbp_optax.dsbp_adamw(1e-3, rank=4, basis=basis)
+    params = {"a": draw(32, 24), "b": draw(32, 24)}
+    with pytest.raises(TypeError, match="kernel without a statistic"):
+        seen = {"a": Activations(draw(64, 32))}
+        tx.update(params, tx.init(params), params, statistics=seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[(x, True) for x in ("posterior", "upscale", "cls_head", "normal_proj")],
+        *[(x, False) for x in ("pos_table", "cls", "ln_scale", "layernorm", "biases")],
+    ],
+)
+def test_words_of_a_name_tell_tables_from_kernels(name: str, expected: bool) -> None:
+    state = dsbp_optax.dsbp_adamw(1e-3).init({name: jnp.ones((64, 32))})
+    assert bool(dsbp_optax.by_path(state)) == expected
+
+
+def test_ranks_are_promoted_by_nobody() -> None:
+    tx = dsbp_optax.dsbp_adamw(1e-3)
+    with jax.numpy_rank_promotion("raise"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, statistics={})

@@ -263,3 +263,17 @@ def _all_of(tree: Any) -> list[Any]:
     """The moments of `scale_by_quantized_adam` in it."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, FactoredAdam))
     return [x for x in nodes if isinstance(x, FactoredAdam)]
+
+
+def test_a_parameter_at_the_root_is_not_taken_for_its_namesakes() -> None:
+    mesh = AbstractMesh((2,), ("x",))
+
+    def split(*spec: str | None) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)
+
+    params = {"kernel": split("x"), "head": {"kernel": split(None, "x")}}
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    mu = dsbp_optax.state_shardings(state, params)[0].mu
+    assert mu["head"]["kernel"].spec == P(None, "x")
+    assert mu["kernel"].spec == P("x", None)

@@ -77,10 +77,17 @@ def check_integer(name: str, value: Any, least: int, where: str = "") -> Any:
 
 
 def check_number(
-    name: str, value: Any, least: float, below: float | None = None
+    name: str,
+    value: Any,
+    least: float,
+    below: float | None = None,
+    schedule: bool = False,
 ) -> Any:
-    """`value`, if a real number in range; schedules and traced values pass unseen."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    """`value`, if a real number in range; traced values pass unseen.
+
+    So do schedules, where one is allowed.
+    """
+    if isinstance(value, jax.core.Tracer) or (schedule and callable(value)):
         return value
     bound = f"at least {least}" + ("" if below is None else f" and below {below}")
     try:

@@ -36,9 +36,13 @@ def flatten(
         return isinstance(node, Coordinates) or bool(is_leaf and is_leaf(node))
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_one)
+    children = defaultdict(set)
+    for keys, _ in leaves:
+        for place, key in enumerate(keys):
+            children[keys[:place]].add(key)
     found: dict[str, Any] = {}
     for keys, leaf in leaves:
-        if (path := path_string(keys)) in found:
+        if (path := path_string(keys, len(children[keys[:-1]]) == 1)) in found:
             raise ValueError(
                 f"parameters: got two of the path '{path}', expected paths that differ "
                 "when their keys are joined by '/'. Remedy: rename a key that has a "
@@ -48,9 +52,14 @@ def flatten(
     return found, treedef
 
 
-def path_string(keys: Sequence[Any]) -> str:
-    """``"Dense_0/kernel"``; the box around a Linen or NNX value leaves no trace."""
-    if keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+def path_string(keys: Sequence[Any], alone: bool = True) -> str:
+    """``"Dense_0/kernel"``; the box around a Linen or NNX value leaves no trace.
+
+    Args:
+      keys: of a leaf.
+      alone: whether its node holds nothing else, as a box does.
+    """
+    if alone and keys and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
         keys = keys[:-1]
     return "/".join(_key_string(key) for key in keys)
 

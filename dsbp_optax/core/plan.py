@@ -36,7 +36,10 @@ from dsbp_optax.linalg.types import (
 )
 
 #: Names of arrays that are tables, scales or offsets, not linear maps.
-_NOT_KERNELS = re.compile("embed|bias|scale|norm|^(pos|cls|token)")
+_NOT_KERNELS = re.compile(
+    r"embed|(^|_)(bias(es)?|scales?|(batch|layer|group|rms)?norm)(_|\d|$)"
+    r"|^pos(itions?|itional)?(_|\d|$)|^(cls|tokens?)(_token|\d|$)"
+)
 #: Names of layers whose arrays are tables.
 _TABLES = re.compile("embed")
 When: TypeAlias = Literal["auto", "always", "never"]

@@ -1,7 +1,7 @@
 """One refresh of all bases: from statistics to eigenpairs that are accepted or not.
 
 V, lambda <- solver(w past + (1 - w) C, V)          of each matrix
-accepted  =  orthonormal, finite, of full rank      else the last good basis stays
+accepted  =  orthonormal, finite, enough samples    else the last good basis stays
 R         =  V_new^T V_old                          carries moments over
 """
 
@@ -277,17 +277,19 @@ def _one(
 def _usable(operator: Operator, pairs: Eigenpairs) -> Array:
     """Whether a refresh may replace the last good basis.
 
-    Refused: nothing observed, non-finite numbers, a second moment whose rank is
-    below that of the basis, a zero one, and a basis that is not orthonormal.
+    Refused: nothing observed, non-finite numbers, a zero second moment, fewer samples
+    than directions (unless the past makes up for them), and a basis that is not
+    orthonormal. Directions that many samples leave empty are none worse than others.
     """
     eps = jnp.finfo(pairs.basis.dtype).eps
     gram = subspace.rotation(pairs.basis, pairs.basis)
     orthonormal = jnp.max(jnp.abs(gram - jnp.eye(len(gram)))) < jnp.sqrt(eps)
     leading, last = pairs.eigenvalues[0], pairs.eigenvalues[-1]
-    full_rank = (leading > 0) & (last > _RANK_TOLERANCE * eps * leading)
+    enough = operator.count >= len(gram)
+    enough |= last > _RANK_TOLERANCE * eps * leading
     finite = jnp.isfinite(leading) & jnp.isfinite(operator.trace)
     finite &= jnp.isfinite(pairs.residual)
-    return (operator.count > 0) & finite & full_rank & orthonormal
+    return (operator.count > 0) & (leading > 0) & finite & enough & orthonormal
 
 
 def to_int(value: Any) -> Any:

@@ -40,7 +40,7 @@ class Spectrum(NamedTuple):
       energy: ``(n,)``, share of the gradient's energy inside the basis at the last
         refresh that saw a whole gradient.
       iterations: int32, power iterations done so far; 0 means never refreshed.
-      failures: int32, refreshes that were refused (rank-deficient, zero or
+      failures: int32, refreshes that were refused (too few samples, zero or
         non-finite statistics); the last good basis was kept.
       activations: int32, 1 if the last refresh used activations, 0 if gradients.
       refreshed: int32, the step of the last refresh that was accepted, -1 before.
@@ -470,6 +470,15 @@ def gather_statistics(
             statistic = _checked(one, statistic)
             _check_same(found.setdefault(one.owner, statistic), statistic, one)
     return found
+
+
+def statistics_of(
+    leaves: Mapping[str, Any], statistics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those of some parameters alone, of which others know nothing."""
+    ends = ("", *SUFFIX.values())
+    keys = {path + end for path in leaves for end in ends}
+    return {key: one for key, one in statistics.items() if key in keys}
 
 
 def check_mapping(statistics: Any, known: KnownPaths) -> None:

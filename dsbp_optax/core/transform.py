@@ -184,6 +184,9 @@ def transformation(
         there = None if params is None else paths.flatten(params)[0]
         weights = _weights(rule, (*whole, *given), there)
         rest = None if there is None else _others(there, kernels)
+        below = dict(extra)
+        if statistics is not None and state.find_states(held.fallback):
+            below["statistics"] = state.statistics_of(others, statistics)
 
         def take(operands: Any) -> Any:
             held, whole, given, others = operands
@@ -200,7 +203,7 @@ def transformation(
                 inner[stack.name] = stacks.put_part(
                     inner[stack.name], part, stack, held.stacks
                 )
-            others, fell = fallback.update(others, held.fallback, rest, **extra)
+            others, fell = fallback.update(others, held.fallback, rest, **below)
             count = optax.safe_increment(held.step)
             collects = refresh.turn_of(asked, count, instant=False)
             new = held._replace(

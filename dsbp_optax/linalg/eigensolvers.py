@@ -129,6 +129,7 @@ def _require_exact(operator: Operator, solver: str) -> None:
     if not operator.exact:
         raise TypeError(
             f"solver `{solver}` needs C v for any v; got a sketch, which knows C v "
-            "only for the current basis. Remedy: use `dsbp_optax.power_iteration`, "
-            "or pass `Activations` or `Covariance` statistics."
+            "only for the current basis, as does the gradient of a kernel without a "
+            "statistic. Remedy: use `dsbp_optax.power_iteration`, or pass "
+            "`Activations` or `Covariance` statistics of every kernel."
         )

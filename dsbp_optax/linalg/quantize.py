@@ -108,9 +108,9 @@ def _pack(index: Array, bits: int) -> tuple[Array, ...]:
     packed = []
     for width, lowest in _planes(bits):
         plane = (index >> lowest) & jnp.uint8(2**width - 1)
-        rows, places = -(-a // (8 // width)), _places(width)
-        padding = [*[(0, 0)] * len(batch), (0, rows * len(places) - a), (0, 0)]
-        blocks = jnp.pad(plane, padding).reshape(*batch, rows, len(places), b)
+        rows, places = -(-a // (8 // width)), _places(width, len(batch) + 3)
+        padding = [*[(0, 0)] * len(batch), (0, rows * places.size - a), (0, 0)]
+        blocks = jnp.pad(plane, padding).reshape(*batch, rows, places.size, b)
         packed.append(jnp.sum(blocks << places, axis=-2, dtype=jnp.uint8))
     return tuple(packed)
 
@@ -120,11 +120,13 @@ def _unpack(codes: tuple[Array, ...], rows: int, bits: int) -> Array:
     index = jnp.zeros((), jnp.uint8)
     for plane, (width, lowest) in zip(codes, _planes(bits), strict=True):
         *batch, _, b = plane.shape
-        parts = (plane[..., None, :] >> _places(width)) & jnp.uint8(2**width - 1)
+        wide = plane[..., None, :]
+        parts = (wide >> _places(width, wide.ndim)) & jnp.uint8(2**width - 1)
         index = index | (parts.reshape(*batch, -1, b)[..., :rows, :] << lowest)
     return index
 
 
-def _places(width: int) -> np.ndarray:
-    """``(8 / width, 1)``: the lowest bit of each of the rows in a byte."""
-    return np.arange(0, 8, width, dtype=np.uint8)[:, None]
+def _places(width: int, rank: int) -> np.ndarray:
+    """``(..., 8 / width, 1)``: the lowest bit of each of the rows in a byte."""
+    places = np.arange(0, 8, width, dtype=np.uint8)
+    return places.reshape(*[1] * (rank - 2), -1, 1)

@@ -94,7 +94,10 @@ def _global_norm(tree: PyTree) -> Array:
     Where squares are not finite, in a unit that makes them so.
     """
     near, far = (_sum_of_squares(tree, unit) for unit in (1.0, _FAR))
-    return jnp.where(jnp.isfinite(near), jnp.sqrt(near), _FAR * jnp.sqrt(far))
+    fits = jnp.isfinite(near)
+    # The root that is not taken stays away from 0, where its derivative is infinite.
+    near, far = jnp.where(fits, near, 1), jnp.where(fits, 1, far)
+    return jnp.where(fits, jnp.sqrt(near), _FAR * jnp.sqrt(far))
 
 
 def _sum_of_squares(tree: PyTree, unit: float) -> Array:

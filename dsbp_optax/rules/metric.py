@@ -140,7 +140,7 @@ def metric_rule(
             f"direction: got {direction!r}, expected a function (matrix, fan in, fan "
             "out) -> matrix, such as dsbp_optax.orthogonalize(), or None."
         )
-    checks.check_number("exponent", exponent, 0.0)
+    checks.check_number("exponent", exponent, 0.0, schedule=True)
     checks.check_number("damping", damping, 0.0)
 
     def init(zeros: Array, rank: int) -> PyTree:

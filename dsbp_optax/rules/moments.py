@@ -175,14 +175,19 @@ def scale_by_quantized_adam(
     return transformation("moments", rule, as_transformation(rest), MATRICES)
 
 
+def check_adam(b1: Scalar, b2: Scalar, eps: Scalar) -> None:
+    """Raise for settings of Adam that are out of range."""
+    checks.check_number("b1", b1, 0.0, 1.0)
+    checks.check_number("b2", b2, 0.0, 1.0)
+    checks.check_number("eps", eps, 0.0)
+
+
 def quantized_adam(
     b1: Scalar, b2: Scalar, eps: Scalar, bits: int, nesterov: bool
 ) -> Rule:
     """`scale_by_quantized_adam` of one matrix."""
     store = storage(bits)
-    checks.check_number("b1", b1, 0.0, 1.0)
-    checks.check_number("b2", b2, 0.0, 1.0)
-    checks.check_number("eps", eps, 0.0)
+    check_adam(b1, b2, eps)
 
     def init(zeros: Array, rank: int) -> FactoredAdam:
         del rank

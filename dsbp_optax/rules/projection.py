@@ -140,7 +140,7 @@ def scale_by_spectral_projection(
         spectral_filter,
         as_residual(residual),
         direction,
-        checks.check_number("sharpness", sharpness, 0.0),
+        checks.check_number("sharpness", sharpness, 0.0, schedule=True),
         project_cold,
         transport_.make_table(transport),
         checks.check_dtype("moment_dtype", moment_dtype),

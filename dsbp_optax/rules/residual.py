@@ -169,7 +169,8 @@ def residual_momentum(
         r <- decay r + (G - V V^T G)
 
     Beside ``inner=optax.trace(decay, nesterov)`` the sum is the momentum of the whole
-    gradient: exact where the gradient's energy is, coarse where little is left.
+    gradient: exact where the gradient's energy is, coarse where little is left. Where a
+    refresh turns the basis, what the new one does not hold of the coordinates is lost.
 
     Args:
       decay: of the momentum, that of the inner optimizer; may be traced.

@@ -57,7 +57,7 @@ def add_spectral_sharpness(
       ...     dsbp_optax.add_spectral_sharpness(0.1), optax.sgd(0.1, momentum=0.9)
       ... )
     """
-    checks.check_number("sharpness", sharpness, 0.0)
+    checks.check_number("sharpness", sharpness, 0.0, schedule=True)
 
     def update(g: Array, seen: Seen, held: PyTree) -> tuple[Array, PyTree]:
         return (g if seen.basis is None else g + sharpness_term(sharpness, seen)), held

@@ -164,12 +164,10 @@ def _merged(spec: tuple[Any, ...], axes: Shape) -> Any:
 
 def _owner(keys: Sequence[Any], known: Mapping[str, Any]) -> str | None:
     """The parameter that a leaf of a state belongs to: named, or by its place."""
-    for key in keys:
-        name = getattr(key, "key", None)
-        if isinstance(name, str) and name in known:
-            return name
-    whole = paths.path_string(keys)
-    fits = [path for path in known if whole == path or whole.endswith(f"/{path}")]
+    named = [getattr(key, "key", None) for key in keys]
+    fits = [name for name in named if isinstance(name, str) and name in known]
+    for whole in {paths.path_string(keys, alone) for alone in (True, False)}:
+        fits += [path for path in known if f"/{whole}".endswith(f"/{path}")]
     return max(fits, key=len, default=None)
 
 

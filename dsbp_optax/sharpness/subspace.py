@@ -147,5 +147,4 @@ def lifted(
 
 def check_radius(who: str, radius: optax.ScalarOrSchedule) -> None:
     """Raise for a radius that is negative or no number."""
-    if not callable(radius):
-        checks.check_number(f"{who}: radius", radius, 0.0)
+    checks.check_number(f"{who}: radius", radius, 0.0, schedule=True)

@@ -177,6 +177,23 @@ def subspace_value_and_grad(
     return wrapped
 
 
+def _check_model(model: Any) -> None:
+    """Raise for what holds modules, or their arrays, and is none."""
+    if isinstance(model, nnx.State):
+        raise TypeError(
+            "model: got an nnx.State, whose layers nobody sees, expected an "
+            "nnx.Module. Remedy: model = nnx.merge(graphdef, params, rest, copy=True) "
+            "first, a loss of that model, and tx.update(grads, opt_state, params, "
+            "statistics=statistics) as before."
+        )
+    if isinstance(model, dict | list | tuple):
+        kind = "nnx.Dict" if isinstance(model, dict) else "nnx.List"
+        raise TypeError(
+            f"model: got a {type(model).__name__}, expected an nnx.Module. Remedy: one "
+            f"that holds them, such as {kind}(...), also for nnx.Optimizer."
+        )
+
+
 class _Loss:
     """One call of a loss, see `recorder.Loss`."""
 
@@ -190,6 +207,7 @@ class _Loss:
         args: Any,
         kwargs: Any,
     ) -> None:
+        _check_model(model)
         parameters = nnx.state(model, wrt)
         if not jax.tree.leaves(parameters):  # Linen's parameters hold no Variable.
             raise TypeError(

@@ -295,6 +295,32 @@ def nnx_optimizer() -> dict[str, Any]:
     return {"losses": losses, "basis": tuple(kernels[0].sharding.spec)}
 
 
+def mapped(route: str, check: bool) -> float:
+    """The largest gap of statistics taken in a `jax.shard_map`, of the largest number.
+
+    Where it keeps track of what varies, gradients and statistics come out summed.
+    """
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx, differentiate = ROUTES[route]
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        return jnp.mean((Net(False).apply({"params": params}, x) - x) ** 2)
+
+    def collect(params: Any, state: Any, x: Any) -> Any:
+        return differentiate(loss_fn, strict=True)(params, x, opt_state=state)[2]
+
+    def local(params: Any, state: Any, x: Any) -> Any:
+        found = collect(params, state, x)
+        return found if check else jax.lax.psum(found, "data")
+
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": check}
+    operands = PARAMS, tx.init(PARAMS), INPUTS
+    alone = jax.jit(collect)(*operands)
+    split = jax.jit(jax.shard_map(local, mesh=mesh, **specs))(*operands)
+    pairs = zip(*map(jax.tree.leaves, (split, alone)), strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+
+
 def main() -> None:
     found: dict[str, Any] = {"alone": {}, "mesh": {}}
     for route, (tx, _) in ROUTES.items():
@@ -306,6 +332,9 @@ def main() -> None:
     found["sharpness aware"] = sharpness_aware_on_explicit()
     found["coordinates"] = coordinates_on_explicit()
     found["nnx"] = nnx_optimizer()
+    found["mapped"] = [
+        mapped(r, c) for r in ("subspace", "whole") for c in (False, True)
+    ]
     print(json.dumps(found))
 
 

@@ -543,6 +543,101 @@ def test_plain_layers_that_do_not_tap_are_named() -> None:
     assert set(seen) == {"first/w"} and len(caught) == 1
 
 
+# ---------------------------------------------------------------- hidden layers
+
+
+class Signed(nn.Module):
+    """A layer whose kernel's cotangent is rewritten, as Flax's own example does."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        def backward(pull: Any, g: Any) -> Any:
+            of_params, of_x = pull(g)
+            return jax.tree.map(jnp.sign, of_params), of_x
+
+        def plain(module: Any, x: Any) -> Any:
+            return module(x)
+
+        def forward(module: Any, x: Any) -> Any:
+            return nn.vjp(plain, module, x)
+
+        signed = nn.custom_vjp(plain, forward_fn=forward, backward_fn=backward)
+        return nn.Dense(8, name="beside")(signed(nn.Dense(8, name="hidden"), x))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(8, name="beside")(nn.Dense(8, name="hidden")(x))
+
+
+def _own_derivative(apply: Any) -> Any:
+    own = jax.custom_vjp(apply)
+    own.defvjp(
+        lambda params, x: (own(params, x), (params, x)),
+        lambda saved, g: jax.vjp(apply, *saved)[1](g),
+    )
+    return own
+
+
+def _fixed_point(apply: Any) -> Any:
+    def solve(f: Any, z: Any) -> Any:
+        return jax.lax.fori_loop(0, 20, lambda _, z: z - f(z), z)
+
+    def found(params: Any, x: Any) -> Any:
+        def equation(z: Any) -> Any:
+            return z - 0.3 * jnp.tanh(apply(params, z)) - x
+
+        return jax.lax.custom_root(
+            equation, x, solve, lambda g, y: y / g(jnp.ones_like(y))
+        )
+
+    return found
+
+
+HIDING = {
+    "jax.custom_vjp": (Plain(), _own_derivative, ("beside", "hidden")),
+    "jax.lax.custom_root": (Plain(), _fixed_point, ("beside", "hidden")),
+    "nn.custom_vjp": (Signed(), lambda apply: apply, ("hidden",)),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_a_derivative_of_its_own_hides_is_named(name: str) -> None:
+    model, around, hidden = HIDING[name]
+    params = model.init(jax.random.key(0), ROWS)["params"]
+    apply = around(lambda params, x: model.apply({"params": params}, x))
+    state = jax.jit(optimizer().init)(params)
+
+    def loss_fn(params: Any, x: Any) -> Any:
+        return jnp.mean(apply(params, x) ** 2)
+
+    collect = jax.jit(
+        lambda p, s, x: dsbp_optax.linen.value_and_grad(loss_fn)(p, x, opt_state=s)
+    )
+    with pytest.warns(UserWarning, match="a derivative of its own") as caught:
+        loss, grads, seen = collect(params, state, ROWS)
+    (warning,) = caught
+    assert all(f"'{path}/kernel': its layer" in str(warning.message) for path in hidden)
+    assert set(seen) == {f"{p}/kernel" for p in ("beside", "hidden") if p not in hidden}
+    assert_same((loss, grads), jax.jit(jax.value_and_grad(loss_fn))(params, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda model: {"a": model}, r"nnx\.Dict"),
+        (lambda model: [model], r"nnx\.List"),
+        (lambda model: nnx.state(model, nnx.Param), r"nnx\.merge"),
+    ],
+)
+def test_what_holds_nnx_modules_and_is_none_is_refused(make: Any, remedy: str) -> None:
+    model = make(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    collect = dsbp_optax.nnx.value_and_grad(lambda model: jnp.zeros(()))
+    with pytest.raises(TypeError, match=rf"model: got .*Remedy: .*{remedy}"):
+        collect(model, opt_state=None)
+
+
 # ---------------------------------------------------------------- the rest
 
 

@@ -63,6 +63,7 @@ CASES: list[tuple[dict[str, Any], str, Axes]] = [
     # Both ways fit the bias, and the name tells.
     ({"query": (H, H, N), "query/bias": (H, N)}, "query", Axes((0,), (1, 2))),
     ({"stem": (3, 3, N, F), "stem/bias": (F,)}, "stem", Axes((0, 1, 2), (3,))),
+    ({"shortcut": (1, 1, N, F)}, "shortcut", Axes((0, 1, 2), (3,))),
     ({"Conv_0": (3, 3, N, F)}, "Conv_0", Axes((0, 1, 2), (3,))),
 ]
 
@@ -100,7 +101,7 @@ def test_what_is_told_is_read_in_silence(layers: Any, name: str, axes: Axes) -> 
     ("path", "shape", "bias"),
     [
         ("split/kernel", (D, N, H), None),
-        ("stem/kernel", (3, 3, N, F), None),
+        ("stem/kernel", (2, 3, N, F), None),
         ("split/kernel", (H, H, H), (H, H)),
         ("mlp/gating_einsum", (2, F, D), None),
     ],
@@ -122,7 +123,7 @@ def test_neighbours_without_a_stack_make_one_a_guess() -> None:
 
 def guessing() -> Any:
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = {"split": (D, N, H), "stem": (3, 3, N, F), "q_proj": (D, N, H)}
+    shapes = {"split": (D, N, H), "stem": (2, 3, N, F), "q_proj": (D, N, H)}
     return {
         name: {"kernel": jax.random.normal(key, shape)}
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)

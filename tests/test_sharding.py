@@ -116,6 +116,10 @@ def test_an_nnx_optimizer_on_a_mesh(found) -> None:
     assert found["nnx"]["basis"][:2] == [None, "data"]
 
 
+def test_statistics_inside_of_a_shard_map_are_those_of_the_whole_batch(found) -> None:
+    assert len(found["mapped"]) == 4 and max(found["mapped"]) < 1e-5
+
+
 def test_parameters_without_a_mesh_are_named() -> None:
     params = {"dense": {"kernel": jnp.ones((64, 64))}}
     state = jax.eval_shape(dsbp_optax.dsbp_muon(0.1).init, params)

@@ -89,7 +89,8 @@ def take_coordinates(
     respect to S: what is kept for the backward pass is ``L_x(V)``, of k columns, and
     the sketch, in the place of ``x``.
     """
-    core, batch = core_form(rider, axes, "input"), len(axes.batch)
+    core = sharding.vary_like(core_form(rider, axes, "input"), x)
+    batch = len(axes.batch)
     if rider.displaced:
         y = _displaced(linear, batch, x, y, core)
     return _take(linear, batch, y, x, core.plain, core.coordinates)

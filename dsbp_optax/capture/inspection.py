@@ -29,6 +29,10 @@ ANOTHER = (
     "function that is compiled or checkpointed once for two sets of parameters, values "
     "that were taken apart)"
 )
+CUSTOM = (
+    "its layer is called inside of a function with a derivative of its own "
+    "(jax.custom_vjp, jax.custom_jvp, jax.lax.custom_root)"
+)
 NOT_LINEAR = "its layer does not act on its input through it as the rule says"
 
 
@@ -89,7 +93,8 @@ class Call(NamedTuple):
     """One call of a layer, kept so that no object takes the place of another.
 
     Attributes:
-      label: of the kernel in the jaxpr, or the path of the parameter where it is known.
+      label: of the kernel in the jaxpr.
+      path: of the parameter, where it is known.
       linear: how the layer acts.
       kernel: shape of the kernel in the layer, inside of the transformations around it.
       seen: which axes of the labelled array the layer sees, `vmap` hides the others.
@@ -100,6 +105,7 @@ class Call(NamedTuple):
     """
 
     label: str
+    path: str | None
     linear: LinearMap
     kernel: Shape
     seen: Shape
@@ -140,13 +146,8 @@ class Notes:
           reason: why it cannot be tapped, where that is known.
           path: of the parameter, where it is known.
         """
-        label, shape, reading = (
-            path or f"call {len(self.calls)}",
-            jnp.shape(kernel),
-            None,
-        )
-        if path is None:
-            origin.label(kernel, label)
+        label, shape, reading = f"call {len(self.calls)}", jnp.shape(kernel), None
+        origin.label(kernel, label)
         if reason is None:
             try:
                 key = linear.apply, linear.axes_of(len(shape)), shape, jnp.shape(x)
@@ -158,7 +159,7 @@ class Notes:
             except Exception as error:
                 reason = f"{NOT_LINEAR} ({first_line(error)})"
         seen = _seen(kernel)
-        self.calls.append(Call(label, linear, shape, seen, x, reading, reason))
+        self.calls.append(Call(label, path, linear, shape, seen, x, reading, reason))
 
 
 class Findings(NamedTuple):
@@ -234,16 +235,16 @@ def inspect(
     unknown = set()
     for call in notes.calls:
         one = traced.labels.get(call.label)
-        if call.label in leaves:
-            every = tuple(range(len(shapes[call.label].shape)))
-            one = origin.Origin(call.label, True, every)
+        if call.path is not None and call.path in leaves:
+            every = tuple(range(len(shapes[call.path].shape)))
+            one = origin.Origin(call.path, True, every)
         if one is None:
             unknown.add(call.kernel)
         elif one.dims == tuple(sorted(one.dims)):
             calls[one.path].append(call)
             ways = _ways(call, one, shapes[one.path].shape)
             used = [use for use in traced.uses.get(one.path, ()) if use]
-            reason = call.reason
+            reason = CUSTOM if call.label in traced.custom else call.reason
             if len(ways) > 1:
                 ways = [way for way in ways if way in used] or ways
             if len(ways) != 1 and reason is None:

@@ -75,11 +75,13 @@ class Trace(NamedTuple):
       uses: path -> the axes of each product in which the parameter is a factor, None
         for rows that are looked up in it.
       touched: paths of parameters that the function computes with.
+      custom: labels inside of functions with a derivative of the user's own.
     """
 
     labels: dict[str, Origin | None]
     uses: dict[str, list[Axes | None]]
     touched: set[str]
+    custom: set[str]
 
 
 def label(array: Array, name: str) -> Array:
@@ -95,7 +97,7 @@ def trace(function: Callable[..., Any], leaves: Mapping[str, Any]) -> Trace:
       function: of the parameters by path.
       leaves: path -> parameter.
     """
-    found = Trace({}, {}, set())
+    found = Trace({}, {}, set(), set())
     with apart():
         closed = jax.make_jaxpr(
             lambda values: function(dict(zip(leaves, values, strict=True)))
@@ -198,8 +200,10 @@ def _outcome(
     if len(inner) != 1 or len(_open(inner[0]).invars) != len(operands):
         found.touched.update(mine)
         return lost
+    outside = {*found.labels}
     outcome = _walk(inner[0], operands, found)
     if name.startswith(_CUSTOM):
+        found.custom.update(found.labels.keys() - outside)
         outcome = [one and one._replace(exact=False) for one in outcome]
     return outcome if len(outcome) == len(lost) else lost
 

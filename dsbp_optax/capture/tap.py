@@ -177,7 +177,8 @@ def observe_input(
     through: Array | None = None,
 ) -> Array:
     """`x`, or `through`, itself; the sketch of `x` becomes the cotangent of `rider`."""
-    core, passed = core_form(rider, axes, "input"), x if through is None else through
+    core = sharding.vary_like(core_form(rider, axes, "input"), x)
+    passed = x if through is None else through
     return _tap(once, (linear.apply, len(axes.batch)), passed, x, core)
 
 
@@ -195,7 +196,8 @@ def observe_output(
             columns = columns[..., None, :, :]
         return jnp.matmul(rows, columns, precision=_HIGHEST)
 
-    return _tap(once, (apply, batch), y, y, core_form(rider, axes, "output"))
+    core = sharding.vary_like(core_form(rider, axes, "output"), y)
+    return _tap(once, (apply, batch), y, y, core)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,6 +16,8 @@ _ROLES: Mapping[str, str] = {
     r"(q?kv)_einsum": "ooio",
     r"(gate|up|down)_proj|dense(_\d+)?": "io",
 }
+#: The longest side of a square window, or patch, and the fewest outputs behind it.
+_WINDOW = 16
 #: Two matrices in one, (2, inputs, outputs) or (2, outputs, inputs): the layer after it
 #: tells which.
 _GATING, _AFTER_GATING = "gating_einsum", "linear"
@@ -43,9 +45,9 @@ def infer_axes(
 
     In this order: a bias has the output axes behind the stacking axes, which leaves one
     way for most kernels; two axes are (input, output) unless the bias says otherwise;
-    known names have known axes; convolutions go by name. Whatever is left is a guess: a
-    convolution from four axes on, a stack of matrices below. A user's `AxesRule` comes
-    before all of this.
+    known names have known axes; convolutions go by name or by a square window. Whatever
+    is left is a guess: a convolution from four axes on, a stack of matrices below. A
+    user's `AxesRule` comes before all of this.
 
     Args:
       path: the parameter's path.
@@ -67,7 +69,12 @@ def infer_axes(
         return Reading(ways[0], len(ways) == 1)
     if ndim == 2:
         return Reading(plain, True)
-    return named or Reading(plain, convolution)
+    return named or Reading(plain, convolution or _has_window(shape))
+
+
+def _has_window(shape: Shape) -> bool:
+    """Whether it begins with two small axes of one length, as no stack does."""
+    return len(shape) == 4 and shape[0] == shape[1] <= _WINDOW <= shape[3]
 
 
 def _by_bias(shape: Shape, bias: Shape) -> list[Axes]:

@@ -1,11 +1,13 @@
 """Arrays on meshes whose axes are explicit: results lie where what they replace lay.
 
 There a product over a sharded axis is ambiguous: what this package computes runs with
-automatic axes, its results in the places of what they replace.
+automatic axes, its results in the places of what they replace. Inside of a
+`jax.shard_map` types say over which axes values differ.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -72,6 +74,32 @@ def beside(kernel: Any, shape: Shape) -> NamedSharding | None:
     pairs = zip(shape[:-1], own, padded(place.spec, len(own)), strict=True)
     spec = (*(s if n == d and n > 1 else None for n, d, s in pairs), None)
     return NamedSharding(place.mesh, PartitionSpec(*spec))
+
+
+def vary_like(tree: T, like: Array) -> T:
+    """`tree`, its values alike, but told apart by the axes of a `jax.shard_map` that
+    `like` is told apart by: its cotangents are summed over these.
+    """
+
+    def one(x: Array) -> Array:
+        axes = tuple(sorted(_varying(like) - _varying(x)))
+        if not axes:
+            return x
+        cast: Any = getattr(jax.lax, "pvary", None)  # of older versions
+        if cast is None:
+            cast = functools.partial(jax.lax.pcast, to="varying")
+        varying: Array = cast(x, axes)
+        return varying
+
+    found: T = jax.tree.map(one, tree)
+    return found
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """Names of the axes; none where `jax.shard_map` does not keep track of them."""
+    kind = jax.typeof(x)
+    kept = getattr(kind, "manual_axis_type", None)  # of newer versions
+    return frozenset(kept.varying if kept is not None else getattr(kind, "vma", ()))
 
 
 def put(array: Array, place: NamedSharding | None) -> Array:

@@ -275,3 +275,11 @@ def test_ranks_are_promoted_by_nobody() -> None:
     tx = dsbp_optax.dsbp_adamw(1e-3)
     with jax.numpy_rank_promotion("raise"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, statistics={})
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    given = {"kernel": Activations(draw(64, 32))}
+    one = dsbp_optax.scale_by_spectral_projection(rank=4, project="always")
+    two = dsbp_optax.scale_by_activation_metric(rank=4)
+    with pytest.raises(ValueError, match=r"that of a projection, .* a metric.*Remedy"):
+        two.update(PARAMS, one.init(PARAMS), PARAMS, statistics=given)

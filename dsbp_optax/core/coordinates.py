@@ -127,7 +127,6 @@ def refuse(given: Iterable[str], who: str) -> None:
         raise ValueError(
             f"updates: got Coordinates for {checks.some(some)}, but {who} needs the "
             "gradient outside of the subspace too, which they do not hold. Remedy: "
-            "residual=None, as subspace_muon and subspace_adamw have it, and "
-            "add_spectral_sharpness after the projection; or accumulate whole "
-            "gradients."
+            "subspace_muon or subspace_adamw, or a projection with residual=None, and "
+            "add_spectral_sharpness after it; or whole gradients."
         )

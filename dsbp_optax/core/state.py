@@ -303,13 +303,18 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, SpectralState) and isinstance(node.basis, Mapping)
 
 
-def check_version(state: SpectralState) -> None:
-    """Raise for a state whose form is not that of this package."""
+def check_form(state: SpectralState, kind: Kind) -> None:
+    """Raise for a state of another version, or of another transformation."""
     got = "/".join(map(str, state.form)) or "none"
     if got != VERSION:
         raise ValueError(
             f"the optimizer state is of version {got}, expected {VERSION}. Remedy: go "
             "on with the dsbp_optax that wrote it, or init again."
+        )
+    if state.kind != kind:
+        raise ValueError(
+            f"the optimizer state is that of a {state.kind}, expected that of a {kind}."
+            " Remedy: the optimizer that it was made with, or init again."
         )
 
 

@@ -166,7 +166,7 @@ def transformation(
         leaves, treedef = paths.flatten(updates)
         if not leaves:
             return updates, held
-        state.check_version(held)
+        state.check_form(held, kind)
         if rule.whole is not None:
             short = (p for p, x in leaves.items() if isinstance(x, Coordinates))
             refuse(short, rule.whole)

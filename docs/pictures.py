@@ -1,6 +1,6 @@
 """The pictures of the site and of the README: `python docs/pictures.py`.
 
-The first four are drawn from records of the benchmarks. The others are drawings, with
+The first five are drawn from records of the benchmarks. The others are drawings, with
 data that are made up here.
 """
 
@@ -52,6 +52,14 @@ RATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
         "dsbp_adamw": ("dsbp_adamw", OURS, "-"),
     },
 }
+#: Board, contender, label, colour; one panel for `BOARD`, one for the others.
+EARLY = (
+    (BOARD, "dsbp_muon", "dsbp_muon", OURS),
+    (BOARD, "dsbp_muon_random", "dsbp_muon, random directions", CONTROL),
+    (BOARD, "muon_6bit", "Muon, its momentum in six bits", PEER),
+    ("sotu_d128_b24", "dsbp_muon", "State of the Union", OURS),
+    ("gpt_d128_b96", "dsbp_muon", "four times the batch", PEER),
+)
 #: Fine-tuned on one text after another -> title.
 TUNED: Mapping[str, str] = {
     "sotu_gpt": "Shakespeare, then State of the Union",
@@ -125,6 +133,38 @@ def rates() -> Figure:
         axes.set_title(title, fontsize=11)
         axes.legend(frameon=False, fontsize=9, loc="upper left")
     both[0].set_ylabel("validation loss, nats")
+    return figure
+
+
+def early() -> Figure:
+    """Difference to Muon's loss against steps, with intervals, from records."""
+    from benchmarks.core import records
+    from benchmarks.core.statistics import mean_interval
+
+    figure, both = _figure(10, 3.8, columns=2)
+    panels = ([row for row in EARLY if (row[0] == BOARD) == first] for first in (1, 0))
+    for axes, lines in zip(both, panels, strict=True):
+        for board, name, label, color in lines:
+            rows = records.read(
+                RECORDS / "scoreboard" / f"{board}.jsonl", phase="final"
+            )
+            losses: dict[str, dict[int, list[float]]] = {name: {}, "muon": {}}
+            for row in rows:
+                if row["optimizer"] in losses:
+                    curve = [point["loss"] for point in row["curve"]]
+                    losses[row["optimizer"]][row["seed"]] = curve
+            steps = [point["step"] for point in rows[0]["curve"]]
+            pairs = [(losses[name][s], losses["muon"][s]) for s in losses["muon"]]
+            gaps = np.array([np.subtract(*pair) for pair in pairs])
+            mean, low, high = np.array([mean_interval(x) for x in gaps.T]).T
+            axes.plot(steps, mean, marker="o", ms=3, color=color, label=label)
+            axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set(xlabel="step", ylim=(-0.1, 0.045))
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    both[0].set_ylabel("validation loss less Muon's, nats")
+    both[0].set_title("Tiny Shakespeare, with controls", fontsize=11)
+    both[1].set_title("dsbp_muon on other workloads", fontsize=11)
     return figure
 
 
@@ -354,6 +394,7 @@ PICTURES: Mapping[str, Callable[[], Figure]] = {
     f.__name__: f
     for f in (
         gpt,
+        early,
         rates,
         fine_tuning,
         memory,

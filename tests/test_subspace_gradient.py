@@ -287,7 +287,7 @@ def test_states_that_do_not_fit_are_named() -> None:
     with_residual = dsbp_optax.subspace_adamw(0.1, rank=2, residual="int5")
     state = with_residual.init({"w": jnp.ones((64, 64))})
     small = project_gradients({"w": jnp.ones((64, 64))}, state)
-    with pytest.raises(ValueError, match="Remedy: .*residual=None"):
+    with pytest.raises(ValueError, match=r"Remedy: .*residual=None"):
         with_residual.update(small, state, {"w": jnp.ones((64, 64))})
 
 

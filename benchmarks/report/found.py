@@ -38,11 +38,14 @@ class Found:
             for name in WORKLOADS
             if (some := [one for one in minima if one["workload"] == name])
         }
-        self.campaign = {
-            name: some
-            for name, workload in WORKLOADS.items()
-            if (some := campaign_entries(workload, root))
-        }
+        self.campaign, self.full = (
+            {
+                name: some
+                for name, workload in WORKLOADS.items()
+                if (some := campaign_entries(workload, folder))
+            }
+            for folder in (root, root / "full")  # with --quick, and without it
+        )
         self.finetuned = {
             name: some
             for name, task in finetune.TASKS.items()

@@ -12,7 +12,7 @@ from benchmarks.core import records
 from benchmarks.core.records import RESULTS, Record
 from benchmarks.optimizers import CONTENDERS
 from benchmarks.report import claims, tables
-from benchmarks.report.entries import control_entries, entries
+from benchmarks.report.entries import Entry, control_entries, entries
 from benchmarks.report.found import DATA_SETS, Found
 from benchmarks.report.tables import markdown, table
 from benchmarks.studies import finetune
@@ -92,14 +92,13 @@ def _parts(found: Found) -> Iterator[str]:
     rows = [dict(zip(heads, line, strict=True)) for line in lines]
     yield f"## The paper's claims\n\n{_CLAIMS}\n\n{markdown(table(rows))}"
     for name, some in found.campaign.items():
-        first, workload = some[0].records[0], WORKLOADS[name]
-        told = f"{first['steps']} steps, batch {first['batch_size']}"
-        yield f"## {name}\n\n{workload.summary}; {told}."
-        yield markdown(tables.campaign(some))
+        yield _of_campaign(name, some)
         for rule in ("projected_muon", "dsbp_sgd"):
-            both = control_entries(workload, rule, found.root)
+            both = control_entries(WORKLOADS[name], rule, found.root)
             if len(both) > 1:
                 yield _titled(f"Controls of {rule}", tables.controls(both))
+    for name, some in found.full.items():
+        yield _of_campaign(name, some, ", full length")
     adaptive = [one for one in found.of("adaptive") if one["phase"] == "final"]
     for name in dict.fromkeys(one["workload"] for one in adaptive):
         mine = [one for one in adaptive if one["workload"] == name]
@@ -131,6 +130,13 @@ def _parts(found: Found) -> Iterator[str]:
             yield markdown(tables.fewshot(some))
     yield from _alone(found)
     yield f"## Records\n\n{markdown(_files(found))}"
+
+
+def _of_campaign(name: str, some: Sequence[Entry], more: str = "") -> str:
+    first, workload = some[0].records[0], WORKLOADS[name]
+    told = f"{first['steps']} steps, batch {first['batch_size']}"
+    title = f"## {name}{more}\n\n{workload.summary}; {told}."
+    return f"{title}\n\n{markdown(tables.campaign(some))}"
 
 
 def _titled(title: str, shown: pd.DataFrame) -> str:

@@ -151,10 +151,16 @@ def _alone(found: Found) -> Iterator[str]:
                 str(x) for x in (one.get("workload"), one["date"][:10]) if x
             )
             yield f"## {study.capitalize()} ({told})\n\n{markdown(make(one))}"
-    if stable := found.of("stability"):
-        newest = max(stable, key=lambda one: one["date"])
-        told = f"{newest['workload']}, {newest['steps']} steps"
-        yield f"## Stability ({told})\n\n{markdown(tables.stability(newest['rows']))}"
+    if stable := sorted(found.of("stability"), key=lambda one: str(one["date"])):
+        told = f"{stable[-1]['workload']}, {stable[-1]['steps']} steps"
+        last = {row["contender"]: one["date"] for one in stable for row in one["rows"]}
+        rows = [
+            row
+            for one in stable
+            for row in one["rows"]
+            if last[row["contender"]] == one["date"]
+        ]
+        yield f"## Stability ({told})\n\n{markdown(tables.stability(rows))}"
     for one in found.of("coordinates"):
         yield f"## Coordinates ({one['workload']}, {one['date'][:10]})"
         for title, shown in tables.coordinates(one).items():

@@ -272,6 +272,7 @@ OTHER = dataclasses.replace(
     summary="the same on State of the Union",
     load=load_sotu(BASE.model.context),
 )
+_GPT = "GPT of 4 layers, width 128"
 PLAYS = Start(BASE, Path("runs/sotu_gpt.npz"))
 
 
@@ -371,15 +372,20 @@ TASKS = {
         ),
         _gpt(
             "sotu_gpt",
-            "GPT of 4 layers, width 128, from Tiny Shakespeare to State of the Union",
+            f"{_GPT}, from Tiny Shakespeare to State of the Union",
             PLAYS,
             OTHER,
         ),
-        _gpt("sotu_gpt_long", "the same for 600 steps", PLAYS, OTHER, steps=600),
-        _gpt("sotu_scratch", "the same from random weights", None, OTHER),
+        _gpt("sotu_gpt_long", f"{_GPT}, the same texts for longer", PLAYS, OTHER, 600),
+        _gpt(
+            "sotu_scratch",
+            f"{_GPT}, from random weights on State of the Union",
+            None,
+            OTHER,
+        ),
         _gpt(
             "sotu_to_shakespeare",
-            "the same the other way round",
+            f"{_GPT}, from State of the Union to Tiny Shakespeare",
             Start(OTHER, Path("runs/sotu_to_shakespeare.npz")),
             BASE,
         ),

@@ -52,8 +52,7 @@ def without_statistics(
         tx = factory(learning_rate, **settings)
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            extra.pop("statistics", None)
-            return tx.update(updates, state, params, **extra)
+            return tx.update(updates, state, params, **{**extra, "statistics": {}})
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -36,7 +36,7 @@ from benchmarks.core.train import Program, build, train
 from benchmarks.optimizers import CONTENDERS, OURS, Contender
 from benchmarks.report import tables
 from benchmarks.report.entries import Entry, campaign_entries
-from benchmarks.studies.controls import keep_basis
+from benchmarks.studies.controls import keep_basis, without_statistics
 from benchmarks.studies.speed import in_turns
 from benchmarks.tasks import WORKLOADS
 from benchmarks.tasks.base import Data, DataError, Params, Workload, reading
@@ -49,10 +49,11 @@ PEER, WHOLE = "lora", "adamw"
 #: Of ours: with as many trained numbers as LoRA, and with as much optimizer state.
 ALIKE, WIDE = ("projected_adamw", "projected_muon"), "projected_muon_wide"
 #: End of the name of a control -> settings: no metric; random directions, for good,
-#: with the energies that activations have along them.
+#: with the energies that activations have along them; no activations.
 CONTROLS: Mapping[str, Any] = {
     "_none": {"exponent": 0.0},
     "_random": {"basis": dsbp_optax.Basis(solver=keep_basis)},
+    "_gradient": {},
 }
 #: End of a name -> rate of what is no kernel, in units of the kernels' rate.
 AUXILIARY: Mapping[str, float] = {"_slower_rest": 1 / 3, "_faster_rest": 3.0}
@@ -191,10 +192,13 @@ class Task:
     def _everything(self, name: str) -> Contender:
         rule, _, changed = name.partition("_whole")
         own = CONTENDERS[rule]
+        factory = with_auxiliary(own.factory, AUXILIARY.get(changed, 1.0))
+        if changed == "_gradient":
+            factory = without_statistics(factory)
         return self._contender(
             name,
             f"everything, {rule}{changed.replace('_', ', ')}",
-            with_auxiliary(own.factory, AUXILIARY.get(changed, 1.0)),
+            factory,
             settings={**own.settings, **CONTROLS.get(changed, {})},
             ours=own.ours,
             period=own.period,

@@ -207,7 +207,6 @@ class _Loss:
         args: Any,
         kwargs: Any,
     ) -> None:
-        _check_model(model)
         parameters = nnx.state(model, wrt)
         if not jax.tree.leaves(parameters):  # Linen's parameters hold no Variable.
             raise TypeError(
@@ -215,6 +214,7 @@ class _Loss:
                 "differentiate, expected an nnx.Module. Remedy: for Flax Linen "
                 "dsbp_optax.linen."
             )
+        _check_model(model)
         self.loss_fn, self.has_aux, self.rules = loss_fn, has_aux, rules
         self.wrt, self.model, self.args, self.kwargs = wrt, model, args, kwargs
         self.leaves, _ = paths.flatten(_pure(parameters))

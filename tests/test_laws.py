@@ -1,5 +1,6 @@
 """Laws of eigenbasis and projection, each shown to fail on a wrong answer."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -454,10 +455,14 @@ def test_usable_refuses_what_must_not_enter() -> None:
     good = dsbp_optax.power_iteration(operator, basis, 2)
     assert bool(refresh._usable(operator, good))
     lacking = good._replace(eigenvalues=good.eigenvalues.at[-1].set(0.0))
+    few = dataclasses.replace(operator, count=jnp.asarray(basis.shape[1] - 1.0))
+    assert bool(refresh._usable(operator, lacking))
+    assert bool(refresh._usable(few, good))
+    assert not bool(refresh._usable(few, lacking))
     for bad in (
         good._replace(basis=good.basis * 1.01),
         good._replace(basis=good.basis.at[0, 0].set(jnp.nan)),
-        lacking,
+        good._replace(eigenvalues=good.eigenvalues * 0),
         good._replace(eigenvalues=good.eigenvalues.at[0].set(jnp.inf)),
     ):
         assert not bool(refresh._usable(operator, bad))

@@ -62,6 +62,7 @@ GOLDEN = {
     ("gpt_d128_b24", "muon_6bit", "muon"): "+0.003 [-0.004, +0.009]",
     ("sotu_d128_b24", "dsbp_muon", "muon"): "-0.011 [-0.014, -0.008]",
     ("gpt_d128_b96", "dsbp_muon", "muon"): "-0.016 [-0.020, -0.012]",
+    ("gpt_d128_b24_double_rate", "dsbp_muon", "muon"): "-0.043 [-0.077, -0.008]",
 }
 LOSSES = {
     "adamw": "1.931",
@@ -80,6 +81,14 @@ CAMPAIGN = {
     ("fashion_mnist_cnn", "projected_muon", "muon"): "+0.04 [-0.18, +0.26]",
     ("sotu_gpt", "dsbp_adamw_whole", "adamw"): "-0.068 [-0.070, -0.065]",
     ("sotu_gpt", "dsbp_muon_whole", "muon_whole"): "-0.027 [-0.031, -0.023]",
+    ("sotu_gpt", "dsbp_muon_whole_gradient", "muon_whole"): "-0.028 [-0.031, -0.026]",
+    ("sotu_gpt", "dsbp_adamw_whole_gradient", "adamw"): "-0.052 [-0.055, -0.050]",
+    ("sotu_gpt_long", "dsbp_muon_whole", "muon_whole"): "-0.014 [-0.017, -0.012]",
+    ("sotu_scratch", "dsbp_muon_whole", "muon_whole"): "-0.097 [-0.129, -0.065]",
+    ("sotu_scratch", "dsbp_muon_whole_random", "muon_whole"): "+0.022 [-0.012, +0.057]",
+    ("sotu_scratch", "dsbp_muon_whole_gradient", "muon_whole"): (
+        "-0.097 [-0.126, -0.069]"
+    ),
     ("sotu_gpt", "projected_muon_whole", "adamw"): "-0.039 [-0.043, -0.035]",
     ("sotu_gpt", "projected_muon_wide", "lora"): "-0.004 [-0.006, -0.002]",
 }
@@ -117,6 +126,13 @@ def test_differences_of_campaigns(found):
         gap = difference(named[rule], named[other])
         assert tables.signed(gap, digits) == expected
         assert expected in README
+
+
+def test_the_difference_at_full_length(found):
+    named = {entry.name: entry for entry in found.full["fashion_mnist_cnn"]}
+    gap = difference(named["dsbp_muon"], named["muon"])
+    assert tables.signed(gap, 2) == "-0.39 [-0.82, +0.03]"
+    assert "-0.39 [-0.82, +0.03]" in README
 
 
 def test_curvature_and_what_steps_send(found):

@@ -153,14 +153,11 @@ def _alone(found: Found) -> Iterator[str]:
             yield f"## {study.capitalize()} ({told})\n\n{markdown(make(one))}"
     if stable := sorted(found.of("stability"), key=lambda one: str(one["date"])):
         told = f"{stable[-1]['workload']}, {stable[-1]['steps']} steps"
-        last = {row["contender"]: one["date"] for one in stable for row in one["rows"]}
-        rows = [
-            row
-            for one in stable
-            for row in one["rows"]
-            if last[row["contender"]] == one["date"]
-        ]
-        yield f"## Stability ({told})\n\n{markdown(tables.stability(rows))}"
+        newest = {}  # of each contender at each rate
+        for row in (row for one in stable for row in one["rows"]):
+            newest[row["contender"], row["learning_rate"]] = row
+        shown = tables.stability(list(newest.values()))
+        yield f"## Stability ({told})\n\n{markdown(shown)}"
     for one in found.of("coordinates"):
         yield f"## Coordinates ({one['workload']}, {one['date'][:10]})"
         for title, shown in tables.coordinates(one).items():

@@ -514,6 +514,20 @@ CONTENDERS = {
             )
         ),
         Contender(
+            "dsbp_adamw_gradient",
+            "the same in the metric of its gradient: no statistics",
+            _adam_in_metric,
+            # The rule's best settings and their neighbours, since it was run on a CPU.
+            **{
+                **_METRIC,
+                "statistics": "none",
+                "rates": (0.006, 0.012, 0.024),
+                "aux_rates": (0.012, 0.024, 0.048),
+                "decays": (0.1, 0.3),
+            },
+            rule="dsbp_adamw",
+        ),
+        Contender(
             "dsbp_adamw_after",
             "the same with the metric behind Adam alone",
             _adam_before_metric,

@@ -492,6 +492,9 @@ def dsbp(
     basis = plan.check_basis(basis)
     if basis.side is None:
         basis = dataclasses.replace(basis, side="output")
+    elif isinstance(basis.side, Mapping):  # what no pattern names is the paper's
+        side = {**basis.side, "*": basis.side.get("*", "output")}
+        basis = dataclasses.replace(basis, side=side)
     if basis.power_iterations is None:
         basis = dataclasses.replace(basis, power_iterations=power_iterations)
     tx = scale_by_spectral_projection(

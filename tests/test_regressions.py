@@ -283,3 +283,14 @@ def test_a_state_of_another_kind_is_refused() -> None:
     two = dsbp_optax.scale_by_activation_metric(rank=4)
     with pytest.raises(ValueError, match=r"that of a projection, .* a metric.*Remedy"):
         two.update(PARAMS, one.init(PARAMS), PARAMS, statistics=given)
+
+
+def test_the_papers_side_is_kept_for_what_no_pattern_names() -> None:
+    params = {"first": PARAMS, "second": PARAMS, "third": PARAMS}
+    for side, expected in (
+        ({"first/*": "input"}, ["input", "output", "output"]),
+        ({"*d/*": "output", "*": "input"}, ["input", "output", "output"]),
+    ):
+        tx = dsbp_optax.dsbp(0.1, rank=4, basis=Basis(side=side))
+        found = dsbp_optax.diagnostics.explain(tx, params)
+        assert [one.kernel.side for (one,) in found.values()] == expected

@@ -164,10 +164,14 @@ def test_rates_and_decay_act_where_they_should(params):
 
 def test_contenders_are_tuned_alike_and_controls_as_their_rule():
     for contender in CONTENDERS.values():
-        for grid in (contender.rates, contender.aux_rates):
-            assert len(grid) == 4
+        grids = contender.rates, contender.aux_rates
+        for grid in grids:
             np.testing.assert_allclose(np.diff(np.log(grid)), np.log(grid[1] / grid[0]))
-        assert len(contender.decays) == 4 and contender.decays[0] == 0
+        if contender.name == "dsbp_adamw_gradient":  # around its rule's best
+            assert [len(grid) for grid in (*grids, contender.decays)] == [3, 3, 2]
+            continue
+        assert [len(grid) for grid in (*grids, contender.decays)] == [4, 4, 4]
+        assert contender.decays[0] == 0
     for name in ("dsbp_muon", "dsbp_adamw"):
         group = [c for c in CONTENDERS.values() if name in (c.name, c.program)]
         assert [(c.name.removeprefix(name), c.variant) for c in group] == [

@@ -60,7 +60,8 @@ class Basis:
     Attributes:
       side: the side of a kernel that carries its basis, "input" (the activations that
         enter the layer) or "output"; per path if wished: a mapping from glob pattern,
-        or a callable ``(path, shape) -> side``. None: "input", for `dsbp` "output".
+        or a callable ``(path, shape) -> side``. None, and what no pattern names:
+        "input", for `dsbp` "output".
       axes: which axes of a kernel face the layer's input, which its output and along
         which it is stacked, where names and shapes are misread: a mapping from glob
         pattern to `Axes`, a callable ``(path, shape) -> Axes | None``, or what an

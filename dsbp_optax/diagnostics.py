@@ -238,9 +238,19 @@ def warnings(opt_state: PyTree) -> list[str]:
                 "squares of these were not finite. Remedy: a smaller learning rate, "
                 "clipping, or loss scaling."
             )
-        for path, layer in state.by_path(one).items():
-            if layer.basis is not None:
-                found += _defects(path, layer.spectrum, step)
+        layers = {p: x for p, x in state.by_path(one).items() if x.basis is not None}
+        for path, layer in layers.items():
+            found += _defects(path, layer.spectrum, step)
+        # A momentum's own directions serve its metric, unless activations were meant.
+        meant = any(int(x.spectrum.activations.max()) for x in layers.values())
+        if one.kind != "momentum_metric" or meant:
+            found += [
+                f"{path}: a basis of gradients: its last refresh saw no statistics. "
+                "Remedy: pass statistics= to update; none if its layer cannot be "
+                "observed."
+                for path, layer in layers.items()
+                if _of_gradients(layer.spectrum)
+            ]
     return found
 
 
@@ -260,11 +270,6 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             "eigenvalue. Remedy: a smaller update_every, more power_iterations; for "
             "small batches, whose covariances differ, decay."
         )
-    if last >= 0 and not int(spectrum.activations.max()):
-        found.append(
-            f"{path}: a basis of gradients: its last refresh saw no statistics. "
-            "Remedy: pass statistics= to update; none if its layer cannot be observed."
-        )
     if failures:
         found.append(
             f"{path}: ill-conditioned or diverging iteration: {failures} refreshes "
@@ -273,6 +278,11 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             "activations grow."
         )
     return found
+
+
+def _of_gradients(spectrum: Spectrum) -> bool:
+    refreshed = int(spectrum.refreshed.min()) >= 0
+    return refreshed and not int(spectrum.activations.max())
 
 
 def _bases(opt_state: PyTree) -> dict[str, Array]:

@@ -14,6 +14,7 @@ from dsbp_optax.core import checks, paths, plan
 from dsbp_optax.core.paths import PerPath
 from dsbp_optax.core.plan import Basis, Choices
 from dsbp_optax.core.rank import Rank, RankFraction
+from dsbp_optax.core.state import Kind
 from dsbp_optax.core.transform import Rule, transformation
 from dsbp_optax.linalg import quantize
 from dsbp_optax.linalg.types import PyTree, Scalar, is_zero
@@ -518,7 +519,9 @@ def _round_matrices(
         if fallback is not None:
             inner.check_fallback(rest, others)
 
-    return transformation("metric", rule, rest, asked, check)
+    # The directions of a momentum serve as well: no statistics are missed there.
+    kind: Kind = "metric" if rule.incoming is None else "momentum_metric"
+    return transformation(kind, rule, rest, asked, check)
 
 
 def _rates(

@@ -356,7 +356,7 @@ def test_a_state_of_another_optimizer_is_told() -> None:
     step = dsbp_optax.capture.value_and_grad(lambda params: params["kernel"].sum())
     _, grads, seen = step(params, opt_state=chain[0])
     assert seen is None
-    metric = dsbp_optax.dsbp_muon(0.02, rank=2)
+    metric = dsbp_optax.dsbp_adamw(0.02, rank=2)
     with pytest.warns(UserWarning, match="pass it all of what tx.init") as caught:
         metric.update(grads, metric.init(params), params, statistics=seen)
     assert caught[0].filename == __file__  # Not a line of ours.

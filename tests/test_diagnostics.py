@@ -1,5 +1,7 @@
 """What the instruments say of a state: true figures, and warnings that fire."""
 
+import functools
+import warnings
 from typing import Any
 
 import jax
@@ -122,6 +124,29 @@ def test_a_forgotten_statistic_is_told() -> None:
     (words,) = diagnostics.warnings(state)
     assert words.startswith("kernel: a basis of gradients")
     assert "pass statistics= to update" in words
+
+
+def test_muon_misses_no_statistics_but_those_of_one_layer_among_others() -> None:
+    params = {
+        name: {"kernel": jax.random.normal(jax.random.key(0), (D, M))}
+        for name in ("first", "second")
+    }
+    tx = dsbp_optax.dsbp_muon(0.1, rank=2, update_every=1)
+    some = {"first/kernel": dsbp_optax.Activations(samples(0))}
+    for statistics, expected in ((None, []), ({}, []), (some, ["second/kernel: a "])):
+        state = tx.init(params)
+        update = jax.jit(functools.partial(tx.update, statistics=statistics))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(6):
+                _, state = update(params, state, params)
+        said = diagnostics.warnings(state)
+        assert [words[: len("second/kernel: a ")] for words in said] == expected
+    adam = dsbp_optax.dsbp_adamw(0.1, rank=2)
+    with pytest.warns(UserWarning, match="got no statistics"):
+        adam.update(params, adam.init(params), params)
+    with pytest.raises(ValueError, match="of a metric, expected that of a momentum m"):
+        tx.update(params, adam.init(params), params)
 
 
 def test_steps_without_statistics_and_skipped_steps_are_told() -> None:

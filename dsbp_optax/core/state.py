@@ -20,7 +20,9 @@ from dsbp_optax.linalg.eigensolvers import orthonormalize
 from dsbp_optax.linalg.types import Array, PyTree
 
 T = TypeVar("T")
-Kind: TypeAlias = Literal["projection", "metric", "sharpness", "moments"]
+Kind: TypeAlias = Literal[
+    "projection", "metric", "momentum_metric", "sharpness", "moments"
+]
 
 #: Of the form of the state below and the meaning of its arrays.
 VERSION = "3"
@@ -312,8 +314,9 @@ def check_form(state: SpectralState, kind: Kind) -> None:
             "on with the dsbp_optax that wrote it, or init again."
         )
     if state.kind != kind:
+        found, wanted = (one.replace("_", " ") for one in (state.kind, kind))
         raise ValueError(
-            f"the optimizer state is that of a {state.kind}, expected that of a {kind}."
+            f"the optimizer state is that of a {found}, expected that of a {wanted}."
             " Remedy: the optimizer that it was made with, or init again."
         )
 

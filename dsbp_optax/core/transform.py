@@ -42,11 +42,11 @@ from dsbp_optax.linalg.types import Array, PyTree, Scalar
 
 _NO_STATISTICS = (
     "update: got no statistics=, expected those that an adapter's value_and_grad "
-    "returns; the metric is that of the gradients' own directions (with dsbp_muon of "
-    "its momentum's). Remedy: tx.update(grads, state, params, statistics=statistics), "
-    "or statistics={} where this is meant. If value_and_grad returned None for them, "
-    "pass it all of what tx.init(params) gave, also of a chain; use the TrainState of "
-    "dsbp_optax.linen; behind a wrapper that drops keywords, put_statistics."
+    "returns; the metric is that of the gradients' own directions. Remedy: "
+    "tx.update(grads, state, params, statistics=statistics), or statistics={} where "
+    "this is meant. If value_and_grad returned None for them, pass it all of what "
+    "tx.init(params) gave, also of a chain; use the TrainState of dsbp_optax.linen; "
+    "behind a wrapper that drops keywords, put_statistics."
 )
 
 

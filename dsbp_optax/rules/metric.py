@@ -173,9 +173,10 @@ def metric_rule(
         return g, (outer, inner)
 
     def incoming(g: Array, held: PyTree) -> Array:
-        return g if before is None else before.update(g, cast(Any, None), held[0])[0]
+        return cast(Rule, before).update(g, cast(Any, None), held[0])[0]
 
-    return Rule(init, update, incoming=incoming, whole="scale_by_activation_metric")
+    whole = "scale_by_activation_metric"
+    return Rule(init, update, incoming=incoming if before else None, whole=whole)
 
 
 def metric_factors(

@@ -49,7 +49,7 @@ def with_bases(opt_state: PyTree, who: str) -> list[SpectralState]:
     Raises:
       ValueError: when there is none.
     """
-    states = state.find_states(opt_state, "projection", "metric")
+    states = state.find_states(opt_state, "projection", "metric", "momentum_metric")
     if not states:
         raise ValueError(
             f"{who}: got an optimizer without an eigenbasis, expected one with "

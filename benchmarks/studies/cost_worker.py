@@ -33,6 +33,8 @@ RATES: Mapping[str, float] = {
     **dict.fromkeys(("dsbp_muon", "muon", "muon_kernels", "subspace_muon"), 0.02),
 }
 RECIPES = tuple(name for name in RATES if name.startswith(("dsbp", "subspace")))
+#: End of the name of a recipe that is called as a plain optimizer, without statistics.
+ALONE = "_alone"
 #: The steps that are timed, and those whose losses are kept.
 _TIMED, _KEPT, _MIB = range(25, 85), (1, 10, 50, 100, 200), 2**20
 
@@ -121,6 +123,7 @@ def make_optimizer(name: str) -> optax.GradientTransformation:
             optax.contrib.muon, muon_weight_dimension_numbers=_dimensions
         ),
     }
+    name = name.removesuffix(ALONE)
     return (others.get(name) or getattr(dsbp_optax, name))(RATES[name])
 
 

@@ -35,8 +35,6 @@ DIFFS = [
 ]
 MOST_INSERTED_LINES = 5
 ENTRY = re.compile(r"^\.\. (?:auto\w+|py:data):: (\w+)$", re.MULTILINE)
-#: Without statistics, as the page of that diff says.
-TWO_LINES = ("port_your_script.md", 0)
 
 
 # Examples.
@@ -71,11 +69,7 @@ def test_a_wrong_example_fails():
 @pytest.mark.parametrize("name, number", DIFFS)
 def test_ported_script_runs(name, number, which):
     diff = blocks(NAMES[name].read_text(), "diff")[number]
-    if (name, number) == TWO_LINES and which:
-        with pytest.warns(UserWarning, match="update.* got no statistics"):
-            run(before_and_after(diff)[which], name)
-    else:
-        run(before_and_after(diff)[which], name)
+    run(before_and_after(diff)[which], name)
 
 
 @pytest.mark.parametrize("name, number", DIFFS)

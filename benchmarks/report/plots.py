@@ -150,7 +150,7 @@ def scoreboard(rows: Sequence[Record], key: str, path: Path) -> None:
             values = [run[key] for run in runs.values()]
             if PEERS[name].plain != plain or share is None or None in values:
                 continue
-            color = CONTROL if PEERS[name].variant else OURS
+            color = CONTROL if PEERS[name].rule else OURS
             color = color if PEERS[name].ours else PEER
             share *= 1.04 ** sum(abs(100 * share / x - 1) < 0.15 for _, x, *_ in points)
             interval = mean_interval(values) or Interval(

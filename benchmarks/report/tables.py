@@ -15,7 +15,7 @@ from benchmarks.tasks.base import Workload
 
 KIB, MIB = 2**10, 2**20
 #: Ends of the names of the scoreboard's controls.
-CONTROLS = ("none", "random", "random_true")
+CONTROLS = ("none", "random", "random_true", "gradient")
 
 # -------------------------------------------------------------------------- pieces
 

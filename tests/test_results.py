@@ -63,6 +63,12 @@ GOLDEN = {
     ("sotu_d128_b24", "dsbp_muon", "muon"): "-0.011 [-0.014, -0.008]",
     ("gpt_d128_b96", "dsbp_muon", "muon"): "-0.016 [-0.020, -0.012]",
     ("gpt_d128_b24_double_rate", "dsbp_muon", "muon"): "-0.043 [-0.077, -0.008]",
+    ("gpt_d128_b24", "dsbp_adamw_gradient", "adamw"): "-0.103 [-0.113, -0.094]",
+    ("gpt_d128_b24", "dsbp_adamw", "dsbp_adamw_gradient"): "-0.019 [-0.027, -0.010]",
+    ("gpt_d128_b24", "dsbp_muon_gradient", "muon"): "+0.004 [-0.003, +0.011]",
+    ("gpt_d128_b24", "dsbp_muon", "dsbp_muon_gradient"): "-0.004 [-0.011, +0.003]",
+    ("gpt_d128_b24_short", "dsbp_muon", "muon"): "-0.031 [-0.045, -0.017]",
+    ("gpt_d128_b24_long", "dsbp_muon", "muon"): "-0.004 [-0.026, +0.018]",
 }
 LOSSES = {
     "adamw": "1.931",
@@ -73,6 +79,8 @@ LOSSES = {
     "muon": "1.769",
     "dsbp_muon": "1.769",
     "muon_6bit": "1.772",
+    "dsbp_adamw_gradient": "1.828",
+    "dsbp_muon_gradient": "1.773",
 }
 CAMPAIGN = {
     ("fashion_mnist_cnn", "dsbp_sgd", "sgd"): "+1.47 [+1.15, +1.78]",

@@ -116,6 +116,20 @@ def test_differences_on_the_scoreboard(found):
         assert tables.signed(gap, 3) == expected and expected in plain(README)
 
 
+def test_differences_of_short_runs_to_their_controls(found):
+    board = "gpt_d128_b24_short"
+    tuned, controls = (
+        tables.finals_of(found.boards[name]) for name in (board, f"{board}_controls")
+    )
+    for name, expected in {
+        "dsbp_muon_random": "+0.011 [-0.004, +0.026]",
+        "dsbp_muon_gradient": "-0.031 [-0.046, -0.016]",
+        "muon_6bit": "+0.007 [-0.001, +0.016]",
+    }.items():
+        gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
+        assert tables.signed(gap, 3) == expected and expected in plain(README)
+
+
 def test_losses_on_the_scoreboard(found):
     finals = tables.finals_of(found.boards["gpt_d128_b24"])
     means = {

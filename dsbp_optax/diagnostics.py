@@ -242,14 +242,14 @@ def warnings(opt_state: PyTree) -> list[str]:
         for path, layer in layers.items():
             found += _defects(path, layer.spectrum, step)
         # A momentum's own directions serve its metric, unless activations were meant.
-        meant = any(int(x.spectrum.activations.max()) for x in layers.values())
-        if one.kind != "momentum_metric" or meant:
+        seen = {p: int(x.spectrum.activations.max()) for p, x in layers.items()}
+        if one.kind != "momentum_metric" or any(seen.values()):
             found += [
                 f"{path}: a basis of gradients: its last refresh saw no statistics. "
                 "Remedy: pass statistics= to update; none if its layer cannot be "
                 "observed."
                 for path, layer in layers.items()
-                if _of_gradients(layer.spectrum)
+                if not seen[path] and int(layer.spectrum.refreshed.min()) >= 0
             ]
     return found
 
@@ -278,11 +278,6 @@ def _defects(path: str, spectrum: Spectrum, step: int) -> list[str]:
             "activations grow."
         )
     return found
-
-
-def _of_gradients(spectrum: Spectrum) -> bool:
-    refreshed = int(spectrum.refreshed.min()) >= 0
-    return refreshed and not int(spectrum.activations.max())
 
 
 def _bases(opt_state: PyTree) -> dict[str, Array]:

@@ -89,11 +89,14 @@ def _gpt(
     corpus: str = "shakespeare",
     runs: int = 16,
     brief: bool = True,
+    aux_rates: tuple[float, ...] | None = None,
     **model: int,
 ) -> Board:
     net = gpt.Gpt(**model)
     task = Task(net, batch, net.context, 1.0)
-    return Board(name, task, steps, corpus, runs=runs, brief=brief)
+    return Board(
+        *(name, task, steps, corpus), runs=runs, brief=brief, aux_rates=aux_rates
+    )
 
 
 def _with_settings(board: Board, end: str, times: float = 1.0) -> tuple[Board, Board]:
@@ -102,6 +105,8 @@ def _with_settings(board: Board, end: str, times: float = 1.0) -> tuple[Board, B
     return board, dataclasses.replace(board, name=f"{board.name}_{end}", **taken)
 
 
+#: Rates of the rest for runs that end early.
+_HIGH_AUX = (0.012, 0.024, 0.048, 0.096)
 _FASHION = Task(vision.FashionCnn(), 128, windows=4992, mapped=True)
 #: The most telling first.
 BOARDS: Mapping[str, Board] = {
@@ -110,10 +115,7 @@ BOARDS: Mapping[str, Board] = {
         *_with_settings(_gpt("gpt_d128_b24", 24, brief=False), "double_rate", 2.0),
         *_with_settings(_gpt("sotu_d128_b24", 24, corpus="sotu"), "controls"),
         *_with_settings(
-            dataclasses.replace(
-                _gpt("gpt_d128_b24_short", 24, steps=150, brief=False),
-                aux_rates=(0.012, 0.024, 0.048, 0.096),
-            ),
+            _gpt("gpt_d128_b24_short", 24, 150, brief=False, aux_rates=_HIGH_AUX),
             "controls",
         ),
         _gpt("gpt_d128_b24_long", 24, steps=2400),

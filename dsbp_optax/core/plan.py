@@ -184,16 +184,15 @@ def choices(
     power_iterations: int,
     dtype: Any,
     when: When,
-    side: Side = "input",
 ) -> Choices:
-    """What was asked for, checked; the last four are a transformation's own."""
+    """What was asked for, checked; the last three are a transformation's own."""
     basis = check_basis(basis)
     if basis.power_iterations is None:
         basis = dataclasses.replace(basis, power_iterations=power_iterations)
     if basis.dtype is None:
         basis = dataclasses.replace(basis, dtype=dtype)
     if basis.side is None:
-        basis = dataclasses.replace(basis, side=side)
+        basis = dataclasses.replace(basis, side="input")
     if not _per_path(rank):
         check_rank(rank)
     checks.check_integer("update_every", every, 1)

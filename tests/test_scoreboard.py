@@ -288,8 +288,8 @@ def test_the_choice_is_the_planted_one_and_edges_are_followed_outward():
 
 def test_brief_boards_tune_both_rates_and_nothing_else():
     chosen, phases, scores = tune(planted(0.005, 0.048, 0.3), brief=True)
-    assert chosen[:3] == (0.01, 0.024, 0.0)  # At the edge, and not followed.
-    assert phases == [("rates", 16), ("final", 16)]
+    assert chosen[:3] == (0.005, 0.048, 0.0)
+    assert phases == [("rates", 16), ("further", 12), ("final", 16)]
     assert {run.seed for run in scores} == {scoreboard.TUNING[0], *scoreboard.FINAL}
 
 

@@ -234,15 +234,15 @@ def _stages(
     if not {*runs} <= scores.keys():
         return
     best = min(runs, key=lambda run: (scores[run], run))
-    if brief:
-        yield "final", [best._replace(seed=seed) for seed in FINAL]
-        return
     further = pairs(*map(moved, grids, best[:2]))
     if further != runs:
         yield "further", further
         if not {*further} <= scores.keys():
             return
     ranked = sorted({*runs, *further}, key=lambda run: (scores[run], run))[:_BEST]
+    if brief:
+        yield "final", [ranked[0]._replace(seed=seed) for seed in FINAL]
+        return
     settings = [
         run._replace(decay=decay) for run in ranked for decay in contender.decays
     ]

@@ -1,6 +1,6 @@
 """The pictures of the site and of the README: `python docs/pictures.py`.
 
-The first five are drawn from records of the benchmarks. The others are drawings, with
+The first six are drawn from records of the benchmarks. The others are drawings, with
 data that are made up here.
 """
 
@@ -61,6 +61,11 @@ EARLY = (
     ("sotu_d128_b24", "dsbp_muon", "State of the Union", OURS),
     ("gpt_d128_b96", "dsbp_muon", "four times the batch", PEER),
 )
+#: Width -> boards in the order of their tokens a step, colour.
+SIZES: Mapping[int, tuple[tuple[str, ...], str]] = {
+    64: (("gpt_d64_b8", "gpt_d64_b24", "gpt_d64_b96"), PEER),
+    128: (("gpt_d128_b8", BOARD, "gpt_d128_b96"), OURS),
+}
 #: Fine-tuned on one text after another -> title.
 TUNED: Mapping[str, str] = {
     "sotu_gpt": "Shakespeare, then State of the Union",
@@ -139,24 +144,13 @@ def rates() -> Figure:
 
 def early() -> Figure:
     """Difference to Muon's loss against steps, with intervals, from records."""
-    from benchmarks.core import records
     from benchmarks.core.statistics import mean_interval
 
     figure, both = _figure(10, 3.8, columns=2)
     panels = ([row for row in EARLY if (row[0] == BOARD) == first] for first in (1, 0))
     for axes, lines in zip(both, panels, strict=True):
         for board, name, label, color in lines:
-            rows = records.read(
-                RECORDS / "scoreboard" / f"{board}.jsonl", phase="final"
-            )
-            losses: dict[str, dict[int, list[float]]] = {name: {}, "muon": {}}
-            for row in rows:
-                if row["optimizer"] in losses:
-                    curve = [point["loss"] for point in row["curve"]]
-                    losses[row["optimizer"]][row["seed"]] = curve
-            steps = [point["step"] for point in rows[0]["curve"]]
-            pairs = [(losses[name][s], losses["muon"][s]) for s in losses["muon"]]
-            gaps = np.array([np.subtract(*pair) for pair in pairs])
+            steps, gaps = _gaps(board, name)
             mean, low, high = np.array([mean_interval(x) for x in gaps.T]).T
             axes.plot(steps, mean, marker="o", ms=3, color=color, label=label)
             axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
@@ -167,6 +161,50 @@ def early() -> Figure:
     both[0].set_title("Tiny Shakespeare, with controls", fontsize=11)
     both[1].set_title("dsbp_muon on other workloads", fontsize=11)
     return figure
+
+
+def tokens() -> Figure:
+    """Difference of dsbp_muon to Muon's loss against tokens a step, from records."""
+    from benchmarks.core.statistics import mean_interval
+    from benchmarks.studies.scoreboard import BOARDS
+
+    figure, both = _figure(10, 3.6, columns=2)
+    for axes, step in zip(both, (100, 600), strict=True):
+        for shift, (width, (boards, color)) in zip((0.96, 1.04), SIZES.items()):
+            tasks = [BOARDS[board].task for board in boards]
+            places = [shift * task.batch * task.context for task in tasks]
+            found = []
+            for board in boards:
+                steps, gaps = _gaps(board, "dsbp_muon")
+                found.append(mean_interval(gaps[:, steps.index(step)]))
+            mean, low, high = np.array(found).T
+            look = {"color": color, "marker": "o", "ms": 4, "capsize": 3, "lw": 1.7}
+            bars = mean - low, high - mean
+            axes.errorbar(places, mean, bars, label=f"width {width}", **look)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens a step")
+        ticks = [task.batch * task.context for task in tasks]
+        axes.set_xticks(ticks, [f"{tick:,}".replace(",", " ") for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"After {step} of 600 steps", fontsize=11)
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+    both[0].set_ylabel("validation loss less Muon's, nats")
+    return figure
+
+
+def _gaps(board: str, name: str) -> tuple[list[int], np.ndarray]:
+    """Steps, and validation losses less Muon's there, one row for each seed of both."""
+    from benchmarks.core import records
+
+    rows = records.read(RECORDS / "scoreboard" / f"{board}.jsonl", phase="final")
+    losses: dict[str, dict[int, list[float]]] = {name: {}, "muon": {}}
+    for row in rows:
+        if row["optimizer"] in losses:
+            curve = [point["loss"] for point in row["curve"]]
+            losses[row["optimizer"]][row["seed"]] = curve
+    steps = [point["step"] for point in rows[0]["curve"]]
+    pairs = [(losses[name][s], losses["muon"][s]) for s in losses["muon"]]
+    return steps, np.array([np.subtract(*pair) for pair in pairs])
 
 
 def fine_tuning() -> Figure:
@@ -396,6 +434,7 @@ PICTURES: Mapping[str, Callable[[], Figure]] = {
     for f in (
         gpt,
         early,
+        tokens,
         rates,
         fine_tuning,
         memory,

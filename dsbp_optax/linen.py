@@ -8,7 +8,7 @@ updates, opt_state = tx.update(grads, opt_state, params, statistics=statistics)
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import Any
@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 _MARK = "__dsbp__"
+_MUTABLE = (
+    "its apply returns the parameters too, and would return what is put beside them; "
+    "name the collections that change, mutable=['batch_stats']"
+)
 
 
 class TrainState(train_state.TrainState):
@@ -393,6 +397,8 @@ class _Layers:
         }
         kernel = meta.unbox(module.get_variable("params", linear.parameter))
         reason = self.rewriter and f"nn.{self.rewriter} rewrites its parameters"
+        if module.is_mutable_collection("params"):
+            reason = _MUTABLE
         return self.recorder.observe(call, args, kwargs, linear, kernel, mine, reason)
 
     def enter(self, module: Any) -> None:
@@ -403,7 +409,9 @@ class _Layers:
         left alone: a penalty on it must not see the bases. Which parameter lies where
         in these variables the labels tell, which a trace that inspects gives them.
         """
-        params = linen_scope.parameters(module.scope)
+        params, notes = linen_scope.parameters(module.scope), self.recorder.notes
+        if module.is_mutable_collection("params"):
+            return
         leaves, treedef = paths.flatten(params)
         kernels = {p: x for p, x in leaves.items() if _MARK not in p.split("/")}
         shapes = (
@@ -412,12 +420,21 @@ class _Layers:
         kind = (type(module).__qualname__, *shapes)
         self.roots[kind] += 1
         label = f"{ROOT}{hash(kind)} {self.roots[kind]} "
-        if self.recorder.notes is not None:
+        if notes is not None:
             named = [
                 origin.label(x, label + path) if isinstance(x, jax.core.Tracer) else x
                 for path, x in leaves.items()
             ]
-            linen_scope.set_parameters(module.scope, treedef.unflatten(named))
+            merged = unfreeze(treedef.unflatten(named))
+            markers = defaultdict(list)
+            for path, marker in notes.markers.items():
+                markers[jnp.shape(marker)].append(path)
+            for inner, x in kernels.items():  # One of its shape, the next each time.
+                if alike := markers[jnp.shape(x)]:
+                    path = alike.pop(0)
+                    notes.beside[path].add(label + inner)
+                    _put_beside(merged, inner, path, notes.markers[path])
+            linen_scope.set_parameters(module.scope, merged)
             return
         merged = unfreeze(params) if self.recorder.riders else {}
         for key, rider in self.recorder.riders.items():
@@ -425,10 +442,14 @@ class _Layers:
                 one = self.recorder.labels.get(label + inner)
                 if one is None or not one.whole or one.path != parameter_path(key):
                     continue
-                node = merged
-                for owner in inner.split("/")[:-1]:
-                    node = node[owner]
-                beside = node.setdefault(_MARK, {})
-                beside.setdefault(key, rider if one.exact else rider.plain)
+                _put_beside(merged, inner, key, rider if one.exact else rider.plain)
         if merged:
             linen_scope.set_parameters(module.scope, merged)
+
+
+def _put_beside(params: Any, kernel: str, key: str, rider: Any) -> None:
+    """Put a rider where the layer of a kernel finds it, if a layer can lie there."""
+    for owner in kernel.split("/")[:-1]:
+        params = params[owner] if isinstance(params, dict) else None
+    if isinstance(params, dict):
+        params.setdefault(_MARK, {})[key] = rider

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     from flax import nnx
@@ -43,7 +45,6 @@ __all__ = [
     "value_and_grad",
     "warm_start",
 ]
-
 #: What follows the kernel's name where an observed layer holds it once more; behind it
 #: in the alphabet, so that the kernel keeps its path.
 _SAME = "_dsbp"
@@ -217,6 +218,9 @@ class _Loss:
         _check_model(model)
         self.loss_fn, self.has_aux, self.rules = loss_fn, has_aux, rules
         self.wrt, self.model, self.args, self.kwargs = wrt, model, args, kwargs
+        self.replaced: set[str] = (
+            set()
+        )  # Kernels not called as they are.
         self.leaves, _ = paths.flatten(_pure(parameters))
         _, self.treedef = paths.flatten(parameters)
 
@@ -225,8 +229,9 @@ class _Loss:
         graphdef, *parts = nnx.split(copy, self.wrt, ...)
         treedef, rest = paths.flatten(parts[0])[1], _pure(parts[1])
         merged = nnx.merge(graphdef, treedef.unflatten(leaves.values()), rest)
-        with _recording(self.rules, recorder):
-            found = self.loss_fn(merged, *self.args, **self.kwargs)
+        args, kwargs = _copied((self.args, self.kwargs))
+        with self._recording(recorder):
+            found = self.loss_fn(merged, *args, **kwargs)
         value: Array = found[0] if self.has_aux else found
         return value
 
@@ -240,12 +245,17 @@ class _Loss:
             has_aux=self.has_aux,
         )
         copy = self._observed(recorder)
-        with _recording(self.rules, recorder):
+        with self._recording(recorder):
             value, both = differentiate(copy, *self.args, **self.kwargs)
         nnx.update(self.model, nnx.state(copy, nnx.Not(Probe)))
         probes, grads = nnx.split_state(both, Probe, ...)
-        found = jax.tree.leaves(probes, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        return value, grads, {x.get_metadata()["key"]: _value(x) for x in found}
+        cotangents: dict[str, Rider] = {}
+        for probe in jax.tree.leaves(probes, is_leaf=_is_variable):
+            key, one = probe.get_metadata()["key"], _value(probe)
+            if key in cotangents:  # Layers with one kernel.
+                one = jax.tree.map(jnp.add, cotangents[key], one)
+            cotangents[key] = one
+        return value, grads, cotangents
 
     def join(
         self, grads: Any, cotangents: Mapping[str, Rider], held: Collection[str]
@@ -260,29 +270,39 @@ class _Loss:
     def _observed(self, recorder: Recorder) -> Any:
         """A copy whose layers are observed and carry probes.
 
-        In a trace that inspects these hold the kernel, and tell whether the user's
-        transformations treat it and its rider alike.
+        In a trace that inspects these hold markers, which tell whether anything else
+        computes with them, and whether the user's transformations treat a kernel and
+        its rider alike.
         """
-        copy = nnx.clone(self.model)
-        inspecting = recorder.notes is not None
-        for key in self.leaves if inspecting else recorder.riders:
-            found = _observe_layer(copy, parameter_path(key), self.rules)
-            if found is not None:
-                layer, kernel = found
-                carried = _value(kernel) if inspecting else recorder.riders[key]
+        copy, notes = nnx.clone(self.model), recorder.notes
+        carried: dict[str, dict[str, Any]] = defaultdict(dict)
+        if notes is not None:
+            carried |= {path: {path: x} for path, x in notes.markers.items()}
+        labels = recorder.labels.values()
+        rewritten = {one.path for one in labels if one and not one.exact}
+        for key, rider in recorder.riders.items():
+            path = parameter_path(key)
+            carried[path][key] = rider.plain if path in rewritten else rider
+        for path, layer, name in _layers(copy, self.rules):
+            if path not in carried:
+                continue
+            observed: Callable[[Any], type] = _observed_class
+            object.__setattr__(layer, "__class__", observed(type(layer)))
+            if notes is not None or path in self.replaced:
+                setattr(layer, name + _SAME, getattr(layer, name))
+            for key, one in carried[path].items():
                 name = "dsbp_" + "".join(c if c.isalnum() else "_" for c in key)
-                setattr(layer, name, Probe(carried, key=key))
+                setattr(layer, name, Probe(one, key=key))
         return copy
 
-
-@contextlib.contextmanager
-def _recording(rules: Mapping[type, LayerRule], recorder: Recorder) -> Iterator[None]:
-    """Layers that are called meanwhile report to `recorder`."""
-    token = _RECORDER.set((rules, recorder))
-    try:
-        yield
-    finally:
-        _RECORDER.reset(token)
+    @contextlib.contextmanager
+    def _recording(self, recorder: Recorder) -> Iterator[None]:
+        """Layers that are called meanwhile report to `recorder`."""
+        token = _RECORDER.set((self.rules, recorder, self.replaced))
+        try:
+            yield
+        finally:
+            _RECORDER.reset(token)
 
 
 def _state_of(opt_state: PyTree) -> PyTree:
@@ -482,44 +502,23 @@ def inspect(
     return recorder.inspect_on_shapes(make, args, kwargs)
 
 
-#: The rules and the recorder of the trace that goes on.
-_RECORDER: contextvars.ContextVar[tuple[Mapping[type, LayerRule], Recorder] | None] = (
-    contextvars.ContextVar("dsbp_optax.nnx recorder", default=None)
-)
+#: The rules and the recorder of the trace that goes on, and what it finds replaced.
+_RECORDER: contextvars.ContextVar[
+    tuple[Mapping[type, LayerRule], Recorder, set[str]] | None
+] = contextvars.ContextVar("dsbp_optax.nnx recorder", default=None)
 
 
-def _observe_layer(
-    model: Any, path: str, rules: Mapping[type, LayerRule]
-) -> tuple[Any, Any] | None:
-    """The layer that owns the kernel at `path`, and it; None where there is no rule.
-
-    The model is a copy of the user's, and only this instance changes its class.
-    """
-    layer = _find(model, path)
-    kind = type(layer)
-    rule = recorder.find_rule(rules, getattr(kind, "__wrapped_type__", kind))
-    linear = None if layer is None else rule(layer)
-    if linear is None or linear.parameter != path.rpartition("/")[2]:
-        return None
-    kernel = getattr(layer, linear.parameter)
-    if not hasattr(kind, "__wrapped_type__"):
-        observed: Callable[[Any], type] = _observed_class
-        object.__setattr__(layer, "__class__", observed(kind))
-        setattr(layer, linear.parameter + _SAME, kernel)
-    return layer, kernel
-
-
-def _find(model: Any, path: str) -> Any:
-    """The module that owns the parameter at `path`, or None."""
-    node = model
-    for part in path.split("/")[:-1]:
-        if hasattr(node, part):
-            node = getattr(node, part)
-        elif hasattr(node, "__getitem__"):
-            node = node[int(part) if part.isdigit() else part]
-        else:
-            return None
-    return node
+def _layers(model: Any, rules: Mapping[type, LayerRule]) -> list[tuple[str, Any, str]]:
+    """Path of a kernel, a layer that uses it as its rule says, and its name there."""
+    nodes = list(nnx.iter_graph(model))
+    named = {id(x): "/".join(map(str, path)) for path, x in nodes if _is_variable(x)}
+    found = []
+    for _, node in nodes:
+        linear = recorder.find_rule(rules, type(node))(node)
+        if linear is not None:
+            path = named.get(id(getattr(node, linear.parameter, None)))
+            found += [] if path is None else [(path, node, linear.parameter)]
+    return found
 
 
 @functools.cache
@@ -539,7 +538,7 @@ def _observed_class(kind: type) -> type:
 def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     if (current := _RECORDER.get()) is None:
         return call(*args, **kwargs)
-    rules, recording = current
+    rules, recording, replaced = current
     linear = recorder.find_rule(rules, type(layer).__wrapped_type__)(layer)
     assert linear is not None  # else it would not be observed
     variable, reason = getattr(layer, linear.parameter), None
@@ -553,9 +552,27 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
                 "Probe; give it the axis of the parameters, e.g. nnx.StateAxes("
                 "{(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})"
             )
-    elif variable is not getattr(layer, linear.parameter + _SAME):  # It was replaced.
+    same = getattr(layer, linear.parameter + _SAME, variable)
+    if variable is not same and recording.notes is not None:
+        replaced.update(map(parameter_path, carried))
+    elif variable is not same:
         return call(*args, **kwargs)
     return recording.observe(call, args, kwargs, linear, kernel, carried, reason)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _copied(tree: PyTree) -> PyTree:
+    """`tree` with copies of its models, random streams and metrics, if it has any."""
+
+    def stateful(x: Any) -> bool:
+        return isinstance(x, nnx.Object | nnx.Variable)
+
+    return jax.tree.map(
+        lambda x: nnx.clone(x) if stateful(x) else x, tree, is_leaf=stateful
+    )
 
 
 def _value(variable: Any) -> Any:
@@ -567,7 +584,5 @@ def _value(variable: Any) -> Any:
 def _pure(tree: PyTree) -> PyTree:
     """`tree` with the arrays in the place of their Variables."""
     return jax.tree.map(
-        lambda x: _value(x) if isinstance(x, nnx.Variable) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
+        lambda x: _value(x) if _is_variable(x) else x, tree, is_leaf=_is_variable
     )

@@ -22,6 +22,8 @@ from dsbp_optax.linalg.types import PyTree
 
 #: Begins the labels of the parameters of a whole model, where riders are put in.
 ROOT = "root "
+#: Begins the paths of what stands for riders in a trace that inspects.
+_MARKER = "marker "
 NOT_CALLED = "its layer was not called"
 NO_RULE = "no rule says how its layer acts through this kernel"
 ANOTHER = (
@@ -32,6 +34,16 @@ ANOTHER = (
 CUSTOM = (
     "its layer is called inside of a function with a derivative of its own "
     "(jax.custom_vjp, jax.custom_jvp, jax.lax.custom_root)"
+)
+WALKED = (
+    "the loss computes with the whole tree of the model's variables, in which what is "
+    "put beside this kernel to observe it would count (a penalty of jax.tree.leaves("
+    "model), nn.map_variables)"
+)
+REPLACED = (
+    "its layer has another array in its place when it is called, or the model goes "
+    "through a function of JAX as a pytree (jax.checkpoint, jax.jit, jax.tree.map; "
+    "those of nnx are observed)"
 )
 NOT_LINEAR = "its layer does not act on its input through it as the rule says"
 
@@ -121,10 +133,20 @@ class Call(NamedTuple):
 
 
 class Notes:
-    """The calls of layers during one trace."""
+    """The calls of layers during one trace.
 
-    def __init__(self) -> None:
+    Attributes:
+      calls: in their order.
+      markers: path -> an array of the kernel's shape, to be put where its rider will
+        be: whatever computes with it would compute with the rider.
+      beside: path of a marker -> labels of the kernels that it lies beside, where that
+        need not be the one at its path.
+    """
+
+    def __init__(self, markers: Mapping[str, Any]) -> None:
         self.calls: list[Call] = []
+        self.markers = markers
+        self.beside: dict[str, set[str]] = defaultdict(set)
         self.readings: dict[Any, Any] = {}
 
     def note(
@@ -226,8 +248,11 @@ def inspect(
       function: (parameters by path, notes) -> anything; its layers report to the notes.
       leaves: path -> parameter, or its shape.
     """
-    notes = Notes()
-    traced = origin.trace(lambda leaves: function(leaves, notes), leaves)
+    kernels = {path: x for path, x in leaves.items() if jnp.ndim(x) > 1}
+    try:
+        traced, notes = _trace(function, leaves, kernels)
+    except Exception:  # Not all modules bear to have markers put into them.
+        traced, notes = _trace(function, leaves, {})
     shapes = {p: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for p, x in leaves.items()}
     axes: dict[str, Axes] = {}
     reasons: dict[str, str] = {}
@@ -263,6 +288,11 @@ def inspect(
                     axes[one.path] = used[0]
             if reason is not None:
                 reasons[one.path] = reason
+    for path in kernels:
+        if _MARKER + path in traced.touched | traced.cast:
+            found = [traced.labels.get(label) for label in notes.beside[path]]
+            for place in [one.path for one in found if one] if found else [path]:
+                reasons.setdefault(place, WALKED)
     roots = [one for key, one in traced.labels.items() if key.startswith(ROOT)]
     whole = {one.path for one in roots if one and one.whole}
     for path, leaf in shapes.items():
@@ -278,6 +308,24 @@ def inspect(
         if told and told.inputs and told.outputs:
             axes.setdefault(path, told)
     return Findings(axes, reasons, calls, traced.labels, shapes)
+
+
+def _trace(
+    function: Callable[[dict[str, Any], Notes], Any],
+    leaves: Mapping[str, Any],
+    kernels: Mapping[str, Any],
+) -> tuple[origin.Trace, Notes]:
+    """What it does with its parameters, and with markers of `kernels`; its notes."""
+    noted = []
+
+    def run(given: dict[str, Any]) -> Any:
+        notes = Notes({path: given.pop(_MARKER + path) for path in kernels})
+        noted.append(notes)
+        return function(given, notes)
+
+    markers = {_MARKER + path: x for path, x in kernels.items()}
+    traced = origin.trace(run, {**leaves, **markers})
+    return traced, noted[0]
 
 
 def _unstacked(leaf: Any, axes: Axes) -> Shape:

@@ -75,12 +75,14 @@ class Trace(NamedTuple):
       uses: path -> the axes of each product in which the parameter is a factor, None
         for rows that are looked up in it.
       touched: paths of parameters that the function computes with.
+      cast: paths of parameters that it turns into another dtype.
       custom: labels inside of functions with a derivative of the user's own.
     """
 
     labels: dict[str, Origin | None]
     uses: dict[str, list[Axes | None]]
     touched: set[str]
+    cast: set[str]
     custom: set[str]
 
 
@@ -97,7 +99,7 @@ def trace(function: Callable[..., Any], leaves: Mapping[str, Any]) -> Trace:
       function: of the parameters by path.
       leaves: path -> parameter.
     """
-    found = Trace({}, {}, set(), set())
+    found = Trace({}, {}, set(), set(), set())
     with apart():
         closed = jax.make_jaxpr(
             lambda values: function(dict(zip(leaves, values, strict=True)))
@@ -145,9 +147,11 @@ def _outcome(
 ) -> list[Origin | None]:
     """The origins of an equation's results."""
     name, lost = eqn.primitive.name, _lost(eqn.outvars)
+    mine = {origin.path for origin in operands if origin is not None}
+    if name == "convert_element_type":
+        found.cast.update(mine)
     if _SAME.fullmatch(name):
         return operands if len(operands) == len(lost) else lost
-    mine = {origin.path for origin in operands if origin is not None}
     if name == "transpose" and (one := operands[0]):
         dims = tuple(one.dims[a] for a in eqn.params["permutation"])
         return [one._replace(dims=dims)]

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from dsbp_optax.capture import coordinates, inspection, origin, state
 from dsbp_optax.capture.inspection import (
-    NO_RULE,
     NOT_CALLED,
+    REPLACED,
     Findings,
     Inspection,
     Notes,
@@ -316,7 +316,7 @@ def collect(
     value, grads, cotangents, tapped, elsewhere = result
     for key in fitting:
         if key not in tapped and (key in owners or not subspace):
-            reasons.setdefault(parameter_path(key), NO_RULE)
+            reasons.setdefault(parameter_path(key), REPLACED)
     if misread or reasons or elsewhere:
         checks.warn(_tell(reasons, misread, elsewhere))
     if not state.known(opt_state):

@@ -20,6 +20,7 @@ import optax
 try:
     import flax.linen as nn
     from flax.core import meta, unfreeze
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
     from flax.training import train_state
 except ModuleNotFoundError as error:
     from dsbp_optax.core.checks import missing
@@ -88,14 +89,20 @@ class TrainState(train_state.TrainState):
         # That of `optax.MultiSteps` takes keywords, though its type does not say so.
         if Parameter.VAR_KEYWORD not in kinds:
             update = optax.with_extra_args_support(self.tx).update
+        before, replacing = self.params, {}
+        if OVERWRITE_WITH_GRADIENT in grads:  # Scales of 8-bit floats, as in Flax.
+            replacing = {OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
+            before, grads = before["params"], grads["params"]
         updates, opt_state = update(
-            grads, self.opt_state, self.params, statistics=statistics, **extra
+            grads, self.opt_state, before, statistics=statistics, **extra
         )
         params = jax.tree.map(
             lambda p, u: jnp.asarray(p + u).astype(jnp.asarray(p).dtype),
-            self.params,
+            before,
             updates,
         )
+        if replacing:
+            params = {"params": params, **replacing}
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **fields
         )

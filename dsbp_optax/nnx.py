@@ -45,8 +45,8 @@ __all__ = [
     "value_and_grad",
     "warm_start",
 ]
-#: What follows the kernel's name where an observed layer holds it once more; behind it
-#: in the alphabet, so that the kernel keeps its path.
+#: What follows the kernel's name where a layer, in which it is replaced before a call,
+#: holds it once more; behind it in the alphabet, so that the kernel keeps its path.
 _SAME = "_dsbp"
 
 
@@ -218,9 +218,7 @@ class _Loss:
         _check_model(model)
         self.loss_fn, self.has_aux, self.rules = loss_fn, has_aux, rules
         self.wrt, self.model, self.args, self.kwargs = wrt, model, args, kwargs
-        self.replaced: set[str] = (
-            set()
-        )  # Kernels not called as they are.
+        self.replaced: set[str] = set()  # Kernels not called as they are.
         self.leaves, _ = paths.flatten(_pure(parameters))
         _, self.treedef = paths.flatten(parameters)
 
@@ -545,18 +543,19 @@ def _observe(layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> An
     probes = [v for v in vars(layer).values() if isinstance(v, Probe)]
     carried = {probe.get_metadata()["key"]: _value(probe) for probe in probes}
     kernel = _value(variable)
-    if recording.notes is not None:
+    itself = variable is getattr(layer, linear.parameter + _SAME, variable)
+    if recording.notes is None:
+        if not itself:
+            return call(*args, **kwargs)
+    else:
+        if not itself:
+            replaced.update(map(parameter_path, carried))
         if any(x.shape != kernel.shape for x in carried.values()):
             reason = (
                 f"a transformation slices the kernel to {kernel.shape} but not its "
                 "Probe; give it the axis of the parameters, e.g. nnx.StateAxes("
                 "{(nnx.Param, dsbp_optax.nnx.Probe): 0, ...: None})"
             )
-    same = getattr(layer, linear.parameter + _SAME, variable)
-    if variable is not same and recording.notes is not None:
-        replaced.update(map(parameter_path, carried))
-    elif variable is not same:
-        return call(*args, **kwargs)
     return recording.observe(call, args, kwargs, linear, kernel, carried, reason)
 
 

@@ -110,6 +110,23 @@ def test_what_is_not_told_is_a_guess(path: str, shape: Any, bias: Any) -> None:
     assert not infer.infer_axes(path, shape, bias).sure
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch", "sure"),
+    [
+        ((5, 3, 3, 8, 16), (0,), False),  # As `nn.scan` stacks them.
+        ((3, 3, 3, 8, 16), (), True),
+        ((5, 1, 1, 8, 16), (), True),
+        ((3, 3, 8, 16), (), True),
+    ],
+)
+def test_a_square_window_behind_an_axis_is_a_stack(
+    shape: Any, batch: Any, sure: bool
+) -> None:
+    axes, known = infer.infer_axes("Conv_0/kernel", shape, None)
+    assert (axes.batch, known) == (batch, sure)
+    assert axes.outputs == (len(shape) - 1,)
+
+
 def test_neighbours_without_a_stack_make_one_a_guess() -> None:
     name, shape = "block/query/kernel", (L, D, N, H)
     for beside, sure in [

@@ -1,15 +1,20 @@
 """Faults that were found by reading, each of which its test here showed."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import dsbp_optax
+import dsbp_optax.linen
+import dsbp_optax.nnx
 from dsbp_optax import Activations, Basis, Sketch
 
 PARAMS = {"kernel": jnp.ones((32, 24))}
@@ -294,3 +299,164 @@ def test_the_papers_side_is_kept_for_what_no_pattern_names() -> None:
         tx = dsbp_optax.dsbp(0.1, rank=4, basis=Basis(side=side))
         found = dsbp_optax.diagnostics.explain(tx, params)
         assert [one.kernel.side for (one,) in found.values()] == expected
+
+
+WALKED = "whole tree of the model's variables"
+X = draw(32, 32, seed=5)
+
+
+class Two(nnx.Module):
+    """Two layers, in a dict whose keys are also a number and a method of dicts."""
+
+    def __init__(self, tied: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        layers = [nnx.Linear(32, 32, rngs=rngs) for _ in range(2)]
+        if tied:
+            layers[1].kernel = layers[0].kernel
+        self.layers = nnx.Dict({"0": layers[0], "values": layers[1]})
+
+    def __call__(self, x: Any) -> Any:
+        first, second = self.layers["0"], self.layers["values"]
+        return second(10 * jnp.sin(first(x)))
+
+
+def squares(some: Any) -> Any:
+    leaves = (x[...] if isinstance(x, nnx.Variable) else x for x in some)
+    return sum(jnp.sum(x**2) for x in leaves)
+
+
+def parameters(model: Any) -> Any:
+    leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [x for x in leaves if isinstance(x, nnx.Param)]
+
+
+PENALTIES: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "parameters": (lambda m: squares(jax.tree.leaves(nnx.state(m, nnx.Param))), None),
+    "all state": (lambda m: squares(jax.tree.leaves(nnx.state(m))), WALKED),
+}
+if isinstance(jax.tree.leaves(Two())[0], jax.Array):  # Modules are trees since 0.12.
+    PENALTIES |= {
+        "tree": (lambda m: squares(jax.tree.leaves(m)), WALKED),
+        "variables of a tree": (lambda m: squares(parameters(m)), None),
+        "cast": (lambda m: m(X.astype(jnp.bfloat16)).sum(), None),
+        "cast tree": (
+            lambda m: jax.tree.map(lambda w: w.astype("bfloat16"), m)(X).sum(),
+            WALKED,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_nnx_losses_of_the_whole_model_see_no_probes(name: str) -> None:
+    """They added the bases and a second copy of each kernel, in silence."""
+    penalty, reason = PENALTIES[name]
+
+    def loss_fn(model: Any) -> Any:
+        return jnp.mean(model(X) ** 2) + 0.01 * penalty(model)
+
+    model = Two()
+    tx = nnx.Optimizer(model, dsbp_optax.dsbp_adamw(1e-3, rank=4), wrt=nnx.Param)
+    step = dsbp_optax.nnx.value_and_grad(loss_fn)
+    if reason is None:
+        value, grads, seen = step(model, opt_state=tx)
+        assert len(seen) == 2
+    else:
+        with pytest.warns(UserWarning, match=reason):
+            value, grads, seen = step(model, opt_state=tx)
+        assert seen == {}
+    plain = nnx.value_and_grad(loss_fn)(Two())
+    np.testing.assert_allclose(value, plain[0], rtol=1e-6)
+    for one, other in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(plain[1]), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_that_share_a_kernel_are_both_observed() -> None:
+    model = Two(tied=True)
+    tx = nnx.Optimizer(model, dsbp_optax.dsbp_adamw(1e-3, rank=4), wrt=nnx.Param)
+    step = dsbp_optax.nnx.value_and_grad(lambda m: jnp.mean(m(X) ** 2))
+    (sketch,) = step(model, opt_state=tx)[-1].values()
+    inputs = [X, 10 * jnp.sin(model.layers["0"](X))]
+    assert sketch.count == 64
+    np.testing.assert_allclose(sketch.trace, squares(inputs), rtol=1e-4)
+
+
+def test_arguments_that_an_nnx_loss_changes_cost_no_statistics() -> None:
+    model = Two()
+    tx = nnx.Optimizer(model, dsbp_optax.dsbp_adamw(1e-3, rank=4), wrt=nnx.Param)
+    metric, rngs = nnx.metrics.Average(), nnx.Rngs(dropout=1)
+
+    def loss_fn(model: Any, rngs: Any, metric: Any) -> Any:
+        loss = jnp.mean(nnx.Dropout(0.5)(model(X), rngs=rngs) ** 2)
+        metric.update(values=loss)
+        return loss
+
+    step = dsbp_optax.nnx.value_and_grad(loss_fn)
+    loss, _, seen = step(model, rngs, metric, opt_state=tx)
+    assert len(seen) == 2
+    assert rngs.dropout.count[...] == 1
+    np.testing.assert_allclose(metric.compute(), loss)
+
+
+class Penalized(nn.Module):
+    """Its output, and the norm of its own parameters."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        y = nn.Dense(32)(jnp.tanh(nn.Dense(32)(x)))
+        return y, squares(jax.tree.leaves(self.variables["params"]))
+
+
+class Mapped(nn.Module):
+    """One layer whose parameters are rewritten, one that has its own."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        squash = nn.map_variables(
+            nn.Dense, "params", lambda p: jax.tree.map(jnp.tanh, p), init=True
+        )
+        return nn.Dense(32)(squash(32)(x)), 0.0
+
+
+@pytest.mark.parametrize(
+    ("model", "mutable", "reason", "seen"),
+    [
+        (Penalized(), False, WALKED, set()),
+        (Mapped(), False, WALKED, {"Dense_0/kernel"}),
+        (Mapped(), True, "mutable=", set()),
+    ],
+)
+def test_linen_modules_that_read_their_tree_see_no_riders(
+    model: Any, mutable: bool, reason: str, seen: set[str]
+) -> None:
+    params = model.init(jax.random.key(0), X)["params"]
+    state = dsbp_optax.dsbp_adamw(1e-3, rank=4).init(params)
+
+    def loss_fn(params: Any) -> Any:
+        found = model.apply({"params": params}, X, mutable=mutable)
+        (y, penalty), changed = found if mutable else (found, {})
+        return jnp.mean(y**2) + penalty, changed
+
+    step = dsbp_optax.linen.value_and_grad(loss_fn, has_aux=True)
+    with pytest.warns(UserWarning, match=reason):
+        (value, aux), grads, found = step(params, opt_state=state)
+    assert found.keys() == seen
+    (loss, expected), plain = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    assert jax.tree.structure(aux) == jax.tree.structure(expected)
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_scales_of_small_floats_are_replaced_as_in_flax() -> None:
+    scales = "_overwrite_with_gradient"
+    variables = {"params": PARAMS, scales: {"scale": jnp.ones(1)}}
+    state = dsbp_optax.linen.TrainState.create(
+        apply_fn=None, params=variables, tx=dsbp_optax.dsbp_sgd(0.1, rank=4)
+    )
+    grads = {"params": {"kernel": draw(32, 24)}, scales: {"scale": jnp.full(1, 3.0)}}
+    after = state.apply_gradients(grads=grads, statistics={}).params
+    assert after[scales]["scale"] == 3.0
+    assert after.keys() == variables.keys()
+    assert bool(jnp.any(after["params"]["kernel"] != PARAMS["kernel"]))

@@ -46,7 +46,8 @@ def infer_axes(
     In this order: a bias has the output axes behind the stacking axes, which leaves one
     way for most kernels; two axes are (input, output) unless the bias says otherwise;
     known names have known axes; convolutions go by name or by a square window. Whatever
-    is left is a guess: a convolution from four axes on, a stack of matrices below. A
+    is left is a guess: a square window behind another axis is a stack of convolutions,
+    else a kernel is a convolution from four axes on, a stack of matrices below. A
     user's `AxesRule` comes before all of this.
 
     Args:
@@ -60,7 +61,9 @@ def infer_axes(
     named = _by_name(names, shape, beside or {})
     convolution = "conv" in names[0]
     many = ndim >= 4 and "dense" not in names[0]
-    plain = _axes(ndim, 0 if convolution or many else ndim - 2, 1)
+    stacked = convolution and ndim == 5 and shape[0] != shape[1] == shape[2] > 1
+    flat = (convolution or many) and not stacked
+    plain = _axes(ndim, 0 if flat else ndim - 4 if stacked else ndim - 2, 1)
     if named is not None and named.axes in ways:
         return Reading(named.axes, True)
     if plain in ways:
@@ -69,7 +72,8 @@ def infer_axes(
         return Reading(ways[0], len(ways) == 1)
     if ndim == 2:
         return Reading(plain, True)
-    return named or Reading(plain, convolution or _has_window(shape))
+    sure = convolution and not stacked
+    return named or Reading(plain, sure or _has_window(shape))
 
 
 def _has_window(shape: Shape) -> bool:

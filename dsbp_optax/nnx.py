@@ -567,7 +567,7 @@ def _copied(tree: PyTree) -> PyTree:
     """`tree` with copies of its models, random streams and metrics, if it has any."""
 
     def stateful(x: Any) -> bool:
-        return isinstance(x, nnx.Object | nnx.Variable)
+        return isinstance(x, nnx.Pytree | nnx.Variable)
 
     return jax.tree.map(
         lambda x: nnx.clone(x) if stateful(x) else x, tree, is_leaf=stateful

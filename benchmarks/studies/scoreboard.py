@@ -119,7 +119,7 @@ BOARDS: Mapping[str, Board] = {
             "controls",
         ),
         _gpt("gpt_d128_b24_long", 24, steps=2400),
-        _gpt("gpt_d128_b96", 96),
+        *_with_settings(_gpt("gpt_d128_b96", 96), "further"),
         _gpt("gpt_wide", 24, width=256, layers=6, heads=8, context=128),
         _gpt("gpt_d256_b24", 24, width=256, heads=8),
         _gpt("gpt_d128_b384", 384, runs=8),

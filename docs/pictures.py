@@ -170,7 +170,8 @@ def tokens() -> Figure:
 
     figure, both = _figure(10, 3.6, columns=2)
     for axes, step in zip(both, (100, 600), strict=True):
-        for shift, (width, (boards, color)) in zip((0.96, 1.04), SIZES.items()):
+        for width, (boards, color) in SIZES.items():
+            shift = 0.96 if width == 64 else 1.04  # Side by side.
             tasks = [BOARDS[board].task for board in boards]
             places = [shift * task.batch * task.context for task in tasks]
             found = []

@@ -391,7 +391,7 @@ def test_jobs_follow_their_order_and_a_failure_stops_no_other(tmp_path, monkeypa
         *(("soap", "rates"), ("soap", "further"), ("soap", "final")),
     ]
     assert len(rows) == 72
-    assert len(BOARDS["gpt_d128_b96"].rows(tmp_path, "adamw")) == 32
+    assert len(BOARDS["gpt_d128_b96"].rows(tmp_path, "adamw")) == 44
     for job in ("gpt:muon", "gpt_d128_b24:moon", "gpt_d128_b24"):
         assert "expected one of" in invoke(job, code=2)
 

@@ -63,8 +63,8 @@ EARLY = (
 )
 #: Width -> boards in the order of their tokens a step, colour.
 SIZES: Mapping[int, tuple[tuple[str, ...], str]] = {
-    64: (("gpt_d64_b8", "gpt_d64_b24", "gpt_d64_b96"), PEER),
-    128: (("gpt_d128_b8", BOARD, "gpt_d128_b96"), OURS),
+    64: (("gpt_d64_b8", "gpt_d64_b24"), PEER),
+    128: ((BOARD, "gpt_d128_b96"), OURS),
 }
 #: Fine-tuned on one text after another -> title.
 TUNED: Mapping[str, str] = {
@@ -184,7 +184,9 @@ def tokens() -> Figure:
             axes.errorbar(places, mean, bars, label=f"width {width}", **look)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(xscale="log", xlabel="tokens a step")
-        ticks = [task.batch * task.context for task in tasks]
+        boards = [board for some, _ in SIZES.values() for board in some]
+        tasks = [BOARDS[board].task for board in boards]
+        ticks = sorted({task.batch * task.context for task in tasks})
         axes.set_xticks(ticks, [f"{tick:,}".replace(",", " ") for tick in ticks])
         axes.minorticks_off()
         axes.set_title(f"After {step} of 600 steps", fontsize=11)

@@ -69,7 +69,7 @@ def dsbp_muon(
     """Muon, its step shortened along dominant directions, with momentum in five bits.
 
         m <- momentum m + G in five bits a number,   S = I - V diag(1 - f) V^T
-        W <- W - eta (unit(S orthogonalize(S m)) + weight_decay W)
+        W <- W - eta (|D| / |S D| S D + weight_decay W),   D = orthogonalize(S m)
 
     A chain of `scale_by_quantized_momentum` and `scale_by_activation_metric` around
     `orthogonalize`. Parameters that are no kernels get Adam.
@@ -121,7 +121,7 @@ def dsbp_muon(
     )
     asked = metric.metric_choices(rank, update_every, basis)
     adam = optax.scale_by_adam(nesterov=nesterov)
-    tx = _round_matrices(rule, fallback, adam, asked)
+    tx = _of_kernels(rule, fallback, adam, asked)
     rates = _rates(learning_rate, fallback_learning_rate, asked)
     return _finished(tx, weight_decay, mask, rates)
 
@@ -197,7 +197,7 @@ def dsbp_adamw(
     )
     asked = metric.metric_choices(rank, update_every, basis)
     adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
-    tx = _round_matrices(rule, fallback, adam, asked)
+    tx = _of_kernels(rule, fallback, adam, asked)
     rates = _rates(learning_rate, fallback_learning_rate, asked)
     return _finished(tx, weight_decay, mask, rates)
 
@@ -509,10 +509,10 @@ def dsbp(
     return optax.chain(tx, optax.scale_by_learning_rate(learning_rate))
 
 
-def _round_matrices(
+def _of_kernels(
     rule: Rule, fallback: Fallback, adam: optax.GradientTransformation, asked: Choices
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule in a metric for kernels, `fallback` or `adam` for the rest."""
+    """`rule`, with a metric in it, for kernels; `fallback` or `adam` for the rest."""
     rest = inner.as_transformation(fallback or adam, "fallback")
 
     def check(others: Mapping[str, Any]) -> None:

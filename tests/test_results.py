@@ -61,6 +61,7 @@ GOLDEN = {
     ("gpt_d128_b24", "dsbp_muon", "muon"): "+0.000 [-0.007, +0.007]",
     ("gpt_d128_b24", "muon_6bit", "muon"): "+0.003 [-0.004, +0.009]",
     ("sotu_d128_b24", "dsbp_muon", "muon"): "-0.008 [-0.013, -0.003]",
+    ("gpt_d64_b8", "dsbp_muon", "muon"): "-0.031 [-0.040, -0.022]",
     ("gpt_d64_b24", "dsbp_muon", "muon"): "-0.015 [-0.028, -0.003]",
     ("gpt_d128_b96", "dsbp_muon", "muon"): "-0.016 [-0.020, -0.012]",
     ("gpt_d128_b24_double_rate", "dsbp_muon", "muon"): "-0.043 [-0.077, -0.008]",
@@ -126,6 +127,19 @@ def test_differences_of_short_runs_to_their_controls(found):
         "dsbp_muon_random": "+0.011 [-0.004, +0.026]",
         "dsbp_muon_gradient": "-0.031 [-0.046, -0.016]",
         "muon_6bit": "+0.007 [-0.001, +0.016]",
+    }.items():
+        gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
+        assert tables.signed(gap, 3) == expected and expected in plain(README)
+
+
+def test_differences_on_the_second_corpus_to_its_controls(found):
+    board = "sotu_d128_b24"
+    tuned, controls = (
+        tables.finals_of(found.boards[name]) for name in (board, f"{board}_controls")
+    )
+    for name, expected in {
+        "dsbp_muon_gradient": "-0.012 [-0.016, -0.008]",
+        "muon_6bit": "+0.007 [+0.004, +0.011]",
     }.items():
         gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
         assert tables.signed(gap, 3) == expected and expected in plain(README)

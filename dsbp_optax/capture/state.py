@@ -2,7 +2,7 @@
 
 `riders` says what to collect, by key (a parameter's path, with the suffix of the
 transformation that it serves), `shared` who uses whose basis, `statistics` gives the
-form that ``update`` takes. Nothing else in this package looks into a state.
+form that ``update`` takes. Nothing else in `capture` looks into a state.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The one place where gradients that are not finite are dealt with."""
+"""The one place that skips a step: a gradient not finite, or too large to square."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TESTED: contextvars.ContextVar[bool] = contextvars.ContextVar(
 def gate(
     take: Callable[[S], T], skip: Callable[[S], T], updates: PyTree, operands: S
 ) -> T:
-    """``take(operands)`` if every number of `updates` is finite, else ``skip``.
+    """``take(operands)`` if `updates` can be squared, see `all_finite`, else ``skip``.
 
     A branch round the whole step: where each array is selected by itself, XLA copies
     the test of all gradients into each of hundreds of fusions.

@@ -121,8 +121,8 @@ class Choices(NamedTuple):
       rank: rank, per path if wished; None for a path is no kernel.
       every: p, steps between refreshes.
       basis: the rest, `power_iterations` a number.
-      when: "auto" keeps a basis where that saves memory; "always" wherever there is
-        something to project; "never" for rules that need none, whose kernels are all
+      when: "auto" keeps a basis where that saves memory; "always" for each kernel
+        that has a rank; "never" for rules that need none, whose kernels are all
         arrays of two axes or more.
     """
 

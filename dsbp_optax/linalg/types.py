@@ -90,7 +90,11 @@ class Solver(Protocol):
 
 
 class Statistic(Protocol):
-    """What a layer's activations leave behind; see `Activations`, `Sketch`."""
+    """What `Sketch`, `Activations` and `Covariance` have in common.
+
+    ``update`` takes these three alone: a form of one's own goes into ``FORMS`` of
+    `dsbp_optax.core.statistics`.
+    """
 
     def operator(self, basis: Array) -> Operator:
         """The per-sample second moment, in the dtype of `basis` ``(d, k)``."""

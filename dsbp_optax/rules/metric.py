@@ -1,7 +1,7 @@
 """The activation metric: directions of steepest descent in the change of outputs.
 
     S = I - V diag(1 - f) V^T,   f = ((rest + g) / (lambda + g))^a
-    update = unit(S direction(S M)),   g = damping tr C / d
+    update = |D| / |S D| S D,   D = direction(S M),   g = damping tr C / d
 
 With exponent 1/2 and a whole basis this is steepest descent under ``|A dW|``, the
 change of a layer's output on its own inputs, in the norm that `direction` descends in:
@@ -122,13 +122,13 @@ def metric_rule(
     between: Rule | None = None,
     directions: Directions | None = None,
 ) -> Rule:
-    """``unit(S direction(between(S before(G))))`` of one matrix.
+    """``|D| / |S D| S D`` of one matrix, ``D = direction(between(S before(G)))``.
 
     Args:
       direction: as in `scale_by_activation_metric`, like all up to `where`.
       exponent: a.
-      damping: of the metric.
-      where: the metric acts.
+      damping: g.
+      where: before, after or both.
       before: moments of the gradient itself.
       between: moments of the scaled gradient.
       directions: in an experiment, what stands in the place of a basis.

@@ -67,9 +67,9 @@ def scale_by_spectral_projection(
         V = top-k eigenvectors of C = A^T A / n
         update = direction(V inner(f V^T G) + residual rule of (G - V V^T G))
 
-    Parameters without a basis (biases, embeddings, kernels where projection saves
-    no memory) go to the same `inner` in full space, or to `fallback`. Gradients in,
-    ascent direction out: put the learning rate after it.
+    Kernels without a basis, where projection saves no memory, go to the same `inner`
+    in full space; what is no kernel (biases, embeddings) too, or to `fallback`.
+    Gradients in, ascent direction out: put the learning rate after it.
 
     Args:
       inner: a ``scale_by_*`` transformation, run on the ``(k, m)`` coordinates of each

@@ -125,6 +125,7 @@ def test_differences_of_short_runs_to_their_controls(found):
     )
     for name, expected in {
         "dsbp_muon_random": "+0.011 [-0.004, +0.026]",
+        "dsbp_muon_rank1": "-0.023 [-0.039, -0.007]",
         "dsbp_muon_gradient": "-0.031 [-0.046, -0.016]",
         "muon_6bit": "+0.007 [-0.001, +0.016]",
     }.items():

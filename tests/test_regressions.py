@@ -313,7 +313,8 @@ class Two(nnx.Module):
         layers = [nnx.Linear(32, 32, rngs=rngs) for _ in range(2)]
         if tied:
             layers[1].kernel = layers[0].kernel
-        self.layers = nnx.Dict({"0": layers[0], "values": layers[1]})
+        held = nnx.data if hasattr(nnx, "data") else nnx.Dict
+        self.layers = held({"0": layers[0], "values": layers[1]})
 
     def __call__(self, x: Any) -> Any:
         first, second = self.layers["0"], self.layers["values"]

@@ -509,13 +509,16 @@ _RECORDER: contextvars.ContextVar[
 def _layers(model: Any, rules: Mapping[type, LayerRule]) -> list[tuple[str, Any, str]]:
     """Path of a kernel, a layer that uses it as its rule says, and its name there."""
     nodes = list(nnx.iter_graph(model))
-    named = {id(x): "/".join(map(str, path)) for path, x in nodes if _is_variable(x)}
+    named: dict[int, str] = {}
+    for path, node in nodes:
+        if _is_variable(node):  # Of several places the first is its path.
+            named.setdefault(id(node), "/".join(map(str, path)))
     found = []
     for _, node in nodes:
         linear = recorder.find_rule(rules, type(node))(node)
         if linear is not None:
-            path = named.get(id(getattr(node, linear.parameter, None)))
-            found += [] if path is None else [(path, node, linear.parameter)]
+            kernel = named.get(id(getattr(node, linear.parameter, None)))
+            found += [] if kernel is None else [(kernel, node, linear.parameter)]
     return found
 
 

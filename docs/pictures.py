@@ -61,10 +61,10 @@ EARLY = (
     ("sotu_d128_b24", "dsbp_muon", "State of the Union", OURS),
     ("gpt_d128_b96", "dsbp_muon", "four times the batch", PEER),
 )
-#: Width -> boards in the order of their tokens a step, colour.
-SIZES: Mapping[int, tuple[tuple[str, ...], str]] = {
-    64: (("gpt_d64_b8", "gpt_d64_b24"), PEER),
-    128: ((BOARD, "gpt_d128_b96"), OURS),
+#: Width -> boards in the order of their tokens a step, colour, place beside the other.
+SIZES: Mapping[int, tuple[tuple[str, ...], str, float]] = {
+    64: (("gpt_d64_b8", "gpt_d64_b24"), PEER, 0.96),
+    128: ((BOARD, "gpt_d128_b96"), OURS, 1.04),
 }
 #: Fine-tuned on one text after another -> title.
 TUNED: Mapping[str, str] = {
@@ -168,25 +168,22 @@ def tokens() -> Figure:
     from benchmarks.core.statistics import mean_interval
     from benchmarks.studies.scoreboard import BOARDS
 
+    tasks = {b: BOARDS[b].task for boards, *_ in SIZES.values() for b in boards}
+    counts = {board: task.batch * task.context for board, task in tasks.items()}
+    gaps = {board: _gaps(board, "dsbp_muon") for board in counts}
+    ticks = sorted({*counts.values()})
     figure, both = _figure(10, 3.6, columns=2)
     for axes, step in zip(both, (100, 600), strict=True):
-        for width, (boards, color) in SIZES.items():
-            shift = 0.96 if width == 64 else 1.04  # Side by side.
-            tasks = [BOARDS[board].task for board in boards]
-            places = [shift * task.batch * task.context for task in tasks]
-            found = []
-            for board in boards:
-                steps, gaps = _gaps(board, "dsbp_muon")
-                found.append(mean_interval(gaps[:, steps.index(step)]))
+        for width, (boards, color, shift) in SIZES.items():
+            places = [shift * counts[board] for board in boards]
+            some = ((gaps[board][0].index(step), gaps[board][1]) for board in boards)
+            found = [mean_interval(losses[:, at]) for at, losses in some]
             mean, low, high = np.array(found).T
             look = {"color": color, "marker": "o", "ms": 4, "capsize": 3, "lw": 1.7}
             bars = mean - low, high - mean
             axes.errorbar(places, mean, bars, label=f"width {width}", **look)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(xscale="log", xlabel="tokens a step")
-        boards = [board for some, _ in SIZES.values() for board in some]
-        tasks = [BOARDS[board].task for board in boards]
-        ticks = sorted({task.batch * task.context for task in tasks})
         axes.set_xticks(ticks, [f"{tick:,}".replace(",", " ") for tick in ticks])
         axes.minorticks_off()
         axes.set_title(f"After {step} of 600 steps", fontsize=11)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -321,6 +322,11 @@ class Two(nnx.Module):
         return second(10 * jnp.sin(first(x)))
 
 
+def assert_alike(one: Any, other: Any) -> None:
+    leaves = map(jax.tree.leaves, (one, other))
+    chex.assert_trees_all_close(*leaves, rtol=1e-5, atol=1e-7)
+
+
 def squares(some: Any) -> Any:
     leaves = (x[...] if isinstance(x, nnx.Variable) else x for x in some)
     return sum(jnp.sum(x**2) for x in leaves)
@@ -367,10 +373,7 @@ def test_nnx_losses_of_the_whole_model_see_no_probes(name: str) -> None:
         assert seen == {}
     plain = nnx.value_and_grad(loss_fn)(Two())
     np.testing.assert_allclose(value, plain[0], rtol=1e-6)
-    for one, other in zip(
-        jax.tree.leaves(grads), jax.tree.leaves(plain[1]), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    assert_alike(grads, plain[1])
 
 
 def test_layers_that_share_a_kernel_are_both_observed() -> None:
@@ -446,8 +449,7 @@ def test_linen_modules_that_read_their_tree_see_no_riders(
     (loss, expected), plain = jax.value_and_grad(loss_fn, has_aux=True)(params)
     assert jax.tree.structure(aux) == jax.tree.structure(expected)
     np.testing.assert_allclose(value, loss, rtol=1e-6)
-    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    assert_alike(grads, plain)
 
 
 def test_scales_of_small_floats_are_replaced_as_in_flax() -> None:

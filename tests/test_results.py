@@ -72,6 +72,19 @@ GOLDEN = {
     ("gpt_d128_b24_short", "dsbp_muon", "muon"): "-0.031 [-0.045, -0.017]",
     ("gpt_d128_b24_long", "dsbp_muon", "muon"): "-0.004 [-0.026, +0.018]",
 }
+CONTROLS = {
+    # Board -> control at its settings: to its Muon.
+    "gpt_d128_b24_short": {
+        "dsbp_muon_random": "+0.011 [-0.004, +0.026]",
+        "dsbp_muon_rank1": "-0.023 [-0.039, -0.007]",
+        "dsbp_muon_gradient": "-0.031 [-0.046, -0.016]",
+        "muon_6bit": "+0.007 [-0.001, +0.016]",
+    },
+    "sotu_d128_b24": {
+        "dsbp_muon_gradient": "-0.012 [-0.016, -0.008]",
+        "muon_6bit": "+0.007 [+0.004, +0.011]",
+    },
+}
 LOSSES = {
     "adamw": "1.931",
     "dsbp_adamw": "1.809",
@@ -118,32 +131,15 @@ def test_differences_on_the_scoreboard(found):
         assert tables.signed(gap, 3) == expected and expected in plain(README)
 
 
-def test_differences_of_short_runs_to_their_controls(found):
-    board = "gpt_d128_b24_short"
-    tuned, controls = (
-        tables.finals_of(found.boards[name]) for name in (board, f"{board}_controls")
-    )
-    for name, expected in {
-        "dsbp_muon_random": "+0.011 [-0.004, +0.026]",
-        "dsbp_muon_rank1": "-0.023 [-0.039, -0.007]",
-        "dsbp_muon_gradient": "-0.031 [-0.046, -0.016]",
-        "muon_6bit": "+0.007 [-0.001, +0.016]",
-    }.items():
-        gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
-        assert tables.signed(gap, 3) == expected and expected in plain(README)
-
-
-def test_differences_on_the_second_corpus_to_its_controls(found):
-    board = "sotu_d128_b24"
-    tuned, controls = (
-        tables.finals_of(found.boards[name]) for name in (board, f"{board}_controls")
-    )
-    for name, expected in {
-        "dsbp_muon_gradient": "-0.012 [-0.016, -0.008]",
-        "muon_6bit": "+0.007 [+0.004, +0.011]",
-    }.items():
-        gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
-        assert tables.signed(gap, 3) == expected and expected in plain(README)
+def test_differences_of_controls_to_muon(found):
+    for board, gaps in CONTROLS.items():
+        tuned, controls = (
+            tables.finals_of(found.boards[name])
+            for name in (board, f"{board}_controls")
+        )
+        for name, expected in gaps.items():
+            gap = tables.gap_of(controls[name], tuned["muon"], "test_loss")
+            assert tables.signed(gap, 3) == expected and expected in plain(README)
 
 
 def test_losses_on_the_scoreboard(found):
